@@ -1,0 +1,80 @@
+"""What an executor must do: hold some blocks of a bundle and run ragged batches of rows through them.
+
+Knows: the Stage interface and the batch it takes. Does not know: links, leases, sampling, or who calls it.
+Shapes: R rows of all spans together, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.core import LayerRange, SessionId
+
+Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive new rows of one session: rows base_row .. base_row + len(ids) - 1, a chain.
+
+    `logit_rows` counts the rows at the end of the span whose logits the tail wants (0: none, a prefill chunk).
+    """
+
+    session: SessionId
+    base_row: int
+    ids: tuple[int, ...]
+    logit_rows: int = 0
+    causal: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A ragged batch: spans of different sessions, at most one span each. `hidden` is None at the first stage."""
+
+    spans: tuple[Span, ...]
+    hidden: Rows | None  # [R, E]
+
+
+class Stage(Protocol):
+    """Blocks of one bundle, ready to run. Not thread-safe: one compute thread calls it.
+
+    Row r of a result depends on row r's session history alone, bit for bit, whatever else is in the batch
+    (where `row_invariant`).
+    """
+
+    layers: LayerRange
+    numeric_class: str
+    weight_bytes: int
+
+    @property
+    def kv_capacity_tokens(self) -> int: ...
+
+    @property
+    def kv_used_tokens(self) -> int: ...
+
+    def open(self, session: SessionId, max_rows: int) -> None:
+        """Reserve KV for `max_rows`. Raises CapacityError."""
+        ...
+
+    def run(self, batch: Batch) -> Rows:
+        """Inner stage: [R, E]. Tail of a generator: logits [sum of logit_rows, V], in span order.
+
+        Tail of an encoder: one pooled vector [E] per span. Each span must start at most at the session's row count;
+        starting below it drops the rows after (a new parent was chosen).
+        """
+        ...
+
+    def drop(self, session: SessionId, from_row: int = 0) -> None:
+        """Forget rows from `from_row` on; 0 closes the session and frees its pages. Unknown sessions are ignored."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def total_rows(spans: Sequence[Span]) -> int:
+    return sum(len(span.ids) for span in spans)
