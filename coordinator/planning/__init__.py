@@ -1,0 +1,1 @@
+"""Who runs which layers: values in, a Plan with its reasons out. Pure: no clock, no sockets."""

@@ -1,0 +1,89 @@
+"""The planner's inputs and its answer, as values.
+
+Knows: measured profiles of devices, links and the model; plans, predictions and reasons. Does not know: how they were
+measured, or how a plan is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edge_runtime.core import LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """What one device can do, measured on a real segment of this model."""
+
+    device_id: str
+    name: str
+    memory_free_bytes: int  # for weights and KV
+    layer_decode_seconds: float  # one row through one layer of average weight
+    layer_prefill_row_seconds: float  # per row of a full chunk
+    head_seconds: float  # one row through final norm, head, sampler
+    numeric_class: str
+    row_invariant: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One way between two devices, or a device and the coordinator (`COORDINATOR`)."""
+
+    rtt_seconds: float
+    bytes_per_second: float
+
+
+COORDINATOR = ""  # device id of the coordinator in a links table
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """The model as costs. Lists are per layer."""
+
+    layer_weight_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int  # beyond the embedding where the two are tied
+    tied: bool
+    hidden_bytes_per_row: int
+    kv_bytes_per_token_per_layer: int
+    kv_tokens_wanted: int  # KV room a stage must have beside its weights
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_weight_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What the caller asked for. `ranges` is only for kind "ranges"; `devices` fixes the order where given (names)."""
+
+    kind: str = "auto"  # "auto", "even", "ranges"
+    ranges: tuple[LayerRange, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    device_id: str
+    name: str
+    layers: LayerRange
+    weight_bytes: int
+    kv_tokens: int  # room left for KV
+    compute_seconds: float  # per decoded token
+    hop_seconds: float  # from this stage to the next (the tail: back to the first)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An ordered pipeline, what it should do, and why. `excluded`: device name -> the reason."""
+
+    stages: tuple[StagePlan, ...]
+    predicted_tokens_per_second: float  # one session, decoding
+    predicted_prefill_tokens_per_second: float
+    reasons: tuple[str, ...]
+    excluded: Mapping[str, str]
+    prefill_chunk_tokens: int
+
+
+Links = Mapping[tuple[str, str], Link]  # (from device id, to device id); a missing pair is estimated through COORDINATOR
