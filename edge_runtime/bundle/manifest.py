@@ -1,7 +1,7 @@
 """The manifest: everything about a bundle but the bytes of its slices.
 
-A bundle is a directory: `manifest.json` (canonical JSON), `manifest.sig` (signer's public key and Ed25519 signature over
-the manifest's bytes) and `slices/` (files named by their sha256). Tensors and compiled segments lie inside slices; the
+A bundle is a directory: `manifest.json` (canonical JSON), `manifest.sig` (signer's public key and Ed25519 signature
+over the manifest's bytes) and `slices/` (files named by their sha256). Tensors and compiled segments lie inside slices; the
 embedding, each layer, its experts, and the head have slices of their own, so that a device fetches only what it runs.
 
 Knows: the shape of the manifest and its invariants. Does not know: files, transfer, keys, execution.
@@ -16,7 +16,9 @@ from edge_runtime.bundle.operations import Operation
 from edge_runtime.core import Digest
 
 FORMAT_VERSION = 1
-SLICE_ALIGNMENT_BYTES = 4096  # every part of a tensor starts on a page, so that it can be mapped or read directly
+SLICE_ALIGNMENT_BYTES = (
+    4096  # every part of a tensor starts on a page, so that it can be mapped or read directly
+)
 QUANTIZATION_BLOCK = 32
 
 
@@ -49,9 +51,9 @@ class TensorFormat:
     parts: tuple[str, ...]
 
 
-# `int8` and `int4` are MatMulNBits' layouts: data uint8 [out, ceil(in/32), 32*bits/8], zero point 2^(bits-1), low nibble
-# first; scales float32 [out, ceil(in/32)]. `experts_*` hold E experts; each part has one more leading dimension, and one
-# expert's parts (gate, up, down data, then gate, up, down scales) lie together, `expert_stride_bytes` apart.
+# `int8` and `int4` are MatMulNBits' layouts: data uint8 [out, ceil(in/32), 32*bits/8], zero point 2^(bits-1), low
+# nibble first; scales float32 [out, ceil(in/32)]. `experts_*` hold E experts; each part has one more leading dimension, and
+# one expert's parts (gate, up, down data, then gate, up, down scales) lie together, `expert_stride_bytes` apart.
 TENSOR_FORMATS: Mapping[str, TensorFormat] = {
     f.name: f
     for f in (
@@ -93,7 +95,8 @@ class Tensor:
 class Segment:
     """Consecutive uncut operations of a block, compiled to one weightless ONNX graph.
 
-    The graph's initializers are external data: `location` is the slice's key, offset and length point at a tensor's part.
+    The graph's initializers are external data: `location` is the slice's key, offset and length point at a
+    tensor's part.
     """
 
     graph: Part  # uint8 bytes of the ModelProto
@@ -156,7 +159,9 @@ class Manifest:
     tokenizer: str  # key of the slice that holds tokenizer.json
     chat_template: str  # Jinja source; "" where the model has none
     special_tokens: Mapping[str, str]  # "bos_token" -> "<s>", ... for the template
-    quality: Mapping[str, float] = field(default_factory=dict)  # top1_agreement, perplexity, perplexity_ratio, ...
+    quality: Mapping[str, float] = field(
+        default_factory=dict
+    )  # top1_agreement, perplexity, perplexity_ratio, ...
     origin: str = ""  # where the checkpoint came from
     format_version: int = FORMAT_VERSION
 

@@ -70,8 +70,8 @@ OPERATION_KINDS: Mapping[str, OperationKind] = {
     # q [R, heads*d], k and v [R, kv_heads*d] -> [R, heads*d]. In order: optional RMS norm of q and k (weights `q_norm`,
     # `k_norm`: per head where they have d entries, over the whole row otherwise), rotary embedding (`rope` names an
     # entry of the manifest's `ropes`, "" for none; halves rotated, as in Hugging Face's `rotate_half`), append k and v
-    # to the KV cache, softmax(scale * q k^T, soft-capped when `softcap` > 0) v over rows p - window < j <= p (`window` 0:
-    # unlimited), or over all rows of the sequence when `causal` is false.
+    # to the KV cache, softmax(scale * q k^T, soft-capped when `softcap` > 0) v over rows p - window < j <= p (`window`
+    # 0: unlimited), or over all rows of the sequence when `causal` is false.
     "attention": _kind(
         3,
         optional="q_norm k_norm",
@@ -79,8 +79,8 @@ OPERATION_KINDS: Mapping[str, OperationKind] = {
         cut=True,
     ),
     # (x [R, hidden], router logits [R, experts]) -> [R, hidden]: softmax over all experts in fp32, the `top_k` largest
-    # (ties to the lower expert), renormalised to sum 1 when `normalize`, then sum over chosen experts in gate-rank order
-    # (largest gate first) of gate * down(silu(gate_proj x) * up_proj x), accumulated in fp32.
+    # (ties to the lower expert), renormalised to sum 1 when `normalize`, then sum over chosen experts in gate-rank
+    # order (largest gate first) of gate * down(silu(gate_proj x) * up_proj x), accumulated in fp32.
     # `softmax_after` true takes the softmax over the chosen logits only (Mixtral).
     "experts": _kind(
         2, weights="experts", attributes="experts top_k normalize softmax_after activation", cut=True
@@ -109,9 +109,7 @@ class Operation:
                 hint="update edge-runtime on this device: the bundle was written by a newer version",
             )
         if len(self.inputs) != kind.inputs or len(self.outputs) != kind.outputs:
-            raise BundleError(
-                f"{self.name}: {self.kind} takes {kind.inputs} values and gives {kind.outputs}"
-            )
+            raise BundleError(f"{self.name}: {self.kind} takes {kind.inputs} values and gives {kind.outputs}")
         missing = kind.weights - self.weights.keys()
         extra = self.weights.keys() - kind.weights - kind.optional_weights
         if missing or extra:
