@@ -1,0 +1,113 @@
+"""Keys and values of all sessions of a stage, in one reservation of virtual memory.
+
+Pages are committed by the operating system when first written, and given back when a session drops them, so
+resident memory follows what sessions hold.
+Knows: the memory and its layout. Does not know: attention, spans, or where the budget comes from.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.core import SessionId
+from edge_runtime.engine.page_table import PAGE_TOKENS, PageTable
+
+FLOAT_BYTES = 4
+_NORESERVE = getattr(
+    mmap, "MAP_NORESERVE", 0
+)  # the budget is ours to keep; the kernel need not promise it twice
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one token costs: `layers` of the stage, each with keys and values of kv_heads x head_dim floats."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def page_bytes(self) -> int:
+        return self.layers * 2 * PAGE_TOKENS * self.kv_heads * self.head_dim * FLOAT_BYTES
+
+    def pages_in(self, budget_bytes: int) -> int:
+        return max(budget_bytes, 0) // self.page_bytes
+
+
+class KvCache:
+    """`pool` is f32[num_pages, layers, 2 (keys, values), 32, kv_heads, head_dim]; `table` says whose page is whose."""
+
+    def __init__(self, shape: KvShape, num_pages: int) -> None:
+        self.shape = shape
+        self.table = PageTable(num_pages)
+        # At least one page of address space, so that an empty cache is still an array.
+        size_bytes = max(num_pages, 1) * shape.page_bytes
+        self._memory = _reserve(size_bytes)
+        dims = (max(num_pages, 1), shape.layers, 2, PAGE_TOKENS, shape.kv_heads, shape.head_dim)
+        count = size_bytes // FLOAT_BYTES
+        self.pool: NDArray[np.float32] = np.frombuffer(self._memory, np.float32, count).reshape(dims)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Of pages sessions hold now: what this cache adds to the resident memory of the process."""
+        return sum(len(self.table.get(s).pages) for s in self.table.sessions()) * self.shape.page_bytes
+
+    def open(self, session: SessionId, max_rows: int) -> None:
+        self.table.open(session, max_rows)
+
+    def append(self, session: SessionId, base_row: int, count: int) -> None:
+        self._release(self.table.append(session, base_row, count))
+
+    def truncate(self, session: SessionId, rows: int) -> None:
+        self._release(self.table.truncate(session, rows))
+
+    def drop(self, session: SessionId) -> None:
+        self._release(self.table.close(session))
+
+    def block_tables(self, sessions: Sequence[SessionId]) -> NDArray[np.int32]:
+        """[len(sessions), most pages of one of them], padded with 0."""
+        pages = [self.table.get(session).pages for session in sessions]
+        tables = np.zeros((len(pages), max(map(len, pages), default=0)), np.int32)
+        for row, held in zip(tables, pages, strict=True):
+            row[: len(held)] = held
+        return tables
+
+    def close(self) -> None:
+        """Drop everything. The address space goes when the last view of `pool` does."""
+        for session in self.table.sessions():
+            self.drop(session)
+
+    def _release(self, pages: Iterable[int]) -> None:
+        """Give whole operating-system pages back; runs of neighbours go together. They read as zeros afterwards."""
+        if not hasattr(self._memory, "madvise"):
+            return  # no madvise on this system: freed pages stay resident, within the budget
+        for first, last in _runs(sorted(pages)):
+            start = -(-first * self.shape.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (last + 1) * self.shape.page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def _reserve(size_bytes: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would commit 2 MiB for one token
+    return memory
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as (first, last) runs without gaps."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and page == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], page)
+        else:
+            runs.append((page, page))
+    return runs
