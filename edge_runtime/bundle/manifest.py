@@ -1,8 +1,8 @@
 """The manifest: everything about a bundle but the bytes of its slices.
 
 A bundle is a directory: `manifest.json` (canonical JSON), `manifest.sig` (signer's public key and Ed25519 signature
-over the manifest's bytes) and `slices/` (files named by their sha256). Tensors and compiled segments lie inside slices; the
-embedding, each layer, its experts, and the head have slices of their own, so that a device fetches only what it runs.
+over the manifest's bytes) and `slices/` (files named by their sha256). Tensors and compiled segments lie inside
+slices; the embedding, each layer and the head have slices of their own, so that a device fetches only what it runs.
 
 Knows: the shape of the manifest and its invariants. Does not know: files, transfer, keys, execution.
 """
@@ -52,8 +52,9 @@ class TensorFormat:
 
 
 # `int8` and `int4` are MatMulNBits' layouts: data uint8 [out, ceil(in/32), 32*bits/8], zero point 2^(bits-1), low
-# nibble first; scales float32 [out, ceil(in/32)]. `experts_*` hold E experts; each part has one more leading dimension, and
-# one expert's parts (gate, up, down data, then gate, up, down scales) lie together, `expert_stride_bytes` apart.
+# nibble first; scales float32 [out, ceil(in/32)]. `experts_*` hold E experts; each part has one more leading
+# dimension, and one expert's parts (gate, up, down data, then gate, up, down scales) lie together,
+# `expert_stride_bytes` apart.
 TENSOR_FORMATS: Mapping[str, TensorFormat] = {
     f.name: f
     for f in (
