@@ -1,0 +1,161 @@
+"""What can happen to a stage, and what it may want done: the vocabulary of `pipeline_state`.
+
+Knows: events (something arrived or was finished) and instructions (send, run, drop, load), as values.
+Does not know: sockets, threads, clocks, or engines; rows are opaque arrays to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.core import SamplingParams, SessionId, Token
+from edge_runtime.protocol.messages import LoadStage, Message
+
+Rows = NDArray[np.float32]
+
+COORDINATOR = ""  # as a source or destination, in place of a device id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Consecutive rows of one session, queued for the compute thread; FIFO within a session."""
+
+    lease: int
+    session: SessionId
+    turn: int
+    seq: int
+    base_row: int
+    ids: tuple[int, ...]
+    hidden: Rows | None  # [R, E]; None at the first stage
+    logit_rows: int  # rows at the end that the tail samples at
+    bidirectional: bool
+
+    @property
+    def is_decode(self) -> bool:
+        """A single row that a person is waiting for, not a slice of a prompt."""
+        return len(self.ids) == 1 and not self.bidirectional
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Received:
+    """A message from the coordinator or from the device whose key the handshake proved.
+
+    `rows` is the payload of FrameRows, shaped by this stage's own plan; None where it did not fit that shape.
+    """
+
+    source: str
+    message: Message
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    lease: int
+    numeric_class: str
+    row_invariant: bool
+    weight_bytes: int
+    kv_capacity_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    lease: int
+    code: str
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkFinished:
+    """`rows` of an inner stage, or the vector of a pooling tail; `tokens` of a sampling tail, `finish` not set."""
+
+    work: Work
+    rows: Rows | None = None
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBroke:
+    """The compute thread gave one session up (no room, say); the others go on."""
+
+    lease: int
+    session: SessionId
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageBroke:
+    """The engine can't be trusted any more: every session of the lease is lost here."""
+
+    lease: int
+    code: str
+    reason: str
+    hint: str = ""
+
+
+Event = Received | Loaded | LoadFailed | WorkFinished | SessionBroke | StageBroke
+
+# ---------------------------------------------------------------- instructions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Send:
+    to: str  # a device id, or COORDINATOR
+    message: Message
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Fetch and load what `order` names, dropping every session; answer with Loaded or LoadFailed."""
+
+    order: LoadStage
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Forget sessions and weights of everything up to `lease`."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRows:
+    """Reserve KV; at a sampling tail, make a sampler too."""
+
+    lease: int
+    session: SessionId
+    max_rows: int
+    prompt_rows: int
+    sampling: SamplingParams | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRows:
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class DropRows:
+    """Take the session's queued work out and free its KV, before the next step."""
+
+    lease: int
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class Ignore:
+    """Nothing was done, and why: for the debug log."""
+
+    reason: str
+
+
+Instruction = Send | Load | Unload | OpenRows | RunRows | DropRows | Ignore

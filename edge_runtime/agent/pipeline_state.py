@@ -1,0 +1,376 @@
+"""The state machine of one stage of a pipeline: an event in, instructions out.
+
+Frames are positional and idempotent (docs/protocol.md): `lease` fences old plans, `turn` old continuations, `seq`
+duplicates, and `base_row` says where rows belong, so that nothing depends on when or how often a message arrives.
+
+Knows: leases, sessions, and the order of rows. Does not know: time, sockets, threads, engines, or what rows contain.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from edge_runtime.agent.pipeline_events import (
+    COORDINATOR,
+    DropRows,
+    Event,
+    Ignore,
+    Instruction,
+    Load,
+    Loaded,
+    LoadFailed,
+    OpenRows,
+    Received,
+    Rows,
+    RunRows,
+    Send,
+    SessionBroke,
+    StageBroke,
+    Unload,
+    Work,
+    WorkFinished,
+)
+from edge_runtime.agent.session import Session, finish_of, problem_of
+from edge_runtime.core import SessionId, Token
+from edge_runtime.protocol.messages import (
+    CloseSession,
+    Feed,
+    FrameRows,
+    Gap,
+    LoadStage,
+    OpenSession,
+    Pooled,
+    SessionFailed,
+    StageFailed,
+    StageReady,
+    Tokens,
+    UnloadStage,
+)
+
+CLOSED_SESSIONS_KEPT = 1 << 16  # an OpenSession that comes after its CloseSession must not open it again
+
+
+class PipelineState:
+    """At most one lease at a time: the highest seen. `handle` is the only way in."""
+
+    def __init__(self) -> None:
+        self.lease = 0  # highest seen; survives UnloadStage, as a fence
+        self.order: LoadStage | None = None  # of `lease`, None once unloaded
+        self.loaded: Loaded | None = None  # of `lease`
+        self.failed: LoadFailed | None = None  # of `lease`
+        self.sessions: dict[SessionId, Session] = {}
+        self._closed: OrderedDict[SessionId, None] = OrderedDict()
+
+    def handle(self, event: Event) -> list[Instruction]:
+        match event:
+            case Received():
+                return self._received(event)
+            case Loaded():
+                return self._loaded(event)
+            case LoadFailed():
+                return self._load_failed(event)
+            case WorkFinished():
+                return self._work_finished(event)
+            case SessionBroke():
+                session = self.sessions.get(event.session)
+                if session is None or event.lease != self.lease:
+                    return [Ignore("a failure of a session that is closed")]
+                return self._fail(session, event.code, event.reason)
+            case StageBroke():
+                return self._load_failed(LoadFailed(event.lease, event.code, event.reason, event.hint))
+
+    # ------------------------------------------------------------ plans
+
+    @property
+    def _stage(self) -> int:
+        assert self.order is not None
+        return self.order.stage
+
+    @property
+    def is_first(self) -> bool:
+        return self.order is not None and self.order.stage == 0
+
+    @property
+    def is_tail(self) -> bool:
+        return self.order is not None and self.order.stage == len(self.order.devices) - 1
+
+    def _load_stage(self, order: LoadStage) -> list[Instruction]:
+        if order.lease < self.lease:
+            return [Ignore(f"plan of lease {order.lease}: lease {self.lease} is in force")]
+        if order.lease == self.lease:
+            return self._report_again(order)
+        self.lease = order.lease
+        self._forget()
+        if not 0 <= order.stage < len(order.devices) or order.prefill_chunk_tokens < 1:
+            return self._load_failed(LoadFailed(order.lease, "protocol", "the plan names no such stage"))
+        self.order = order
+        return [Load(order)]
+
+    def _report_again(self, order: LoadStage) -> list[Instruction]:
+        """The coordinator asks again after a broken link: the answer may have been lost with it."""
+        if self.order != order:
+            return [Ignore(f"plan of lease {order.lease}: it is over")]
+        if self.failed is not None:
+            return [self._stage_failed(self.failed)]
+        if self.loaded is not None:
+            return [self._stage_ready(self.loaded)]
+        return [Ignore(f"plan of lease {order.lease}: already loading")]
+
+    def _loaded(self, event: Loaded) -> list[Instruction]:
+        if event.lease != self.lease or self.order is None or self.failed is not None:
+            return [Ignore(f"loaded for lease {event.lease}, which is over")]
+        self.loaded = event
+        return [self._stage_ready(event)]
+
+    def _load_failed(self, event: LoadFailed) -> list[Instruction]:
+        if event.lease != self.lease or self.failed is not None:
+            return [Ignore(f"failed for lease {event.lease}, which is over")]
+        self.sessions.clear()
+        self.loaded = None
+        self.failed = event
+        return [Unload(event.lease), self._stage_failed(event)]
+
+    def _unload_stage(self, message: UnloadStage) -> list[Instruction]:
+        if message.lease != self.lease or self.order is None:
+            return [Ignore(f"unload of lease {message.lease}, which is over")]
+        self._forget()
+        return [Unload(message.lease)]
+
+    def _forget(self) -> None:
+        self.order = self.loaded = self.failed = None
+        self.sessions.clear()
+        self._closed.clear()
+
+    @staticmethod
+    def _stage_ready(loaded: Loaded) -> Send:
+        ready = StageReady(
+            loaded.lease,
+            loaded.numeric_class,
+            loaded.row_invariant,
+            loaded.weight_bytes,
+            loaded.kv_capacity_tokens,
+        )
+        return Send(COORDINATOR, ready)
+
+    @staticmethod
+    def _stage_failed(failed: LoadFailed) -> Send:
+        return Send(COORDINATOR, StageFailed(failed.lease, failed.code, failed.reason, failed.hint))
+
+    # ------------------------------------------------------------ messages
+
+    def _received(self, event: Received) -> list[Instruction]:
+        message, source = event.message, event.source
+        if source == COORDINATOR and isinstance(message, LoadStage):
+            return self._load_stage(message)
+        if source == COORDINATOR and isinstance(message, UnloadStage):
+            return self._unload_stage(message)
+        if not isinstance(message, OpenSession | Feed | FrameRows | Tokens | CloseSession):
+            return [Ignore(f"{type(message).__name__} is not for a stage")]
+        if message.lease != self.lease or self.loaded is None:
+            return [Ignore(f"{type(message).__name__} of lease {message.lease}, not in force")]
+        if not self._may_send(source, message):
+            return [
+                Ignore(f"{type(message).__name__} from {source or 'the coordinator'}, who may not send it")
+            ]
+        if isinstance(message, OpenSession):
+            return self._open(message)
+        session = self.sessions.get(SessionId(message.session))
+        if isinstance(message, CloseSession):
+            return self._close(SessionId(message.session))
+        if session is None or session.halted:
+            return [Ignore(f"{type(message).__name__} for session {message.session}, not running")]
+        if isinstance(message, Feed):
+            return self._feed(session, message)
+        if isinstance(message, FrameRows):
+            return self._frame(session, message, event.rows)
+        return self._ring(session, message)
+
+    def _may_send(self, source: str, message: OpenSession | Feed | FrameRows | Tokens | CloseSession) -> bool:
+        assert self.order is not None
+        before = COORDINATOR if self.is_first else self.order.devices[self._stage - 1]
+        match message:
+            case OpenSession():
+                return source == before
+            case Feed():
+                return self.is_first and source == COORDINATOR
+            case FrameRows():
+                return not self.is_first and source == before
+            case Tokens():
+                return self.is_first and not self.is_tail and source == self.order.devices[-1]
+            case CloseSession():
+                return source == COORDINATOR
+
+    # ------------------------------------------------------------ sessions
+
+    def _open(self, order: OpenSession) -> list[Instruction]:
+        assert self.order is not None
+        key = SessionId(order.session)
+        if key in self.sessions or key in self._closed:
+            return [Ignore(f"session {key} was opened before")]
+        session = self.sessions[key] = Session(order)
+        problem = problem_of(order)
+        if problem:
+            return self._fail(session, "protocol", problem)
+        samples = self.is_tail and order.tail == "sampler"
+        open_rows = OpenRows(
+            self.lease, key, order.max_rows, order.prompt_rows, order.sampling if samples else None
+        )
+        if self.is_tail:
+            return [open_rows]
+        return [open_rows, Send(self.order.devices[self._stage + 1], order)]
+
+    def _close(self, key: SessionId) -> list[Instruction]:
+        self._closed[key] = None
+        while len(self._closed) > CLOSED_SESSIONS_KEPT:
+            self._closed.popitem(last=False)
+        if self.sessions.pop(key, None) is None:
+            return [Ignore(f"session {key} is not open")]
+        return [DropRows(self.lease, key)]
+
+    def _fail(self, session: Session, code: str, reason: str) -> list[Instruction]:
+        failure = Send(COORDINATOR, SessionFailed(session.id, self.lease, code, reason))
+        return [*self._close(session.id), failure]
+
+    # ------------------------------------------------------------ stage 1: the single writer
+
+    def _feed(self, session: Session, feed: Feed) -> list[Instruction]:
+        wanted = session.rows + len(session.fed)
+        if feed.base_row > wanted:
+            return self._gap(session, wanted)
+        if feed.base_row + len(feed.ids) > max(session.order.forced_rows, wanted):
+            return self._fail(session, "protocol", "more ids were fed than the session was opened for")
+        new = feed.ids[wanted - feed.base_row :]
+        if not new:
+            return [Ignore(f"rows of session {session.id} that were fed before")]
+        if not self._are_ids(new):
+            return self._fail(session, "protocol", "a fed id is outside the model's vocabulary")
+        session.fed.extend(new)
+        return self._cut_chunks(session)
+
+    def _cut_chunks(self, session: Session) -> list[Instruction]:
+        """Chunks end on multiples of the grid, wherever the ids came from: chunking depends on positions alone."""
+        assert self.order is not None
+        grid, forced = self.order.prefill_chunk_tokens, session.order.forced_rows
+        instructions: list[Instruction] = []
+        while session.fed:
+            end = forced if session.is_bidirectional else min(forced, (session.rows // grid + 1) * grid)
+            count = end - session.rows
+            if len(session.fed) < count:
+                break
+            ids = tuple(session.fed[:count])
+            del session.fed[:count]
+            instructions.append(self._issue(session, ids))
+        return instructions
+
+    def _ring(self, session: Session, message: Tokens) -> list[Instruction]:
+        """The tail's ids come back round: the next row of each session."""
+        if message.turn < session.turn:
+            return [Ignore(f"tokens of turn {message.turn}; turn {session.turn} is in force")]
+        session.turn = message.turn
+        instructions: list[Instruction] = []
+        for token in message.tokens:
+            if token.position != session.rows or token.position < session.order.forced_rows or session.halted:
+                instructions.append(Ignore(f"token at {token.position}: row {session.rows} is next"))
+            elif token.finish or token.position + 1 >= session.order.max_rows:
+                session.halted = True
+            elif not self._are_ids((token.id,)):
+                return self._fail(session, "protocol", "the tail sent an id outside the model's vocabulary")
+            else:
+                instructions.append(self._issue(session, (token.id,)))
+        return instructions
+
+    def _issue(self, session: Session, ids: tuple[int, ...]) -> RunRows:
+        session.seq += 1
+        return self._accept(session, session.rows, ids, None)
+
+    # ------------------------------------------------------------ every stage
+
+    def _frame(self, session: Session, frame: FrameRows, rows: Rows | None) -> list[Instruction]:
+        if frame.seq <= session.seq or frame.turn < session.turn:
+            return [Ignore(f"frame {frame.seq} of turn {frame.turn}: seen {session.seq} of {session.turn}")]
+        end = frame.base_row + len(frame.ids)
+        chain = tuple(range(frame.base_row - 1, end - 1))
+        if frame.parents != chain and len(frame.parents) == len(frame.ids):
+            return self._fail(session, "unsupported_tree", "this stage runs chains of rows, not trees")
+        malformed = not frame.ids or frame.parents != chain or frame.base_row < 0 or rows is None
+        if malformed or end > session.order.max_rows or not self._are_ids(frame.ids):
+            return self._fail(session, "protocol", f"frame {frame.seq} does not fit the plan of this session")
+        if frame.bidirectional != session.is_bidirectional or (
+            frame.bidirectional and (frame.base_row, end) != (0, session.order.forced_rows)
+        ):
+            return self._fail(session, "protocol", "a sequence that is read both ways must come in one frame")
+        if frame.base_row > session.rows:
+            return self._gap(session, session.rows)
+        session.seq, session.turn = frame.seq, frame.turn
+        return [self._accept(session, frame.base_row, frame.ids, rows)]
+
+    def _accept(self, session: Session, base_row: int, ids: tuple[int, ...], hidden: Rows | None) -> RunRows:
+        end = base_row + len(ids)
+        session.rows = end
+        logit_rows = 0
+        if self.is_tail and session.order.tail == "sampler":
+            logit_rows = max(0, end - max(base_row, session.order.forced_rows - 1))
+        return RunRows(
+            Work(
+                self.lease,
+                session.id,
+                session.turn,
+                session.seq,
+                base_row,
+                ids,
+                hidden,
+                logit_rows,
+                session.is_bidirectional,
+            )
+        )
+
+    def _gap(self, session: Session, wanted_row: int) -> list[Instruction]:
+        """Said once: the coordinator closes the session everywhere and feeds a new one."""
+        session.halted = True
+        return [Send(COORDINATOR, Gap(session.id, self.lease, wanted_row))]
+
+    def _work_finished(self, event: WorkFinished) -> list[Instruction]:
+        work = event.work
+        session = self.sessions.get(work.session)
+        if work.lease != self.lease or session is None or self.loaded is None:
+            return [Ignore(f"rows of session {work.session}, which is closed")]
+        if not self.is_tail:
+            return [self._pass_on(work, event.rows)]
+        if session.order.tail == "pooler":
+            return [Send(COORDINATOR, Pooled(session.id, self.lease), event.rows)]
+        return self._commit(session, work, event.tokens)
+
+    def _pass_on(self, work: Work, rows: Rows | None) -> Send:
+        assert self.order is not None
+        frame = FrameRows(
+            session=work.session,
+            lease=work.lease,
+            turn=work.turn,
+            seq=work.seq,
+            base_row=work.base_row,
+            parents=tuple(range(work.base_row - 1, work.base_row + len(work.ids) - 1)),
+            ids=work.ids,
+            bidirectional=work.bidirectional,
+        )
+        return Send(self.order.devices[self._stage + 1], frame, rows)
+
+    def _commit(self, session: Session, work: Work, sampled: tuple[Token, ...]) -> list[Instruction]:
+        assert self.order is not None
+        tokens: list[Token] = []
+        for token in sampled:
+            finish = finish_of(session.order, token)
+            tokens.append(replace(token, finish=finish))
+            if finish:
+                break
+        if not tokens:
+            return []
+        message = Tokens(session.id, self.lease, work.turn, tuple(tokens))
+        to_coordinator = Send(COORDINATOR, message)
+        if self.is_first:
+            return [*self._ring(session, message), to_coordinator]
+        return [Send(self.order.devices[0], message), to_coordinator]
+
+    def _are_ids(self, ids: tuple[int, ...]) -> bool:
+        assert self.loaded is not None
+        return min(ids) >= 0 and max(ids) < self.loaded.vocab_size
