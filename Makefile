@@ -1,0 +1,61 @@
+# `make demo` and `make test` set up everything they need; the other targets likewise.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+NATIVE := $(VENV)/.native
+CSRC := $(wildcard kernels/csrc/* kernels/csrc/*/*) kernels/CMakeLists.txt pyproject.toml
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-unit check format bench browser wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(NATIVE)  ## virtual environment, pinned packages, native kernels
+
+$(INSTALLED): constraints.txt pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt scikit-build-core nanobind ninja
+	$(PYTHON) -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+# The kernels once more when their sources change; --no-deps, so that it takes seconds.
+$(NATIVE): $(INSTALLED) $(CSRC)
+	test $(INSTALLED) -nt $@ || \
+	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: setup  ## one model over three devices on this machine: plan, speed, generated code, console
+	$(VENV)/bin/edge-runtime demo $(DEMO_FLAGS)
+
+test: setup browser  ## every test: unit, real processes, real browser
+	$(PYTHON) -m pytest
+
+test-unit: setup  ## the fast tests: no processes, no browser, no transformers
+	$(PYTHON) -m pytest -m 'not cluster and not browser and not export'
+
+check: setup  ## lint, types, import rule: what CI checks
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	PYTHONPATH=kernels:. $(VENV)/bin/lint-imports
+
+format: setup  ## put the code in the house style
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+bench: setup  ## measure the kernels and the transport; benchmarks/README.md lists the others
+	$(PYTHON) -m benchmarks.kernels
+	$(PYTHON) -m benchmarks.transport
+
+# The console's test needs a real Chromium: Debian's, where we may install it.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+	  echo 'no Chromium here and no right to install it: the browser test will say so' >&2
+
+wheel: setup  ## build the wheel into dist/
+	$(PYTHON) -m build --wheel --no-isolation --outdir dist
+
+clean:  ## remove what was built
+	rm -rf build dist $(VENV)
