@@ -86,4 +86,5 @@ class Plan:
     prefill_chunk_tokens: int
 
 
-Links = Mapping[tuple[str, str], Link]  # (from device id, to device id); a missing pair is estimated through COORDINATOR
+# (from device id, to device id) -> link; a missing pair is estimated through COORDINATOR
+Links = Mapping[tuple[str, str], Link]

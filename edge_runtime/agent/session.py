@@ -19,9 +19,7 @@ class Session:
     rows: int = 0  # accepted for running: rows 0 .. rows - 1 are run or queued
     seq: int = 0  # stage 1: last issued; others: last accepted
     turn: int = 0  # last seen
-    fed: list[int] = field(
-        default_factory=list
-    )  # stage 1: ids of rows from `rows` on, short of a whole chunk
+    fed: list[int] = field(default_factory=list)  # stage 1: ids of rows from `rows` on, not yet a whole chunk
     halted: bool = False  # finished, or a gap was reported: nothing more will run
 
     @property

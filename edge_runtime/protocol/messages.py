@@ -59,7 +59,7 @@ class Hello:
     software_version: str
     device_name: str
     boot_id: str  # new at every start of the agent: a rejoin replaces, it never counts twice
-    data_address: str  # where peers may dial this agent's data port; "" for none (browser, NAT): use the relay
+    data_address: str  # where peers may dial this agent; "" for nowhere (browser, NAT): use the relay
     memory_budget_bytes: int  # of the whole process
     threads: int
 
