@@ -1,0 +1,4 @@
+"""Numbers in, numbers out: the kernels that run between compiled segments, each with a NumPy reference.
+
+Knows: array layouts and arithmetic. Does not know: bundles, stages, sessions, files or threads of others.
+"""

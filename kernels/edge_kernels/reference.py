@@ -1,0 +1,129 @@
+"""What the native kernels compute, in NumPy: short, row by row, slow. Tests compare the two.
+
+Knows: arithmetic. Does not know: instruction sets, threads, or bit-exact reduction orders.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edge_kernels.attention import RaggedRows
+    from edge_kernels.experts import ExpertWeights
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+PAGE_TOKENS = 32
+
+
+def prepare_qk(
+    q: F32,
+    k: F32,
+    positions: I32,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    cos: F32 | None,
+    sin: F32 | None,
+    q_norm: F32 | None,
+    k_norm: F32 | None,
+    norm_epsilon: float,
+) -> tuple[F32, F32]:
+    """RMS norm (where weights are given), then rotary embedding (where tables are given), of new queries and keys."""
+    prepared = []
+    for x, count, weight in ((q, heads, q_norm), (k, kv_heads, k_norm)):
+        y = x.reshape(len(x), count, head_dim).astype(np.float32)
+        if weight is not None:
+            per_head = weight.size == head_dim
+            y = y if per_head else y.reshape(len(x), 1, count * head_dim)
+            y = y / np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + np.float32(norm_epsilon)) * weight
+            y = y.reshape(len(x), count, head_dim)
+        if cos is not None and sin is not None:
+            y = _rotate(y, cos[positions][:, None], sin[positions][:, None])
+        prepared.append(np.ascontiguousarray(y.reshape(len(x), count * head_dim), np.float32))
+    return prepared[0], prepared[1]
+
+
+def _rotate(x: F32, cos: F32, sin: F32) -> F32:
+    """Rotate pair (i, i + r/2) of the first r entries of every head."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
+
+
+def append_kv(pool: F32, layer: int, k: F32, v: F32, rows: RaggedRows) -> None:
+    """Write new rows' keys and values [R, kv_heads * head_dim] into their pages."""
+    pages = rows.block_tables[rows.sequence, rows.positions // PAGE_TOKENS]
+    slots = rows.positions % PAGE_TOKENS
+    for which, new in ((0, k), (1, v)):
+        pool[pages, layer, which, slots] = new.reshape(len(new), pool.shape[4], pool.shape[5])
+
+
+def paged_attention(
+    q: F32,
+    pool: F32,
+    layer: int,
+    rows: RaggedRows,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+) -> F32:
+    """Softmax(scale * q k^T) v over the rows each row sees: [R, heads * head_dim]."""
+    out = np.empty((len(q), heads, head_dim), np.float32)
+    group = heads // kv_heads
+    for r, (position, s) in enumerate(zip(rows.positions, rows.sequence, strict=True)):
+        first, last = visible_rows(int(position), int(rows.lengths[s]), window, causal)
+        seen = np.arange(first, last)
+        pages, slots = rows.block_tables[s, seen // PAGE_TOKENS], seen % PAGE_TOKENS
+        keys, values = (
+            pool[pages, layer, which, slots].astype(np.float64) for which in (0, 1)
+        )  # [n, kv_heads, d]
+        for h in range(heads):
+            scores = keys[:, h // group] @ q[r, h * head_dim : (h + 1) * head_dim] * scale
+            if softcap > 0:
+                scores = softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            out[r, h] = weights / weights.sum() @ values[:, h // group]
+    return out.reshape(len(q), heads * head_dim)
+
+
+def visible_rows(position: int, length: int, window: int, causal: bool) -> tuple[int, int]:
+    """First row seen and one past the last, for the row at `position`. Windows are for causal attention only."""
+    if not causal:
+        return 0, length
+    return (max(0, position - window + 1) if window > 0 else 0), position + 1
+
+
+def route(logits: F32, *, top_k: int, normalize: bool, softmax_after: bool) -> tuple[I32, F32]:
+    """Chosen experts (largest logit first, ties to the lower id) and their gates, both [R, top_k]."""
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k].astype(np.int32)
+    exps = np.exp(logits - logits.max(-1, keepdims=True))
+    gates = np.take_along_axis(exps, ids.astype(np.int64), -1)
+    if softmax_after or normalize:
+        return ids, gates / gates.sum(-1, keepdims=True)
+    return ids, gates / exps.sum(-1, keepdims=True)
+
+
+def run_experts(x: F32, ids: I32, gates: F32, weights: ExpertWeights, *, activation: str) -> F32:
+    """Sum over a row's experts, in the order given, of gate * down(silu(gate_proj x) * up_proj x): [R, hidden].
+
+    Activations stay float32 here; the native kernel quantizes them to int8 for quantized weights.
+    """
+    if activation != "silu":
+        raise ValueError(f"unknown activation {activation!r}: experts know silu")
+    out = np.zeros((len(x), weights.hidden), np.float32)
+    for r in range(len(x)):
+        for expert, gate in zip(ids[r], gates[r], strict=True):
+            g = weights.matrix(int(expert), "gate") @ x[r]
+            u = weights.matrix(int(expert), "up") @ x[r]
+            out[r] += gate * (weights.matrix(int(expert), "down") @ (g / (1 + np.exp(-g)) * u))
+    return out
