@@ -1,0 +1,128 @@
+"""What a batch asks for, checked before anything is changed, and laid out as rows.
+
+Knows: spans, sessions' row counts, what may be wrong with a batch. Does not know: weights or how rows are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.bundle.manifest import ModelInfo
+from edge_runtime.core import LayerRange, SessionId
+from edge_runtime.engine.base import Batch, Span, total_rows
+from edge_runtime.engine.page_table import PageTable
+from edge_runtime.errors import CapacityError, EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class StageShape:
+    """Which part of which model a stage is."""
+
+    model: ModelInfo
+    layers: LayerRange
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        if self.layers.last >= self.num_layers:
+            raise EngineError(
+                f"layers {self.layers} are not all in this model, which has {self.num_layers}",
+                hint=f"choose layers between 0 and {self.num_layers - 1}",
+            )
+
+    @property
+    def is_first(self) -> bool:
+        return self.layers.first == 0
+
+    @property
+    def is_tail(self) -> bool:
+        return self.layers.last == self.num_layers - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """The rows of a batch: span i has rows starts[i] .. starts[i + 1] - 1. R rows, S spans."""
+
+    positions: NDArray[np.int32]  # [R] absolute row number in the session
+    sequence: NDArray[np.int32]  # [R] index of the row's span
+    starts: tuple[int, ...]  # S + 1
+    lengths: NDArray[np.int32]  # [S] rows of the session once the batch is appended
+    logit_rows: NDArray[np.intp]  # rows whose logits are wanted, in span order
+
+
+def lay_out(spans: Sequence[Span]) -> RowLayout:
+    starts: list[int] = [0]
+    logit_rows: list[int] = []
+    for span in spans:
+        end = starts[-1] + len(span.ids)
+        logit_rows.extend(range(end - span.logit_rows, end))
+        starts.append(end)
+    counts = [len(span.ids) for span in spans]
+    bases = np.array([span.base_row for span in spans], np.int32)
+    sequence = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
+    offsets = np.arange(starts[-1], dtype=np.int32) - np.array(starts[:-1], np.int32)[sequence]
+    return RowLayout(
+        positions=bases[sequence] + offsets,
+        sequence=sequence,
+        starts=tuple(starts),
+        lengths=bases + np.array(counts, np.int32),
+        logit_rows=np.array(logit_rows, np.intp),
+    )
+
+
+def check_open(shape: StageShape, session: SessionId, max_rows: int) -> None:
+    if max_rows > shape.model.max_context_tokens:
+        raise CapacityError(
+            f"session {session} wants {max_rows} tokens; "
+            f"{shape.model.name} was made for at most {shape.model.max_context_tokens}",
+            hint="shorten the prompt or ask for fewer new tokens",
+        )
+
+
+def check_batch(batch: Batch, shape: StageShape, table: PageTable) -> None:
+    """Raises EngineError or CapacityError that names the session. Changes nothing, so no session is half-run."""
+    seen: set[SessionId] = set()
+    for span in batch.spans:
+        if span.session in seen:
+            raise EngineError(f"session {span.session} is in one batch twice")
+        seen.add(span.session)
+        _check_span(span, shape)
+        table.check_append(span.session, span.base_row, len(span.ids))
+    _check_hidden(batch, shape)
+
+
+def _check_span(span: Span, shape: StageShape) -> None:
+    if not span.ids:
+        raise EngineError(f"session {span.session} has a span without rows")
+    if not 0 <= span.logit_rows <= len(span.ids):
+        raise EngineError(
+            f"session {span.session} wants logits of {span.logit_rows} rows of a span of {len(span.ids)}"
+        )
+    if shape.model.kind == "encoder" and span.base_row != 0:
+        raise EngineError(
+            f"session {span.session} starts at row {span.base_row}; an encoder takes a whole sequence at once"
+        )
+    if shape.is_first and not all(0 <= token < shape.model.vocab_size for token in span.ids):
+        raise EngineError(
+            f"session {span.session} has a token id outside 0..{shape.model.vocab_size - 1}",
+            hint="the ids come from another tokenizer",
+        )
+
+
+def _check_hidden(batch: Batch, shape: StageShape) -> None:
+    if shape.is_first:
+        if batch.hidden is not None:
+            raise EngineError("the first stage makes rows from token ids and takes no hidden rows")
+        return
+    wanted = (total_rows(batch.spans), shape.model.hidden_size)
+    if batch.hidden is None:
+        raise EngineError(
+            f"a stage that starts at layer {shape.layers.first} takes hidden rows, and got none"
+        )
+    if batch.hidden.shape != wanted or batch.hidden.dtype != np.float32:
+        raise EngineError(
+            f"hidden rows are {batch.hidden.dtype} {batch.hidden.shape}; float32 {wanted} was announced"
+        )
