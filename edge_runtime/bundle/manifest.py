@@ -98,6 +98,8 @@ class Segment:
 
     The graph's initializers are external data: `location` is the slice's key, offset and length point at a
     tensor's part.
+    The graph's inputs and outputs come in the order of `inputs` and `outputs`; an output may have another name there
+    (ONNX names a tensor once, and `hidden` is often both).
     """
 
     graph: Part  # uint8 bytes of the ModelProto
