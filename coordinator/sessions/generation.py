@@ -1,0 +1,210 @@
+"""One running generation: a request, the tokens committed so far, and who listens.
+
+A token is journalled, then shown: nobody ever saw an id that a crash could take back. However often the pipeline under
+it is replaced, the request goes on from its journalled ids, and its stream never shows a seam.
+
+Knows: one request's tokens, text, and end. Does not know: devices, plans, other requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from coordinator.service import GenerateRequest, TokenEvent
+from coordinator.sessions.live_session import LiveSession
+from coordinator.sessions.port import Cancel, Inbound, RequestJournal, SessionPort
+from coordinator.text import Decoder, TextStream
+from edge_runtime.core import Token
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.protocol.messages import Feed, OpenSession, Tokens
+
+CANCELLED = "cancelled"
+FAILED = "error"
+PREFILL_PATIENCE_SECONDS_PER_ROW = 0.05
+
+
+class Generation(LiveSession):
+    """`journal` None: nothing is written (a probe). `tokens`: those of the journal, where it goes on from there."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        port: SessionPort,
+        journal: RequestJournal | None,
+        *,
+        decoder: Decoder,
+        eos_ids: Sequence[int],
+        vocab_size: int,
+        stall_seconds: float,
+        tokens: Sequence[Token] = (),
+        is_detached: bool = False,
+    ) -> None:
+        super().__init__(request.id, port, stall_seconds=stall_seconds)
+        self.request = request
+        self.rows = len(request.prompt_ids) + request.max_tokens
+        self.started_at = port.clock()
+        self.error: EdgeRuntimeError | None = None
+        self._journal = journal
+        self._stop_ids = () if request.ignore_eos else tuple(eos_ids)
+        self._vocab_size = vocab_size
+        self._text = TextStream(decoder, request.prompt_ids, request.stop)
+        self._tokens: list[Token] = []
+        self._events: list[TokenEvent] = []
+        self._changed = asyncio.Event()
+        self._listeners = 0
+        self._is_detached = is_detached  # it goes on with nobody listening
+        self._last_commit_at = 0.0
+        for token in tokens:
+            self._show(token)
+
+    # ------------------------------------------------------------ for listeners
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self._events)
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self._events) and bool(self._events[-1].finish_reason)
+
+    async def events(self, after_index: int = -1) -> AsyncIterator[TokenEvent]:
+        """Events after `after_index`, old ones at once, then live. Closing the last listener's iterator cancels."""
+        self._listeners += 1
+        at = max(0, after_index + 1)
+        try:
+            while True:
+                while at < len(self._events):
+                    event = self._events[at]
+                    at += 1
+                    yield event
+                if self.is_finished:
+                    return
+                if self.error is not None:
+                    raise self.error
+                await self._changed.wait()  # woken by every event, and by the end of `run` in any case
+        finally:
+            self._listeners -= 1
+            if self._listeners == 0 and not self._is_detached and not self.is_finished:
+                self.deliver(Cancel())
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # ------------------------------------------------------------ as a session
+
+    def _opening(self, number: int, lease: int) -> tuple[OpenSession, Feed]:
+        request = self.request
+        ids = (*request.prompt_ids, *(token.id for token in self._tokens))
+        self._last_commit_at = 0.0
+        opening = OpenSession(
+            session=number,
+            lease=lease,
+            forced_rows=len(ids),
+            prompt_rows=len(request.prompt_ids),
+            max_rows=self.rows,
+            stop_ids=self._stop_ids,
+            sampling=request.sampling,
+            tail="sampler",
+        )
+        return opening, Feed(number, lease, 0, ids)
+
+    def _patience_seconds(self) -> float:
+        forced_rows = 0 if self._progressed else len(self.request.prompt_ids) + len(self._tokens)
+        return self._stall_seconds + forced_rows * PREFILL_PATIENCE_SECONDS_PER_ROW
+
+    async def _on_tokens(self, message: Tokens) -> None:
+        """Journal what is new, then show it. Several messages that wait already are journalled in one go."""
+        new = self._accept([message, *self._waiting_tokens()])
+        if not new:
+            return
+        first_index = len(self._tokens)
+        pieces = self._trim(new)
+        if self._journal is not None:
+            await self._journal.append_tokens(self.request.id, first_index, tuple(t for t, _ in pieces))
+        self._progressed = True
+        self._count(len(pieces))
+        finish_reason = pieces[-1][1].finish_reason
+        if finish_reason:
+            self._close()  # now: the devices' memory is needed by others
+            if self._journal is not None:
+                await self._journal.finish_request(self.request.id, finish_reason)
+            self.ended = True
+        for token, event in pieces:
+            self._tokens.append(token)
+            self._events.append(event)
+        self._wake()
+
+    def _waiting_tokens(self) -> list[Tokens]:
+        """Tokens of the open session at the head of the inbox."""
+        found: list[Tokens] = []
+        kept: list[Inbound] = []
+        while not self._inbox.empty():
+            message = self._inbox.get_nowait()
+            if isinstance(message, Tokens) and not kept:
+                if self._is_current(message):
+                    found.append(message)
+            else:
+                kept.append(message)
+        for message in kept:
+            self._inbox.put_nowait(message)
+        return found
+
+    def _accept(self, messages: Sequence[Tokens]) -> list[Token]:
+        """The tokens that come next. Ids a stage can't have are as bad as none."""
+        position = len(self.request.prompt_ids) + len(self._tokens)
+        new: list[Token] = []
+        for token in (token for message in messages for token in message.tokens):
+            if token.position < position:
+                continue  # a late duplicate
+            if token.position > position or not 0 <= token.id < self._vocab_size:
+                self._break(f"the tail sent id {token.id} for row {token.position}; row {position} was next")
+                return []
+            new.append(token)
+            position += 1
+        return new
+
+    def _trim(self, tokens: Sequence[Token]) -> list[tuple[Token, TokenEvent]]:
+        """Tokens with what they show, up to the one that ends the request."""
+        pieces: list[tuple[Token, TokenEvent]] = []
+        for token in tokens:
+            event = self._event(len(self._tokens) + len(pieces), token)
+            pieces.append((token, event))
+            if event.finish_reason:
+                break
+        return pieces
+
+    def _event(self, index: int, token: Token) -> TokenEvent:
+        finish_reason = ""
+        if token.id in self._stop_ids:
+            finish_reason = "stop"
+        elif index + 1 >= self.request.max_tokens:
+            finish_reason = "length"
+        piece = self._text.push(token.id, is_last=bool(finish_reason))
+        if piece.is_stop:
+            finish_reason = "stop"
+        return TokenEvent(index, token.id, piece.text, token.logprob, finish_reason)
+
+    def _show(self, token: Token) -> None:
+        self._events.append(self._event(len(self._tokens), token))
+        self._tokens.append(token)
+
+    def _count(self, tokens: int) -> None:
+        now = self._port.clock()
+        self._port.committed(tokens, now - self._last_commit_at if self._last_commit_at else 0.0)
+        self._last_commit_at = now
+
+    async def _on_failed(self, error: EdgeRuntimeError) -> None:
+        self._close()
+        if self._journal is not None:
+            await self._journal.finish_request(self.request.id, FAILED, error.message)
+        self.error = error
+        self._wake()
+
+    async def _on_cancelled(self) -> None:
+        """The ids stay in the journal: a reader who comes back gets them, and the rest."""
+        self._close()
+        if self._journal is not None:
+            await self._journal.finish_request(self.request.id, CANCELLED)
+        self._wake()

@@ -1,0 +1,140 @@
+"""What every session on a pipeline goes through: opened, broken, opened again, ended.
+
+One task runs one session, so that all its steps are in one order; messages reach it through its inbox.
+
+Knows: leases, session numbers, retries and silence. Does not know: what the rows mean (`generation`, `embedding`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+
+from coordinator.sessions.port import (
+    Cancel,
+    Fail,
+    Inbound,
+    Open,
+    PipelineLost,
+    PooledVector,
+    SessionPort,
+)
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.protocol.messages import Feed, Gap, OpenSession, SessionFailed, Tokens
+
+
+class LiveSession(ABC):
+    """`run` returns when the session ended, one way or another."""
+
+    def __init__(self, key: str, port: SessionPort, *, stall_seconds: float) -> None:
+        self.key = key
+        self.rows = 0  # what it may grow to
+        self._port = port
+        self._stall_seconds = stall_seconds
+        self._inbox: asyncio.Queue[Inbound] = asyncio.Queue()
+        self._lease = 0  # open under it; 0: not open
+        self._number = 0
+        self._progressed = False
+        self._recoveries = 0
+        self.ended = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._lease != 0
+
+    @property
+    def was_interrupted(self) -> bool:
+        return self._recoveries > 1
+
+    def deliver(self, message: Inbound) -> None:
+        if not self.ended:
+            self._inbox.put_nowait(message)
+
+    async def run(self) -> None:
+        """Raises only what is a bug; the session is closed on the pipeline in any case."""
+        try:
+            while not self.ended:
+                await self._handle(await self._next())
+        finally:
+            self.ended = True
+            self._close()
+
+    async def _next(self) -> Inbound:
+        if not self.is_open:
+            return await self._inbox.get()  # the cluster's own patience ends this: it sends Open or Fail
+        patience_seconds = self._patience_seconds()
+        try:
+            async with asyncio.timeout(patience_seconds):
+                return await self._inbox.get()
+        except TimeoutError:
+            reason = f"nothing came from the pipeline for {patience_seconds:.0f} s"
+            return SessionFailed(self._number, self._lease, "stalled", reason)
+
+    async def _handle(self, message: Inbound) -> None:
+        match message:
+            case Open():
+                await self._open(message.lease)
+            case PipelineLost():
+                if message.lease == self._lease:
+                    self._close()
+            case Cancel():
+                await self._on_cancelled()
+                self.ended = True
+            case Fail():
+                await self._on_failed(message.error)
+                self.ended = True
+            case Gap():
+                if self._is_current(message):
+                    self._break(f"a stage lost rows from {message.wanted_row} on")
+            case SessionFailed():
+                if self._is_current(message):
+                    self._break(message.reason)
+            case Tokens():
+                if self._is_current(message):
+                    await self._on_tokens(message)
+            case PooledVector():
+                if self._is_current(message.message):
+                    await self._on_pooled(message)
+
+    async def _open(self, lease: int) -> None:
+        self._close()
+        number = await self._port.next_session()
+        opening, feed = self._opening(number, lease)
+        self._lease, self._number, self._progressed = lease, number, False
+        self._recoveries += 1
+        self._port.start(self.key, opening, feed)
+
+    def _close(self) -> None:
+        if self.is_open:
+            self._port.close(self._number, self._lease)
+            self._lease = 0
+
+    def _break(self, reason: str) -> None:
+        lease, progressed = self._lease, self._progressed
+        self._close()
+        self._port.broke(self.key, lease, reason, progressed=progressed)
+
+    def _is_current(self, message: Tokens | Gap | SessionFailed | object) -> bool:
+        return (
+            self.is_open
+            and getattr(message, "session", -1) == self._number
+            and getattr(message, "lease", -1) == self._lease
+        )
+
+    @abstractmethod
+    def _opening(self, number: int, lease: int) -> tuple[OpenSession, Feed]: ...
+
+    @abstractmethod
+    def _patience_seconds(self) -> float: ...
+
+    @abstractmethod
+    async def _on_failed(self, error: EdgeRuntimeError) -> None: ...
+
+    @abstractmethod
+    async def _on_cancelled(self) -> None: ...
+
+    async def _on_tokens(self, message: Tokens) -> None:
+        self._break("the tail sent tokens where none were asked for")
+
+    async def _on_pooled(self, message: PooledVector) -> None:
+        self._break("the tail sent a vector where none was asked for")

@@ -1,0 +1,89 @@
+"""What a running session needs of the rest of the coordinator.
+
+Knows: the interface. Does not know: links, devices, the cluster's state; `runtime` provides it, tests fake it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.core import RequestId, Token
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.protocol.messages import Feed, Gap, OpenSession, Pooled, SessionFailed, Tokens
+
+# ---------------------------------------------------------------- into a session
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Start, or start again, on the pipeline of this lease."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineLost:
+    """The pipeline of this lease is over. An `Open` follows, or a `Fail`."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    error: EdgeRuntimeError
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody listens any more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PooledVector:
+    message: Pooled
+    vector: NDArray[np.float32]  # [E]
+
+
+Inbound = Open | PipelineLost | Fail | Cancel | Tokens | PooledVector | Gap | SessionFailed
+
+# ---------------------------------------------------------------- out of a session
+
+
+class SessionPort(Protocol):
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    async def next_session(self) -> int:
+        """A session number that was never used."""
+        ...
+
+    def start(self, key: str, opening: OpenSession, feed: Feed) -> None:
+        """Send both to the first stage, in this order; route what comes back to the session `key`."""
+        ...
+
+    def close(self, session: int, lease: int) -> None:
+        """Tell every stage to free the session; nothing of it is routed any more."""
+        ...
+
+    def broke(self, key: str, lease: int, reason: str, *, progressed: bool) -> None:
+        """Ask for another `Open` (or a `Fail`, after too many)."""
+        ...
+
+    def committed(self, count: int, seconds: float) -> None:
+        """`count` tokens were journalled, `seconds` after the ones before (0: the first of a stretch)."""
+        ...
+
+
+class RequestJournal(Protocol):
+    """The part of the journal that a generation writes to."""
+
+    async def append_tokens(
+        self, request: RequestId, first_index: int, tokens: tuple[Token, ...]
+    ) -> None: ...
+
+    async def finish_request(self, request: RequestId, finish_reason: str, error: str = "") -> None: ...
