@@ -1,1 +1,1 @@
-"""What must survive a crash: devices, join tokens, API keys, leases, accepted requests and every token before it is streamed."""
+"""What must survive a crash: devices, join tokens, keys, leases, accepted requests and every token."""
