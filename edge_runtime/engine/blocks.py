@@ -1,0 +1,52 @@
+"""A loaded block: its operations as steps, in order, independent of which stage it is part of.
+
+Knows: how values flow from step to step. Does not know: layers' places in a stage, sessions, batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.manifest import Block
+from edge_runtime.engine.cut_operations import CutStep, RunContext, cut_step
+from edge_runtime.engine.segments import SegmentStep, forget_pages
+
+Float32 = NDArray[np.float32]
+
+
+class LoadedBlock:
+    """The embedding, one layer, or the head."""
+
+    def __init__(self, bundle: Bundle, block: Block) -> None:
+        self.name = block.name
+        self.attention_count = sum(operation.kind == "attention" for operation in block.operations)
+        self._steps = _compile(bundle, block)
+        forget_pages(bundle, block.slices)
+
+    def run(self, hidden: Float32, context: RunContext, kv_layer: int) -> Float32:
+        values = {"hidden": hidden}
+        if self.attention_count:
+            context = replace(context, kv_layer=kv_layer)
+        for step in self._steps:
+            inputs = [values[name] for name in step.inputs]
+            results = step.run(inputs) if isinstance(step, SegmentStep) else step.run(inputs, context)
+            values.update(zip(step.outputs, results, strict=True))
+        return values["hidden"]
+
+
+def _compile(bundle: Bundle, block: Block) -> list[SegmentStep | CutStep]:
+    """Segments cover the maximal runs of uncut operations, in order: the bundle's checks made sure."""
+    segments = {segment.first_operation: segment for segment in block.segments}
+    steps: list[SegmentStep | CutStep] = []
+    kv_index = 0
+    for index, operation in enumerate(block.operations):
+        if operation.is_cut:
+            steps.append(cut_step(bundle, operation, kv_index))
+            kv_index += operation.kind == "attention"
+        elif index in segments:
+            steps.append(SegmentStep(bundle, block, segments[index]))
+    return steps

@@ -1,0 +1,43 @@
+"""The name of a device's arithmetic: two stages of the same class compute the same bits.
+
+Knows: what decides bits (executor, instruction set, formats, kernels). Does not know: whether rows are in fact
+invariant; `probe.py` measures that.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import edge_kernels
+
+# Features by which the executor's kernels choose their paths; two processors with the same ones take the same paths.
+_FEATURES = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "fphp", "sve", "sve2", "sme"),
+)
+
+
+def numeric_class(executor: str, executor_version: str, weights: str) -> str:
+    """`executor-version/machine+features/isa of our kernels/w:weights/kv:fp32/wire:fp32/k:kernel version`."""
+    processor = "+".join((platform.machine().lower(), *processor_features()))
+    isa = getattr(edge_kernels, "isa", lambda: "numpy")()
+    version = getattr(edge_kernels, "__version__", "0")
+    return (
+        f"{executor}-{executor_version}/{processor}/{isa}/w:{weights}/kv:fp32/wire:fp32/k:{version}".replace(
+            " ", ""
+        )
+    )
+
+
+def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """Those of the list this processor has; empty where the system does not say."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return ()
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    found = set(line.group(1).split()) if line else set()
+    return tuple(feature for feature in _FEATURES if feature in found)
