@@ -1,0 +1,36 @@
+"""The console's files: a fixed table read once, so that no path from a request ever reaches the file system.
+
+Knows: names and types. Does not know: what the pages do.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from aiohttp import web
+
+from coordinator.api.guard import Access, RouteHandler, Routes
+
+INDEX = "index.html"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+def add_console(routes: Routes) -> None:
+    """`/` and `/console/NAME` for every file of the package that a browser may have."""
+    for entry in resources.files("coordinator.console").iterdir():
+        suffix = entry.name[entry.name.rfind(".") :]
+        if entry.is_file() and suffix in _TYPES:
+            path = "/" if entry.name == INDEX else f"/console/{entry.name}"
+            routes.add("GET", path, _file(entry.read_bytes(), _TYPES[suffix]), Access.PUBLIC)
+
+
+def _file(data: bytes, content_type: str) -> RouteHandler:
+    async def handler(_request: web.Request) -> web.Response:
+        return web.Response(body=data, headers={"Content-Type": content_type, "Cache-Control": "no-cache"})
+
+    return handler
