@@ -1,0 +1,211 @@
+"""The compute thread: owns the Stage and the samplers, takes commands, gives back events.
+
+One batch is in flight at a time; commands that came meanwhile (a cancelled session) are obeyed before the next one, so
+KV is free within one step. A session that fails alone fails alone; anything unexpected breaks the stage.
+
+Knows: stages, batches, samplers. Does not know: asyncio, links, leases beyond their number.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edge_runtime.agent.pipeline_events import (
+    DropRows,
+    Event,
+    OpenRows,
+    RunRows,
+    SessionBroke,
+    StageBroke,
+    Work,
+    WorkFinished,
+)
+from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.tail import TailSession
+from edge_runtime.core import SessionId
+from edge_runtime.engine.base import Batch, Rows, Span, Stage
+from edge_runtime.errors import EdgeRuntimeError
+
+log = logging.getLogger(__name__)
+
+Deliver = Callable[[Sequence[Event]], None]  # called on the compute thread
+Job = Callable[[], None]  # something that must not run beside a step: loading, closing
+
+STOP_SECONDS = 10.0  # the longest step we wait for at the end; the thread is a daemon beyond it
+
+
+class LoadedStage:
+    """A stage and what the worker must know to run it."""
+
+    def __init__(self, lease: int, stage: Stage, *, is_tail: bool, vocab_size: int, queue: RowQueue) -> None:
+        self.lease = lease
+        self.stage = stage
+        self.is_tail = is_tail
+        self.vocab_size = vocab_size
+        self.queue = queue
+        self.tails: dict[SessionId, TailSession] = {}
+        self.open: set[SessionId] = set()
+
+
+class StageWorker:
+    """`put` from the event loop; events come back through `deliver`, in order."""
+
+    def __init__(self, deliver: Deliver) -> None:
+        self._deliver = deliver
+        self._wake = threading.Condition()
+        self._inbox: deque[OpenRows | RunRows | DropRows | Job] = deque()
+        self._stopping = False
+        self._loaded: LoadedStage | None = None
+        self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
+        self.steps = 0  # moves with every batch; read by heartbeats
+        self.kv_used_tokens = 0
+        self.open_sessions = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, command: OpenRows | RunRows | DropRows | Job) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def install(self, loaded: LoadedStage | None) -> LoadedStage | None:
+        """Replace the stage; the old one is returned to be closed. Only from a Job."""
+        before, self._loaded = self._loaded, loaded
+        return before
+
+    def stop(self) -> bool:
+        """Wait for the step in flight, close the stage. False where the thread is stuck in a step."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(STOP_SECONDS)
+        return not self._thread.is_alive()
+
+    # ------------------------------------------------------------ on the compute thread
+
+    def _work(self) -> None:
+        while (commands := self._next_commands()) is not None:
+            for command in commands:
+                self._obey(command)
+            self._step()
+            self._measure()
+        if self._loaded is not None:
+            self._loaded.stage.close()
+
+    def _next_commands(self) -> list[OpenRows | RunRows | DropRows | Job] | None:
+        with self._wake:
+            while not (self._inbox or self._stopping or (self._loaded and len(self._loaded.queue))):
+                self._wake.wait()
+            if self._stopping:
+                return None
+            commands = list(self._inbox)
+            self._inbox.clear()
+            return commands
+
+    def _measure(self) -> None:
+        loaded = self._loaded
+        self.kv_used_tokens = loaded.stage.kv_used_tokens if loaded else 0
+        self.open_sessions = len(loaded.open) if loaded else 0
+
+    def _obey(self, command: OpenRows | RunRows | DropRows | Job) -> None:
+        if callable(command):
+            command()
+            return
+        lease = command.work.lease if isinstance(command, RunRows) else command.lease
+        loaded = self._loaded
+        if loaded is None or lease != loaded.lease:
+            return  # of a plan that is over: its sessions went with it
+        match command:
+            case OpenRows():
+                self._open(loaded, command)
+            case RunRows(work):
+                if work.session in loaded.open:
+                    loaded.queue.add(work)
+            case DropRows():
+                self._drop(loaded, command.session)
+
+    def _open(self, loaded: LoadedStage, order: OpenRows) -> None:
+        tail = None
+        try:
+            if order.sampling is not None:
+                tail = TailSession(order.sampling, loaded.vocab_size, order.prompt_rows)
+            loaded.stage.open(order.session, order.max_rows)
+        except EdgeRuntimeError as problem:
+            self._deliver([SessionBroke(loaded.lease, order.session, problem.code, problem.message)])
+            return
+        loaded.open.add(order.session)
+        if tail is not None:
+            loaded.tails[order.session] = tail
+
+    def _drop(self, loaded: LoadedStage, session: SessionId) -> None:
+        loaded.queue.drop(session)
+        loaded.tails.pop(session, None)
+        if session in loaded.open:
+            loaded.open.discard(session)
+            loaded.stage.drop(session)
+
+    def _step(self) -> None:
+        loaded = self._loaded
+        works = loaded.queue.take() if loaded is not None else []
+        if loaded is None or not works:
+            return
+        try:
+            events = self._run_apart(loaded, works)
+        except Exception as problem:  # the engine itself: nothing it holds can be trusted any more
+            log.exception("lease %d: the engine failed", loaded.lease)
+            self._loaded = None
+            loaded.stage.close()
+            reason = f"{type(problem).__name__}: {problem}"
+            events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
+        self.steps += 1
+        self._deliver(events)
+
+    def _run_apart(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
+        """All in one batch; where that is refused, one by one, so that the guilty session fails alone."""
+        try:
+            return self._run(loaded, works)
+        except EdgeRuntimeError as problem:
+            if len(works) > 1:
+                return [event for work in works for event in self._run_apart(loaded, [work])]
+            self._drop(loaded, works[0].session)
+            return [SessionBroke(loaded.lease, works[0].session, problem.code, problem.message)]
+
+    def _run(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
+        result = loaded.stage.run(batch_of(works))
+        if not loaded.is_tail:
+            return _split_rows(works, result)
+        if works[0].bidirectional:
+            return [WorkFinished(work, vector) for work, vector in zip(works, result, strict=True)]
+        events: list[Event] = []
+        start = 0
+        for work in works:
+            logits = result[start : start + work.logit_rows]  # [logit_rows, V]
+            start += work.logit_rows
+            tokens = loaded.tails[work.session].sample(work.base_row, work.ids, logits)
+            events.append(WorkFinished(work, None, tokens))
+        return events
+
+
+def batch_of(works: Sequence[Work]) -> Batch:
+    spans = tuple(
+        Span(work.session, work.base_row, work.ids, work.logit_rows, causal=not work.bidirectional)
+        for work in works
+    )
+    hidden = [work.hidden for work in works if work.hidden is not None]
+    return Batch(spans, (np.concatenate(hidden) if len(hidden) > 1 else hidden[0]) if hidden else None)
+
+
+def _split_rows(works: Sequence[Work], rows: Rows) -> list[Event]:
+    events: list[Event] = []
+    start = 0
+    for work in works:
+        end = start + len(work.ids)
+        events.append(WorkFinished(work, rows[start:end]))
+        start = end
+    return events
