@@ -14,6 +14,7 @@ Frame = bytes | bytearray | memoryview
 
 MAX_FRAME_BYTES = 64 << 20  # of one frame
 MAX_FRAMES = 16  # of one list
+MAX_LIST_BYTES = MAX_FRAME_BYTES + (1 << 20)  # of all frames of one list together
 
 
 @dataclass(frozen=True, slots=True)

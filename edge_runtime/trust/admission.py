@@ -1,8 +1,8 @@
 """Who may connect: lists of public keys, and the handler libzmq asks during every CURVE handshake.
 
-CURVE lets everybody in when nobody answers its question, so the rules here are: one handler thread per process answers
-for all listeners; each listener has a domain of its own, never empty, and enforces it; whatever goes wrong in the handler
-is a "no"; the thread is restarted if it dies, and while it is away libzmq refuses.
+CURVE lets everybody in when nobody answers its question, so the rules here are: one handler thread per process
+answers for all listeners; each listener has a domain of its own, never empty, and enforces it; whatever goes wrong in
+the handler is a "no"; the thread is restarted if it dies, and while it is away libzmq refuses.
 
 Knows: keys, domains, the ZAP protocol. Does not know: messages, tokens, or why a key was admitted or revoked.
 """
@@ -117,7 +117,7 @@ class ZapHandler:
 
     def answer(self, request: list[bytes]) -> list[bytes]:
         """The reply to one ZAP request. Every error is a refusal."""
-        version, request_id = (request + [b"", b""])[:2]
+        version, request_id = [*request, b"", b""][:2]
         admitted: bytes | None = None
         try:
             if version == b"1.0" and len(request) >= 6:

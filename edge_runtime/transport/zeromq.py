@@ -1,0 +1,399 @@
+"""Links over TCP: ZeroMQ with CURVE. One ROUTER per listener, one DEALER per dialled connection.
+
+A listener serves all its connections from one socket. A connection is a routing id together with the key libzmq proved
+for it; a list whose key is not the one its routing id opened with is dropped. Links are never re-made behind our back:
+when TCP breaks, the connection is over, and whoever wants another one dials again.
+
+Knows: CURVE settings, link events, how to cut one peer off. Does not know: messages, leases, tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Sequence
+
+import zmq
+
+from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError, TrustError
+from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
+from edge_runtime.transport.channel import OPEN, WIRE_VERSION, Channel
+from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
+from edge_runtime.trust.admission import Gate, zmq_runtime
+from edge_runtime.trust.identity import KeyPair, device_id
+
+log = logging.getLogger(__name__)
+
+ROUTING_ID_BYTES = 16
+MAX_UNACCEPTED = 1024
+MAX_CONNECTIONS_PER_KEY = 8
+_CLOSE_GRACE_SECONDS = 1.0
+
+
+# ------------------------------------------------------------------------------------------------ listening
+
+
+class _AcceptedWire:
+    """The listener's side of one connection: its routing id, its proved key, its TCP link."""
+
+    def __init__(self, listener: ZeromqListener, routing_id: bytes, user_id: str, fd: int) -> None:
+        self.routing_id = routing_id
+        self.user_id = user_id
+        self.fd = fd
+        self.public_key = bytes.fromhex(user_id)
+        self.channel = Channel(
+            Peer(device_id(self.public_key), self.public_key), self, remote=_peer_address(fd)
+        )
+        self._listener = listener
+
+    def write(self, parts: Sequence[Frame]) -> None:
+        self._listener.write(self, parts)
+
+    def cut(self) -> None:
+        self._listener.forget(self)
+        _shut_down(self.fd, self.channel.remote)
+
+    async def finish(self) -> None:
+        """The peer hangs up when it reads that we closed; a peer that does not is cut after a moment."""
+        if self._listener.forget(self):
+            asyncio.get_running_loop().call_later(
+                _CLOSE_GRACE_SECONDS, self._listener.cut_if_still_up, self.fd, self.channel.remote
+            )
+
+
+class ZeromqListener:
+    """Serves every admitted peer from one ROUTER socket, on the event loop it was made on."""
+
+    def __init__(self, address: str, key: KeyPair, admission: Gate, name: str, max_frame_bytes: int) -> None:
+        endpoint = _endpoint(address)
+        context, self._zap = zmq_runtime()
+        self._admission = admission
+        self._domain = self._zap.register(name, admission)
+        self._wires: dict[bytes, _AcceptedWire] = {}
+        self._by_fd: dict[int, _AcceptedWire] = {}
+        self._gone: list[_AcceptedWire] = []
+        self._accepted: asyncio.Queue[Channel | None] = asyncio.Queue(MAX_UNACCEPTED)
+        raw = context.socket(zmq.ROUTER)
+        try:
+            for option, value in SETTINGS:
+                raw.setsockopt(option, value)
+            raw.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+            raw.setsockopt(zmq.BACKLOG, BACKLOG)
+            raw.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not a silent loss
+            raw.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another's routing id
+            # All four together, and before bind: leaving any out would let strangers in.
+            raw.setsockopt(zmq.CURVE_SERVER, 1)
+            raw.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
+            raw.setsockopt(zmq.ZAP_DOMAIN, self._domain)
+            raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            raw.setsockopt(zmq.IPV6, int("[" in endpoint))
+            raw.bind(endpoint)
+        except zmq.ZMQError as error:
+            raw.close(0)
+            self._zap.unregister(self._domain)
+            raise TransportError(
+                f"can't listen at {address}: {error.strerror}", hint="choose another port"
+            ) from error
+        self.address = raw.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._socket = LoopSocket(raw, on_list=self._on_list, on_event=self._on_event, on_idle=self._on_idle)
+        self._unsubscribe = admission.subscribe(self._on_revoked)
+
+    async def accept(self) -> Channel:
+        channel = None if self._socket.closed else await self._accepted.get()
+        if channel is None:
+            raise ConnectionClosed("the listener was closed")
+        return channel
+
+    async def disconnect(self, device_id: str) -> None:
+        for wire in list(self._wires.values()):
+            if wire.channel.peer.device_id == device_id:
+                wire.channel.abort("the device was disconnected")
+
+    async def close(self) -> None:
+        if self._socket.closed:
+            return
+        for wire in list(self._wires.values()):
+            await wire.channel.close()
+        self._unsubscribe()
+        self._socket.close()
+        self._zap.unregister(self._domain)
+        with contextlib.suppress(asyncio.QueueFull):
+            self._accepted.put_nowait(None)
+
+    def write(self, wire: _AcceptedWire, parts: Sequence[Frame]) -> None:
+        if self._wires.get(wire.routing_id) is not wire or self._socket.closed:
+            raise ConnectionClosed("the other side has gone")
+        try:
+            self._socket.send([wire.routing_id, *parts])
+        except zmq.ZMQError as error:
+            reason = "stopped reading" if error.errno == zmq.EAGAIN else "has gone"
+            raise ConnectionClosed(f"the other side {reason}") from error
+
+    def forget(self, wire: _AcceptedWire) -> bool:
+        """Later lists of this connection are dropped. Whether it was still known."""
+        if self._by_fd.get(wire.fd) is wire:
+            del self._by_fd[wire.fd]
+        if self._wires.get(wire.routing_id) is not wire:
+            return False
+        del self._wires[wire.routing_id]
+        return True
+
+    def cut_if_still_up(self, fd: int, remote: str) -> None:
+        if fd not in self._by_fd:
+            _shut_down(fd, remote)
+
+    def _on_list(self, parts: list[zmq.Frame]) -> None:
+        routing_id = parts[0].bytes
+        user_id = str(parts[0].get("User-Id"))
+        wire = self._wires.get(routing_id)
+        if wire is None:
+            self._on_stranger(routing_id, user_id, parts)
+        elif wire.user_id != user_id:
+            log.warning("dropped a list that came under the routing id of another device")
+        elif not self._admission.is_allowed(wire.public_key):
+            wire.channel.abort("the device was revoked")
+        else:
+            _deliver(wire.channel, parts[1:])
+
+    def _on_stranger(self, routing_id: bytes, user_id: str, parts: list[zmq.Frame]) -> None:
+        """A connection starts with OPEN; anything else is left over from one that was closed or cut."""
+        if [part.bytes for part in parts[1:3]] != [OPEN, WIRE_VERSION] or len(parts) != 3:
+            return
+        fd = int(parts[0].get(zmq.SRCFD))
+        self._socket.read_events()  # the loss of an earlier link with this descriptor comes before this list
+        if fd in self._by_fd:
+            self._gone.append(self._by_fd.pop(fd))
+        wire = _AcceptedWire(self, routing_id, user_id, fd)
+        same_key = sum(other.user_id == user_id for other in self._wires.values())
+        if (
+            not self._admission.is_allowed(wire.public_key)
+            or same_key >= MAX_CONNECTIONS_PER_KEY
+            or self._accepted.full()
+        ):
+            log.warning(
+                "refused a connection of device %s from %s", wire.channel.peer.device_id, wire.channel.remote
+            )
+            wire.cut()
+            return
+        self._wires[routing_id] = self._by_fd[fd] = wire
+        try:
+            wire.write([OPEN, WIRE_VERSION])
+        except ConnectionClosed:
+            self.forget(wire)
+            return
+        self._accepted.put_nowait(wire.channel)
+
+    def _on_event(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_DISCONNECTED and value in self._by_fd:
+            self._gone.append(self._by_fd.pop(value))
+
+    def _on_idle(self) -> None:
+        """Everything that arrived was delivered: now the links that broke meanwhile may end."""
+        gone, self._gone = self._gone, []
+        for wire in gone:
+            self.forget(wire)
+            wire.channel.lost("the other side has gone")
+
+    def _on_revoked(self, public_key: bytes) -> None:
+        for wire in list(self._wires.values()):
+            if wire.public_key == public_key:
+                wire.channel.abort("the device was revoked")
+
+
+async def listen(
+    address: str,
+    key: KeyPair,
+    admission: Gate,
+    *,
+    name: str = "data",
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+) -> ZeromqListener:
+    """Bind `tcp://HOST:PORT` (port 0: any) and admit the keys `admission` allows. `name` labels the CURVE domain."""
+    return ZeromqListener(address, key, admission, name, max_frame_bytes)
+
+
+# ------------------------------------------------------------------------------------------------ dialling
+
+
+class _DialledWire:
+    """The dialler's side: one DEALER socket, one link, never re-made."""
+
+    def __init__(self, endpoint: str, key: KeyPair, server_public_key: bytes) -> None:
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.channel = Channel(Peer(device_id(server_public_key), server_public_key), self, remote=endpoint)
+        self._connected = False
+        self._gone = ""
+        context, _zap = zmq_runtime()
+        raw = context.socket(zmq.DEALER)
+        try:
+            for option, value in SETTINGS:
+                raw.setsockopt(option, value)
+            raw.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+            raw.setsockopt(zmq.RECONNECT_IVL, -1)
+            raw.setsockopt(
+                zmq.ROUTING_ID, b"\x01" + os.urandom(ROUTING_ID_BYTES - 1)
+            )  # a first zero byte is libzmq's
+            raw.setsockopt(zmq.CURVE_SERVERKEY, server_public_key)
+            raw.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
+            raw.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
+            self._socket = LoopSocket(
+                raw, on_list=self._on_list, on_event=self._on_event, on_idle=self._on_idle
+            )
+            raw.setsockopt(zmq.IPV6, int("[" in endpoint))
+            raw.connect(endpoint)
+        except zmq.ZMQError as error:
+            raw.close(0)
+            raise TransportError(f"can't dial {endpoint}: {error.strerror}") from error
+
+    def write(self, parts: Sequence[Frame]) -> None:
+        if self._socket.closed:
+            raise ConnectionClosed("the other side has gone")
+        try:
+            self._socket.send(parts)
+        except zmq.Again as error:
+            raise ConnectionClosed("the other side has gone") from error
+
+    def cut(self) -> None:
+        self._socket.close()
+
+    async def finish(self) -> None:
+        self._socket.close()
+
+    def _on_list(self, parts: list[zmq.Frame]) -> None:
+        if self.opened.done():
+            _deliver(self.channel, parts)
+        elif [part.bytes for part in parts] == [OPEN, WIRE_VERSION]:
+            self.opened.set_result(None)
+        else:
+            self._fail(ProtocolError("the other side does not open a link the way this version does"))
+
+    def _on_event(self, event: int, value: int) -> None:
+        address = self.channel.remote
+        if event == zmq.EVENT_CONNECTED:
+            self._connected = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            with contextlib.suppress(ConnectionClosed):
+                self.write([OPEN, WIRE_VERSION])
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._fail(
+                TrustError(
+                    f"{address} does not admit this device's key",
+                    hint="pair the device (again) with a fresh join link",
+                    code="not_admitted",
+                )
+            )
+        elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
+            self._fail(_wrong_key(address))
+        elif event == zmq.EVENT_CLOSED and not self._connected:
+            self._fail(
+                TransportError(f"nobody listens at {address}", hint="check the address, and that it runs")
+            )
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._gone = "the other side has gone"
+
+    def _on_idle(self) -> None:
+        if self._gone:
+            self._fail(TransportError(f"{self.channel.remote} closed the link before it was open"))
+            self.channel.lost(self._gone)
+            self.cut()
+
+    def _fail(self, error: TransportError | TrustError | ProtocolError) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(error)
+
+
+async def connect(
+    address: str, key: KeyPair, server_public_key: bytes, *, timeout_seconds: float = 5.0
+) -> Channel:
+    """Dial `tcp://HOST:PORT`, whose key must be `server_public_key`. One try, no longer than `timeout_seconds`."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            wire = _DialledWire(await _resolve(address), key, server_public_key)
+            try:
+                await wire.opened
+            except BaseException:
+                wire.cut()
+                raise
+    except TimeoutError as error:
+        raise TransportError(
+            f"{address} did not finish the handshake in {timeout_seconds:g} s",
+            hint="a firewall may be between, something else may listen there, or the join link's key is not this server's",
+            code="timeout",
+        ) from error
+    return wire.channel
+
+
+def _wrong_key(address: str) -> TrustError:
+    return TrustError(
+        f"{address} is not the peer this key belongs to: the handshake was not understood",
+        hint="the key in the join link is not this server's, or something else listens there; get a fresh join link",
+        code="wrong_server_key",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ shared
+
+
+def _deliver(channel: Channel, parts: list[zmq.Frame]) -> None:
+    try:
+        channel.deliver(parts[0].bytes, [part.buffer.toreadonly() for part in parts[1:]])
+    except ProtocolError as error:
+        log.warning("cut the link to device %s: %s", channel.peer.device_id, error.message)
+        channel.abort(error.message)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    text = address.removeprefix("tcp://")
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if "://" in text or not host or not port.isdecimal() or int(port) > 65535:
+        raise TransportError(f"{address!r} is not an address", hint="write tcp://HOST:PORT")
+    return host, int(port)
+
+
+def _endpoint(address: str) -> str:
+    host, port = _host_and_port(address)
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+async def _resolve(address: str) -> str:
+    """libzmq is silent about names it can't resolve, so they are resolved here."""
+    host, port = _host_and_port(address)
+    with contextlib.suppress(ValueError):
+        return _endpoint(f"{ipaddress.ip_address(host)}:{port}")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise TransportError(
+            f"the name {host!r} has no address: {error.strerror}", hint="check the address"
+        ) from error
+    return _endpoint(f"{found[0][4][0]}:{port}")
+
+
+def _peer_address(fd: int) -> str:
+    """`HOST:PORT` at the other end of a descriptor of libzmq's, "" if it has gone."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as link:
+            host, port = link.getpeername()[:2]
+    except (OSError, ValueError, TypeError):
+        return ""
+    return f"{host}:{port}"
+
+
+def _shut_down(fd: int, remote: str) -> None:
+    """Shut one peer's TCP link. libzmq has no call for it; it sees the end of the link as if the peer had left.
+
+    The descriptor may have been closed and given to somebody else meanwhile, hence the look at whom it leads to, on a
+    duplicate that can't change between the look and the cut.
+    """
+    try:
+        with socket.socket(fileno=os.dup(fd)) as link:
+            host, port = link.getpeername()[:2]
+            if f"{host}:{port}" == remote:
+                link.shutdown(socket.SHUT_RDWR)
+    except (OSError, ValueError, TypeError):
+        return  # it has gone already

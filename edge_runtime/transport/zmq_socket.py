@@ -1,0 +1,136 @@
+"""One ZeroMQ socket on the event loop, without polling and without a thread hop of ours.
+
+libzmq signals a socket's descriptor only on a change, so it is read until it is empty, and looked at again after each
+send. The socket's monitor says when a link underneath was made, refused or lost.
+
+Knows: sockets, their events, their settings. Does not know: connections or who is at the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from edge_runtime.transport.base import Frame
+from edge_runtime.transport.channel import WINDOW_LISTS
+
+_COPY_BELOW_BYTES = 64 << 10  # smaller frames are cheaper to copy than to keep track of
+_LISTS_PER_ROUND = 64  # then other callbacks of the loop have their turn
+
+HANDSHAKE_MILLISECONDS = 1000  # idle strangers are dropped soon, or they would use up the descriptors
+HEARTBEAT_MILLISECONDS = 2000
+# Long, because a large frame on a slow link delays the answer; a killed process is noticed at once by its closed link.
+HEARTBEAT_TIMEOUT_MILLISECONDS = 20_000
+LINGER_MILLISECONDS = 1000
+BACKLOG = 512
+
+SETTINGS: tuple[tuple[int, int], ...] = (
+    (zmq.LINGER, LINGER_MILLISECONDS),
+    (zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS),
+    (zmq.HEARTBEAT_IVL, HEARTBEAT_MILLISECONDS),
+    (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MILLISECONDS),
+    (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MILLISECONDS),
+    # The channel's window is the real limit; these are above it also at libzmq's own half-full mark.
+    (zmq.SNDHWM, 4 * WINDOW_LISTS),
+    (zmq.RCVHWM, 4 * WINDOW_LISTS),
+    (zmq.TCP_KEEPALIVE, 1),
+    (zmq.IMMEDIATE, 1),
+)
+
+_WATCHED_EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+class LoopSocket:
+    """Calls `on_list(parts)` for each list read, `on_event(event, value)` for each event of the link.
+
+    Within one round, events are read first and `on_idle` comes last, when everything that had arrived was handed over.
+    """
+
+    def __init__(
+        self,
+        socket: Any,  # zmq.Socket; its option getter is typed int | bytes for all options
+        *,
+        on_list: Callable[[list[zmq.Frame]], None],
+        on_event: Callable[[int, int], None],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self.closed = False
+        self._socket = socket
+        self._on_list = on_list
+        self._on_event = on_event
+        self._on_idle = on_idle
+        self._loop = asyncio.get_running_loop()
+        self._monitor: Any = socket.get_monitor_socket(_WATCHED_EVENTS)
+        self._scheduled = False
+        self._fds = (socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD))
+        for fd in self._fds:
+            self._loop.add_reader(fd, self._round)
+        self._schedule()
+
+    def send(self, parts: Sequence[Frame]) -> None:
+        """Hand one list to libzmq. Raises zmq.Again (no link, or full) and zmq.ZMQError(EHOSTUNREACH)."""
+        send = self._socket.send
+        last = len(parts) - 1
+        for index, part in enumerate(parts):
+            flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
+            send(part, flags, copy=len(part) < _COPY_BELOW_BYTES)
+        # Sending may have consumed the signal that something arrived.
+        if not self._scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._schedule()
+
+    def read_events(self) -> None:
+        while not self.closed:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            self._on_event(int(event["event"]), int(event["value"]))
+
+    def close(self) -> None:
+        """Linger for what was sent, in libzmq's own thread."""
+        if self.closed:
+            return
+        self.closed = True
+        for fd in self._fds:
+            self._loop.remove_reader(fd)
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._scheduled_round)
+
+    def _scheduled_round(self) -> None:
+        self._scheduled = False
+        self._round()
+
+    def _round(self) -> None:
+        self.read_events()
+        for _ in range(_LISTS_PER_ROUND):
+            if self.closed:
+                return
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._on_idle()
+                return
+            parts = [frame]
+            while frame.more:
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+                parts.append(frame)
+            self._on_list(parts)
+        self._schedule()
