@@ -1,0 +1,248 @@
+"""The CPU executor: it agrees with the reference, and a row's bits depend on its own session alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.core import LayerRange, SessionId
+from edge_runtime.engine.base import Batch, Span
+from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.reference import ReferenceStage
+from edge_runtime.errors import CapacityError, EngineError
+from tests.support.stages import Pipeline, logits_alone, span
+from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
+
+MODELS = {
+    "dense": TinyModel(),
+    "window-softcap": TinyModel(window=5, softcap=20.0, qk_norm=False),
+    "int8": TinyModel(format="int8"),
+    "int4": TinyModel(format="int4"),
+    "experts": TinyModel(experts=8),
+    "experts-int8": TinyModel(experts=8, format="int8", softmax_after=True),
+    "experts-int4": TinyModel(experts=8, format="int4"),
+}
+# Quantized weights meet int8 activations in this executor and fp32 ones in the reference.
+TOLERANCE = {"fp32": 1e-5, "int8": 0.04, "int4": 0.04}
+
+
+def onnx(bundle: Bundle, layers: LayerRange) -> OnnxStage:
+    return OnnxStage.load(bundle, layers, threads=1, kv_budget_bytes=8 << 20)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    root = tmp_path_factory.mktemp("bundles")
+    return {name: build_tiny_bundle(root / name, model) for name, model in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = TinyModel(kind="encoder", qk_norm=False)
+    return build_tiny_bundle(tmp_path_factory.mktemp("encoder"), model)
+
+
+@pytest.fixture
+def stage(bundles: dict[str, Bundle]) -> Iterator[OnnxStage]:
+    stage = onnx(bundles["dense"], LayerRange(0, 2))
+    yield stage
+    stage.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_the_reference(bundles: dict[str, Bundle], name: str) -> None:
+    ids = np.random.default_rng(1).integers(0, 200, 40).tolist()
+    results = []
+    for make in (onnx, ReferenceStage):
+        pipeline = Pipeline.load(bundles[name], make)
+        pipeline.open(1, 40)
+        results.append(
+            np.concatenate([pipeline.run(span(1, 0, ids[:33])), pipeline.run(span(1, 33, ids[33:]))])
+        )
+    fast, reference = results
+    errors = np.abs(fast - reference).max(axis=1) / np.abs(reference).max()
+    # Of quantized rows the median: a router between two equal experts may choose the other one.
+    worst = errors.max() if MODELS[name].format == "fp32" else np.median(errors)
+    assert worst < TOLERANCE[MODELS[name].format]
+
+
+@pytest.fixture(scope="module")
+def pipelines(bundles: dict[str, Bundle]) -> dict[tuple[str, tuple[int, ...]], Pipeline]:
+    names = ("window-softcap", "int4", "experts-int8")
+    return {
+        (name, cuts): Pipeline.load(bundles[name], onnx, *cuts)
+        for name in names
+        for cuts in ((), (1,), (2,), (1, 2))
+    }
+
+
+@pytest.mark.parametrize("name", ["window-softcap", "int4", "experts-int8"])
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_rows_do_not_depend_on_batch_chunks_or_cuts(
+    pipelines: dict[tuple[str, tuple[int, ...]], Pipeline], name: str, data: st.DataObject
+) -> None:
+    """Random sessions, cut into random chunks, in random company, on 1 to 3 stages: the bits of one row at a time."""
+    lengths = data.draw(st.lists(st.integers(1, 45), min_size=1, max_size=4))
+    sessions = {s: np.random.default_rng(s).integers(0, 200, n).tolist() for s, n in enumerate(lengths)}
+    expected = {s: logits_alone(pipelines[name, ()], s, ids) for s, ids in sessions.items()}
+    pipeline = pipelines[name, data.draw(st.sampled_from([(), (1,), (2,), (1, 2)]))]
+    for s, ids in sessions.items():
+        pipeline.drop(s)  # left over where the last example failed
+        pipeline.open(s, len(ids))
+    fed = dict.fromkeys(sessions, 0)
+    while left := [s for s in sessions if fed[s] < len(sessions[s])]:
+        spans = []
+        for s in data.draw(st.lists(st.sampled_from(left), min_size=1, unique=True)):
+            count = min(data.draw(st.integers(1, 24)), len(sessions[s]) - fed[s])
+            wanted = data.draw(st.integers(0, count))
+            spans.append(span(s, fed[s], sessions[s][fed[s] : fed[s] + count], wanted))
+        logits = pipeline.run(*spans)
+        first = 0
+        for one in spans:
+            end = one.base_row + len(one.ids)
+            rows = logits[first : first + one.logit_rows]
+            first += one.logit_rows
+            assert np.array_equal(rows, expected[one.session][end - one.logit_rows : end])
+            fed[int(one.session)] = end
+    for s in range(4):
+        pipeline.drop(s)
+    assert all(one.kv_used_tokens == 0 for one in pipeline.stages)
+
+
+def test_a_new_parent_replaces_the_rows_after_it(bundles: dict[str, Bundle]) -> None:
+    pipeline = Pipeline.load(bundles["experts"], onnx, 1)
+    wanted = logits_alone(pipeline, 1, [*range(40), *range(100, 110)])
+    pipeline.open(2, 60)
+    pipeline.run(span(2, 0, range(60)))
+    assert np.array_equal(pipeline.run(span(2, 40, range(100, 110))), wanted[40:])
+    pipeline.drop(2, from_row=35)
+    assert np.array_equal(pipeline.run(span(2, 35, [35, 36])), wanted[35:37])
+
+
+def test_prefill_chunks_skip_the_head(stage: OnnxStage) -> None:
+    stage.open(SessionId(1), 10)
+    assert stage.run(Batch((span(1, 0, range(5), 0),), None)).shape == (0, 200)
+    assert stage.run(Batch((span(1, 5, range(5), 1),), None)).shape == (1, 200)
+
+
+def test_inner_stages_take_and_give_hidden_rows(bundles: dict[str, Bundle]) -> None:
+    inner = onnx(bundles["dense"], LayerRange(1, 1))
+    inner.open(SessionId(1), 10)
+    hidden = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    assert inner.run(Batch((span(1, 0, (1, 2, 3)),), hidden)).shape == (3, 64)
+    with pytest.raises(EngineError, match=r"float32 \(1, 64\) was announced"):
+        inner.run(Batch((span(1, 3, (4,)),), hidden))
+    with pytest.raises(EngineError, match="takes hidden rows"):
+        inner.run(Batch((span(1, 3, (4,)),), None))
+
+
+BAD_SPANS = {
+    "an unknown session": (span(9, 0, (1,)), EngineError, "session 9 is not open"),
+    "a gap": (span(1, 6, (1,)), EngineError, "from 6 on, but holds 5"),
+    "a negative row": (span(1, -1, (1,)), EngineError, "from -1 on"),
+    "too many rows": (span(1, 5, range(6)), CapacityError, "reserved 10 rows and would hold 11"),
+    "no rows": (span(1, 5, ()), EngineError, "without rows"),
+    "too many logits": (span(1, 5, (1,), 2), EngineError, "logits of 2 rows of a span of 1"),
+    "an id of another vocabulary": (span(1, 5, (200,)), EngineError, r"outside 0\.\.199"),
+    "a negative id": (span(1, 5, (-1,)), EngineError, r"outside 0\.\.199"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SPANS)
+def test_a_bad_span_is_refused_and_harms_nobody(stage: OnnxStage, what: str) -> None:
+    bad, error, message = BAD_SPANS[what]
+    for session in (1, 2):
+        stage.open(SessionId(session), 10)
+        stage.run(Batch((span(session, 0, range(5)),), None))
+    with pytest.raises(error, match=message):
+        stage.run(Batch((span(2, 5, (7,)), bad), None))
+    assert (stage.rows(SessionId(1)), stage.rows(SessionId(2))) == (5, 5)
+    again = stage.run(Batch((span(2, 5, (7,)),), None))
+    stage.open(SessionId(3), 10)
+    assert np.array_equal(again[0], stage.run(Batch((span(3, 0, [*range(5), 7]),), None))[5])
+
+
+def test_a_batch_that_fails_half_way_leaves_sessions_as_they_were(
+    stage: OnnxStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.open(SessionId(1), 10)
+    stage.run(Batch((span(1, 0, range(5)),), None))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_ropes", {})
+        with pytest.raises(EngineError, match="could not run a batch"):
+            stage.run(Batch((span(1, 5, (7,)),), None))
+    assert stage.rows(SessionId(1)) == 5
+    stage.run(Batch((span(1, 5, (7,)),), None))
+
+
+def test_sessions_too_long_for_the_model_or_the_memory_are_refused(bundles: dict[str, Bundle]) -> None:
+    layers = LayerRange(0, 2)
+    page = 3 * 2 * 32 * 2 * 16 * 4
+    stage = OnnxStage.load(bundles["dense"], layers, threads=1, kv_budget_bytes=4 * page)
+    assert stage.kv_capacity_tokens == 128
+    with pytest.raises(CapacityError, match="wants 513 tokens; tiny was made for at most 512"):
+        stage.open(SessionId(1), 513)
+    stage.open(SessionId(1), 90)
+    with pytest.raises(CapacityError, match="40 tokens; 32 of 128 are left"):
+        stage.open(SessionId(2), 40)
+    stage.drop(SessionId(1))
+    stage.open(SessionId(2), 40)
+    with pytest.raises(CapacityError, match=f"{page} bytes of KV memory; 100 are left"):
+        OnnxStage.load(bundles["dense"], layers, threads=1, kv_budget_bytes=100)
+
+
+def test_loading_another_range_keeps_the_blocks_both_have(bundles: dict[str, Bundle]) -> None:
+    first = onnx(bundles["dense"], LayerRange(0, 1))
+    kept = first._blocks["layers.1"]
+    second = OnnxStage.load(
+        bundles["dense"], LayerRange(1, 2), threads=1, kv_budget_bytes=1 << 20, reuse=first
+    )
+    assert second._blocks["layers.1"] is kept
+    assert list(second._blocks) == ["layers.1", "layers.2", "head"]
+    with pytest.raises(EngineError, match="closed"):
+        first.open(SessionId(1), 1)
+    pipeline = Pipeline([onnx(bundles["dense"], LayerRange(0, 0)), second])
+    whole = Pipeline.load(bundles["dense"], onnx)
+    assert np.array_equal(logits_alone(pipeline, 1, range(8)), logits_alone(whole, 1, range(8)))
+
+
+def test_layers_the_model_does_not_have_are_refused(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(EngineError, match="not all in this model, which has 3"):
+        onnx(bundles["dense"], LayerRange(1, 3))
+
+
+def test_an_encoder_pools_each_sequence_on_its_own(encoder: Bundle) -> None:
+    pipeline, reference = Pipeline.load(encoder, onnx, 1), Pipeline.load(encoder, ReferenceStage)
+    sequences = {1: range(7), 2: range(50, 100), 3: [5]}
+    for session, ids in sequences.items():
+        pipeline.open(session, len(ids))
+        reference.open(session, len(ids))
+    spans = [span(session, 0, ids) for session, ids in sequences.items()]
+    together = pipeline.run(*spans)
+    assert together.shape == (3, 64)
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    assert np.allclose(together, reference.run(*spans), atol=1e-5)
+    for row, one in zip(together, spans, strict=True):
+        assert np.array_equal(pipeline.run(one)[0], row)
+    with pytest.raises(EngineError, match="whole sequence at once"):
+        pipeline.run(span(1, 3, (1, 2)))
+
+
+def test_embedding_and_experts_stay_mapped(tmp_path: Path) -> None:
+    """Weights the segments repack leave resident memory; experts and embedding rows come in as they are used."""
+    bundle = build_tiny_bundle(tmp_path / "bundle", TinyModel(layers=1, experts=4))
+    stage = onnx(bundle, LayerRange(0, 0))
+    stage.open(SessionId(1), 4)
+    assert stage.weight_bytes == bundle.manifest.stage_weight_bytes(0, 0)
+    first = stage.run(Batch((Span(SessionId(1), 0, (1, 2), 1),), None))
+    bundle.close()  # views stay valid: the stage holds them
+    stage.drop(SessionId(1))
+    stage.open(SessionId(1), 4)
+    assert np.array_equal(first, stage.run(Batch((Span(SessionId(1), 0, (1, 2), 1),), None)))
