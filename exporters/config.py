@@ -1,7 +1,7 @@
 """config.json, whichever dialect it is written in.
 
-Two are in use: the classic one (`rope_theta` and `rope_scaling`, `num_experts`, `torch_dtype`) and the one transformers 5
-writes (`rope_parameters`, `num_local_experts`, `dtype`). `Settings` gives one view of both.
+Two are in use: the classic one (`rope_theta` and `rope_scaling`, `num_experts`, `torch_dtype`) and the one
+transformers 5 writes (`rope_parameters`, `num_local_experts`, `dtype`). `Settings` gives one view of both.
 Knows: keys and types. Does not know: what an architecture does with them.
 """
 
@@ -66,7 +66,7 @@ class Settings:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise _bad(key, "a number", value)
         return float(value)
 
@@ -95,7 +95,7 @@ class Settings:
         return tuple(values)
 
     def rope(self) -> dict[str, Any]:
-        """The rotary parameters in the newer spelling: `rope_type`, `rope_theta`, `partial_rotary_factor` and the rest."""
+        """The rotary parameters in the newer spelling, `rope_type` and `rope_theta` always among them."""
         parameters = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
             raise _bad("rope_parameters", "an object", parameters)

@@ -6,11 +6,10 @@ Knows: those files. Does not know: tensors.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
-
-import json
 
 from edge_runtime.errors import ExportError
 from exporters.checkpoint import Checkpoint

@@ -3,12 +3,13 @@
     block:   op op op | attention | op op op op
     segments: [ 0 ]        cut        [ 1 ]
 
-A segment's graph takes the values it reads from outside and gives the values that are read after it, [rows, width] each,
-in the order of `Segment.inputs` and `Segment.outputs`. Initializers are external data: location = slice key, offset and
-length = the tensor's part, so that an executor maps the slice and hands it over. Node names follow the operations'.
+A segment's graph takes the values it reads from outside and gives the values that are read after it, [rows, width]
+each, in the order of `Segment.inputs` and `Segment.outputs`. Initializers are external data: location = slice key,
+offset and length = the tensor's part, so that an executor maps the slice and hands it over. Node names follow the
+operations'.
 
-Knows: how each uncut operation is written in ONNX so that rows don't depend on their neighbours (measured: MatMulNBits at
-accuracy level 4 and block 32; Gemm with a constant, prepacked B). Does not know: families, files, quantization.
+Knows: how each uncut operation is written in ONNX so that rows don't depend on their neighbours (measured: MatMulNBits
+at accuracy level 4 and block 32; Gemm with a constant, prepacked B). Does not know: families, files, quantization.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from edge_runtime.bundle.manifest import QUANTIZATION_BLOCK, TENSOR_FORMATS, Part, Tensor
 from edge_runtime.bundle.operations import Operation
@@ -146,7 +148,7 @@ class _Graph:
         *,
         suffix: str = "",
         domain: str = "",
-        **attributes: int | float | str,
+        **attributes: Any,
     ) -> str:
         name = f"{operation.name}{suffix}"
         self._nodes.append(helper.make_node(kind, inputs, [output], name=name, domain=domain, **attributes))
@@ -174,7 +176,7 @@ class _Graph:
     def model(
         self, name: str, *, inputs: list[tuple[str, int]], outputs: list[tuple[str, int]]
     ) -> ModelProto:
-        def info(entries: list[tuple[str, int]]) -> list[object]:
+        def info(entries: list[tuple[str, int]]) -> list[ValueInfoProto]:
             return [
                 helper.make_tensor_value_info(value, TensorProto.FLOAT, ["rows", width])
                 for value, width in entries

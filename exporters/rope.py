@@ -131,7 +131,7 @@ _LONGROPE = ("longrope", "su")
 def _number(parameters: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = parameters.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ExportError(
             f"config.json: the rotary parameters need a number {key}, not {str(value)[:40]!r}",
             hint="download config.json again",

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from edge_runtime.errors import ExportError
 
@@ -88,7 +89,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> StoredTens
     return StoredTensor(name, path, dtype, tuple(shape), data_start + begin, expected_bytes)
 
 
-def _is_naturals(value: object) -> bool:
+def _is_naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

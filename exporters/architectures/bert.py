@@ -1,4 +1,4 @@
-"""BERT-style encoders: norms after the residuals, learnt positions, attention in both directions, one vector per text."""
+"""BERT-style encoders: norms after the residuals, learnt positions, attention both ways, one vector per text."""
 
 from __future__ import annotations
 

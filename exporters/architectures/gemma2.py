@@ -1,10 +1,10 @@
-"""Gemma 2: norms stored as w - 1 and placed on both sides, soft caps, a window on every other layer, scaled embeddings."""
+"""Gemma 2: norms stored as w - 1, on both sides; soft caps; a window on every other layer; scaled embeddings."""
 
 from __future__ import annotations
 
+from edge_runtime.errors import ExportError
 from exporters.architectures.decoder import DecoderFamily
 from exporters.config import Settings
-from edge_runtime.errors import ExportError
 
 
 def _windows(settings: Settings) -> tuple[int, ...]:

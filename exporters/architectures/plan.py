@@ -137,7 +137,7 @@ class BlockBuilder:
         rows: int = -1,
         offset: float = 0.0,
     ) -> str:
-        """A weight of this block, called `name` below the prefix in the bundle and, unless spelt otherwise, the checkpoint."""
+        """A weight called `name` below the prefix, in the bundle and, unless spelt otherwise, in the checkpoint."""
         full = self.prefix + name
         sources = tuple(s for spelling in spellings or (name,) for s in self._spell(self.prefix + spelling))
         self._tensors.append(TensorPlan(full, role, sources, shape, first_row, rows, offset))
@@ -158,7 +158,7 @@ class BlockBuilder:
         role: str = LINEAR,
         spellings: tuple[str, ...] = (),
     ) -> str:
-        """y = x W^T (+ b); weight [out, in] called `name`.weight, dots in the name become slashes in the operation's."""
+        """y = x W^T (+ b); weight [out, in] called `name`.weight; dots become slashes in the operation's name."""
         weights = {
             "weight": self.tensor(
                 f"{name}.weight", role, shape, spellings=tuple(f"{s}.weight" for s in spellings)

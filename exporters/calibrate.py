@@ -1,0 +1,141 @@
+"""A calibration text as token sequences, and what a finished bundle makes of it, with the kernels devices will use.
+
+One layer is loaded at a time, so that memory does not grow with the model.
+Knows: bundles and stages. Does not know: checkpoints; the reference's side is `reference_pass`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.core import LayerRange, SessionId
+from edge_runtime.engine.base import Batch, Span
+from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.errors import ExportError
+from exporters.checkpoint import Floats
+from exporters.reference_pass import next_tokens
+from exporters.scores import ScoreBuilder, Scores
+
+DEFAULT_TOKENS = 2048
+_SEQUENCE_TOKENS = 512
+_LOGIT_ROWS = 32  # rows whose logits are in memory at a time
+
+Sequences = tuple[tuple[int, ...], ...]
+
+
+def default_text() -> str:
+    """The text shipped with the package: prose, code and data, written for this purpose."""
+    return files("exporters").joinpath("calibration.txt").read_text(encoding="utf-8")
+
+
+def token_sequences(
+    tokenizer: Tokenizer, text: str, *, encoder: bool, vocab_size: int, max_context: int, max_tokens: int
+) -> Sequences:
+    """Up to `max_tokens` of the text: windows of a long text, or, for an encoder, its paragraphs.
+
+    Raises ExportError where the text is too short, or the tokenizer is of another model.
+    """
+    longest = min(_SEQUENCE_TOKENS, max_context)
+    if encoder:
+        texts = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        sequences = [tokenizer.encode(paragraph).ids[:longest] for paragraph in texts]
+    else:
+        ids = tokenizer.encode(text).ids
+        sequences = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+    chosen: list[tuple[int, ...]] = []
+    left = max_tokens
+    for sequence in sequences:
+        kept = tuple(sequence[:left])
+        if len(kept) > 1:
+            chosen.append(kept)
+            left -= len(kept)
+    if not chosen:
+        raise ExportError("the calibration text is too short", hint="give a file with some pages of text")
+    largest = max(max(sequence) for sequence in chosen)
+    if largest >= vocab_size:
+        raise ExportError(
+            f"tokenizer.json gives token {largest}, but config.json has a vocabulary of {vocab_size}",
+            hint="tokenizer.json and config.json are of different models; download both again",
+        )
+    return tuple(chosen)
+
+
+def bundle_scores(bundle: Bundle, sequences: Sequences, advance: Callable[[], None] = lambda: None) -> Scores:
+    """What a generator's bundle says about each row. `advance` is called after each layer."""
+    ids = [token for sequence in sequences for token in sequence]
+    starts = np.cumsum([0, *(len(sequence) for sequence in sequences)]).tolist()
+    targets = next_tokens(ids, starts)
+    hidden = _inner_layers(bundle, sequences, advance)
+    results: list[Scores] = []
+    with _Layer(bundle, bundle.manifest.num_layers - 1, sequences) as stage:
+        for index, sequence in enumerate(sequences):
+            for base in range(0, len(sequence), _LOGIT_ROWS):
+                piece = sequence[base : base + _LOGIT_ROWS]
+                rows = slice(starts[index] + base, starts[index] + base + len(piece))
+                span = Span(SessionId(index + 1), base, piece, logit_rows=len(piece))
+                builder = ScoreBuilder(targets[rows])
+                builder.add(0, stage.run(Batch((span,), None if hidden is None else hidden[rows])))
+                results.append(builder.scores())
+    advance()
+    return Scores(
+        np.concatenate([score.top for score in results]),
+        np.concatenate([score.logprob for score in results]),
+        np.concatenate([score.scored for score in results]),
+    )
+
+
+def bundle_vectors(
+    bundle: Bundle, sequences: Sequences, advance: Callable[[], None] = lambda: None
+) -> Floats:
+    """An encoder's vectors, one per sequence."""
+    hidden = _inner_layers(bundle, sequences, advance)
+    with _Layer(bundle, bundle.manifest.num_layers - 1, sequences) as stage:
+        vectors = _run_whole(stage, sequences, hidden, causal=False)
+    advance()
+    return vectors
+
+
+def _inner_layers(bundle: Bundle, sequences: Sequences, advance: Callable[[], None]) -> Floats | None:
+    """All rows after the last layer but one; None for a model of one layer."""
+    hidden: Floats | None = None
+    for layer in range(bundle.manifest.num_layers - 1):
+        with _Layer(bundle, layer, sequences) as stage:
+            hidden = _run_whole(stage, sequences, hidden, causal=bundle.manifest.model.kind == "generator")
+        advance()
+    return hidden
+
+
+def _run_whole(stage: OnnxStage, sequences: Sequences, hidden: Floats | None, *, causal: bool) -> Floats:
+    outputs = []
+    start = 0
+    for index, sequence in enumerate(sequences):
+        rows = None if hidden is None else hidden[start : start + len(sequence)]
+        span = Span(SessionId(index + 1), 0, sequence, causal=causal)
+        outputs.append(stage.run(Batch((span,), rows)))
+        start += len(sequence)
+    return np.concatenate(outputs)
+
+
+class _Layer:
+    """`with _Layer(...) as stage`: one layer, with a session open for each sequence."""
+
+    def __init__(self, bundle: Bundle, layer: int, sequences: Sequence[Sequence[int]]) -> None:
+        pages = sum(-(-len(sequence) // 32) for sequence in sequences) + 1
+        budget_bytes = 32 * pages * bundle.manifest.model.kv_bytes_per_token_per_layer
+        self._stage = OnnxStage.load(
+            bundle, LayerRange(layer, layer), threads=os.cpu_count() or 1, kv_budget_bytes=budget_bytes
+        )
+        for index, sequence in enumerate(sequences):
+            self._stage.open(SessionId(index + 1), len(sequence))
+
+    def __enter__(self) -> OnnxStage:
+        return self._stage
+
+    def __exit__(self, *exc: object) -> None:
+        self._stage.close()

@@ -1,0 +1,107 @@
+"""Which format each tensor gets, and writing it in that format.
+
+| role                 | fp32 | int8 | int4 |
+|----------------------|------|------|------|
+| linear, experts      | fp32 | int8 | int4 |
+| embedding, head      | fp32 | int8 | int8 |
+| router, vector, table| fp32 | fp32 | fp32 |
+
+A router decides which experts run: one flipped choice costs more than its few bytes save. Vectors and tables are
+small. The head (often tied to the embedding) picks the token: at 4 bits it alone cost 1.5 % of the top tokens on the
+demo model.
+
+Knows: that table and the layouts. Does not know: families, or why a layer is kept at fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from edge_kernels.quantization import QuantizedMatrix, dequantize, quantize
+from numpy.typing import NDArray
+
+from edge_runtime.bundle.manifest import Part, Tensor
+from edge_runtime.bundle.writer import SliceWriter
+from exporters.architectures.plan import EMBEDDING, HEAD, LINEAR
+from exporters.checkpoint import Floats
+from exporters.sources import TensorSource
+
+WEIGHTS = ("fp32", "int8", "int4")
+_FORMATS: Mapping[str, Mapping[str, str]] = {
+    "fp32": {},
+    "int8": {LINEAR: "int8", EMBEDDING: "int8", HEAD: "int8"},
+    "int4": {LINEAR: "int4", EMBEDDING: "int8", HEAD: "int8"},
+}
+
+
+def format_of(role: str, weights: str) -> str:
+    """The format of a tensor with this role in a bundle of these weights."""
+    return _FORMATS[weights].get(role, "fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor in its slice, and how far its output is from the exact one (0 where nobody measured)."""
+
+    tensor: Tensor
+    relative_error: float = 0.0
+
+
+class Meter(Protocol):
+    """Judges a quantized weight by pieces of its rows."""
+
+    def add(self, exact: Floats, quantized: Floats) -> None: ...
+
+    @property
+    def relative_error(self) -> float: ...
+
+
+def write_tensor(
+    out: SliceWriter,
+    source: TensorSource,
+    format: str,
+    *,
+    importance: Floats | None = None,
+    meter: Meter | None = None,
+    max_error: float = math.inf,
+) -> Written:
+    """Append the tensor to the slice, a few rows of float32 in memory at a time; as fp32 if the error is too large."""
+    if format == "fp32":
+        return Written(Tensor("fp32", source.shape, {"data": _stream(out, source)}))
+    quantized = []
+    for _, rows in source.chunks():
+        quantized.append(quantize(rows, format, importance=importance))
+        if meter is not None:
+            meter.add(rows, dequantize(quantized[-1], format, rows.shape[1]))
+    error = meter.relative_error if meter is not None else 0.0
+    if error > max_error:
+        return Written(Tensor("fp32", source.shape, {"data": _stream(out, source)}), error)
+    data = _append(out, (chunk.data for chunk in quantized))
+    scales = _append(out, (chunk.scales for chunk in quantized))
+    return Written(Tensor(format, source.shape, {"data": data, "scales": scales}), error)
+
+
+def _stream(out: SliceWriter, source: TensorSource) -> Part:
+    return _append(out, (rows for _, rows in source.chunks()))
+
+
+def _append(out: SliceWriter, chunks: Iterator[NDArray[np.generic]]) -> Part:
+    """One part made of chunks of rows: the first on a page, the others right behind."""
+    first: Part | None = None
+    rows = 0
+    for chunk in chunks:
+        part = out.add(chunk) if first is None else out.add(chunk, alignment_bytes=1)
+        first = first or part
+        rows += len(chunk)
+    assert first is not None, "a tensor has at least one row"
+    return Part(first.slice, first.offset_bytes, first.dtype, (rows, *first.shape[1:]))
+
+
+def round_trip(rows: Floats, format: str, importance: Floats | None = None) -> Floats:
+    """The float32 values that the quantized rows stand for."""
+    quantized: QuantizedMatrix = quantize(rows, format, importance=importance)
+    return dequantize(quantized, format, rows.shape[1])
