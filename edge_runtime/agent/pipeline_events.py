@@ -101,7 +101,12 @@ class StageBroke:
     hint: str = ""
 
 
-Event = Received | Loaded | LoadFailed | WorkFinished | SessionBroke | StageBroke
+@dataclass(frozen=True, slots=True)
+class ControlLost:
+    """The link to the coordinator broke: it gives a plan up as soon as it loses a member, so the plan is over."""
+
+
+Event = ControlLost | Received | Loaded | LoadFailed | WorkFinished | SessionBroke | StageBroke
 
 # ---------------------------------------------------------------- instructions
 
@@ -118,6 +123,13 @@ class Load:
     """Fetch and load what `order` names, dropping every session; answer with Loaded or LoadFailed."""
 
     order: LoadStage
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Forget sessions and stop loading; weights stay, for the next plan."""
+
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,4 +170,4 @@ class Ignore:
     reason: str
 
 
-Instruction = Send | Load | Unload | OpenRows | RunRows | DropRows | Ignore
+Instruction = Send | Load | Retire | Unload | OpenRows | RunRows | DropRows | Ignore

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
+    ControlLost,
     DropRows,
     Event,
     Ignore,
@@ -22,6 +23,7 @@ from edge_runtime.agent.pipeline_events import (
     LoadFailed,
     OpenRows,
     Received,
+    Retire,
     Rows,
     RunRows,
     Send,
@@ -77,6 +79,11 @@ class PipelineState:
                 if session is None or event.lease != self.lease:
                     return [Ignore("a failure of a session that is closed")]
                 return self._fail(session, event.code, event.reason)
+            case ControlLost():
+                if self.order is None:
+                    return []
+                self._forget()
+                return [Retire(self.lease)]
             case StageBroke():
                 return self._load_failed(LoadFailed(event.lease, event.code, event.reason, event.hint))
 

@@ -91,13 +91,11 @@ class SliceFetcher:
         store: BundleStore,
         channel: SliceChannel,
         trusted: Collection[bytes],
-        wait_for_link: Callable[[], Awaitable[None]],
     ) -> None:
-        """`trusted`: public keys of accepted signers. `wait_for_link` returns once there is one."""
+        """`trusted`: public keys of accepted signers."""
         self._store = store
         self._channel = channel
         self._trusted = trusted
-        self._wait_for_link = wait_for_link
 
     async def manifest(self, bundle: str) -> PartialBundle:
         """From the disk, or fetched and checked. Raises BundleError, TamperedError, TrustError."""
@@ -131,7 +129,7 @@ class SliceFetcher:
                 await self._stream(partial, key, start_bytes, size_bytes, here)
             except TransportError as problem:
                 tries = 0 if partial.received_bytes(key) > start_bytes else tries + 1
-                await self._again(problem, tries)
+                _raise_unless_worth_a_try(problem, tries)
 
     async def _stream(
         self, partial: PartialBundle, key: str, start_bytes: int, size_bytes: int, here: Callable[[int], None]
@@ -153,7 +151,8 @@ class SliceFetcher:
                 here(offset + len(data))
         finally:
             for _, future in asked:
-                if not future.cancel():
+                future.cancel()
+                if not future.cancelled():
                     future.exception()  # seen: the first failure is the one that is told
         if start_bytes == size_bytes:  # all bytes were here, unchecked, when the agent was stopped
             await asyncio.to_thread(partial.write_chunk, key, size_bytes, b"")
@@ -167,7 +166,7 @@ class SliceFetcher:
                 chunk, total = await self._channel.answer(future)
             except TransportError as problem:
                 tries += 1
-                await self._again(problem, tries)
+                _raise_unless_worth_a_try(problem, tries)
                 continue
             if not chunk or len(data) + len(chunk) > total or total > limit_bytes:
                 raise BundleError(f"{name} of {bundle} is empty, too large or does not add up")
@@ -175,7 +174,8 @@ class SliceFetcher:
             if len(data) == total:
                 return bytes(data)
 
-    async def _again(self, problem: TransportError, tries: int) -> None:
-        if tries >= MAX_FRUITLESS_TRIES:
-            raise problem
-        await self._wait_for_link()
+
+def _raise_unless_worth_a_try(problem: TransportError, tries: int) -> None:
+    """A broken link ends the plan that wanted the slices; the next plan goes on where this one stopped."""
+    if isinstance(problem, ConnectionClosed) or tries >= MAX_FRUITLESS_TRIES:
+        raise problem

@@ -8,10 +8,13 @@ Knows: stages, batches, samplers. Does not know: asyncio, links, leases beyond t
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -34,6 +37,7 @@ from edge_runtime.errors import EdgeRuntimeError
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Event]], None]  # called on the compute thread
+Result = TypeVar("Result")
 Job = Callable[[], None]  # something that must not run beside a step: loading, closing
 
 STOP_SECONDS = 10.0  # the longest step we wait for at the end; the thread is a daemon beyond it
@@ -61,6 +65,7 @@ class StageWorker:
         self._inbox: deque[OpenRows | RunRows | DropRows | Job] = deque()
         self._stopping = False
         self._loaded: LoadedStage | None = None
+        self._retired: Stage | None = None
         self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
         self.steps = 0  # moves with every batch; read by heartbeats
         self.kv_used_tokens = 0
@@ -74,10 +79,40 @@ class StageWorker:
             self._inbox.append(command)
             self._wake.notify()
 
-    def install(self, loaded: LoadedStage | None) -> LoadedStage | None:
-        """Replace the stage; the old one is returned to be closed. Only from a Job."""
-        before, self._loaded = self._loaded, loaded
-        return before
+    async def call(self, work: Callable[[], Result]) -> Result:
+        """Run `work` between two steps and wait for what it returns or raises. It is not interrupted once begun."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+
+        def job() -> None:
+            outcome: Callable[[], None]
+            try:
+                outcome = functools.partial(_resolve, future, work())
+            except Exception as problem:  # goes to whoever waits
+                outcome = functools.partial(_reject, future, problem)
+            loop.call_soon_threadsafe(outcome)
+
+        self.put(job)
+        return await future
+
+    def retire(self) -> None:
+        """Drop every session and queued row now; the weights stay for the next stage. From the event loop."""
+        self.put(self._retire)
+
+    def unload(self) -> None:
+        """Free sessions and weights. From the event loop."""
+        self.put(self._unload)
+
+    def install(self, loaded: LoadedStage) -> None:
+        """From work given to `call`."""
+        self._retire()
+        self._loaded = loaded
+
+    def take_retired(self) -> Stage | None:
+        """From work given to `call`: the caller closes it."""
+        self._retire()
+        stage, self._retired = self._retired, None
+        return stage
 
     def stop(self) -> bool:
         """Wait for the step in flight, close the stage. False where the thread is stuck in a step."""
@@ -95,8 +130,23 @@ class StageWorker:
                 self._obey(command)
             self._step()
             self._measure()
-        if self._loaded is not None:
-            self._loaded.stage.close()
+        self._unload()
+
+    def _retire(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        for session in loaded.open:
+            loaded.stage.drop(session)
+        if self._retired is not None:
+            self._retired.close()
+        self._retired = loaded.stage
+
+    def _unload(self) -> None:
+        self._retire()
+        if self._retired is not None:
+            self._retired.close()
+            self._retired = None
 
     def _next_commands(self) -> list[OpenRows | RunRows | DropRows | Job] | None:
         with self._wake:
@@ -190,6 +240,16 @@ class StageWorker:
             tokens = loaded.tails[work.session].sample(work.base_row, work.ids, logits)
             events.append(WorkFinished(work, None, tokens))
         return events
+
+
+def _resolve(future: asyncio.Future[Result], result: Result) -> None:
+    if not future.done():  # else nobody waits any more
+        future.set_result(result)
+
+
+def _reject(future: asyncio.Future[Result], problem: Exception) -> None:
+    if not future.done():
+        future.set_exception(problem)
 
 
 def batch_of(works: Sequence[Work]) -> Batch:

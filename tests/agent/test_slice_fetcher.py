@@ -13,7 +13,7 @@ from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
 from edge_runtime.bundle import Bundle, BundleSigningKey, BundleStore, BundleWriter
 from edge_runtime.bundle.manifest import Block, Manifest, ModelInfo, Slice, Tensor
 from edge_runtime.bundle.operations import Operation
-from edge_runtime.errors import BundleError, TamperedError, TransportError, TrustError
+from edge_runtime.errors import BundleError, ConnectionClosed, TamperedError, TransportError, TrustError
 from edge_runtime.protocol.messages import MAX_CHUNK_BYTES, SliceChunk, SliceRequest
 
 KEY = BundleSigningKey(bytes(range(32)))
@@ -68,10 +68,7 @@ class Coordinator:
         asyncio.get_running_loop().call_soon(self.channel.arrived, chunk, [memoryview(change(data))])
 
     async def fetch(self, store: BundleStore, progress: list[tuple[str, int, int]] | None = None) -> Bundle:
-        async def link() -> None:
-            await asyncio.sleep(0)
-
-        fetcher = SliceFetcher(store, self.channel, {KEY.public_bytes}, link)
+        fetcher = SliceFetcher(store, self.channel, {KEY.public_bytes})
         partial = await fetcher.manifest(str(self.bundle.digest))
         await fetcher.slices(partial, KEYS, lambda *step: None if progress is None else progress.append(step))
         return partial.open()
@@ -94,21 +91,31 @@ async def test_what_is_here_is_not_asked_for_again(bundle: Bundle, tmp_path: Pat
     assert again.requests == []
 
 
-async def test_a_broken_link_resumes_where_it_stopped(bundle: Bundle, tmp_path: Path) -> None:
-    def break_once(request: SliceRequest) -> bool:
-        if request.offset_bytes == MAX_CHUNK_BYTES and not broken:
-            broken.append(request)
+async def test_the_next_plan_goes_on_where_a_broken_link_stopped(bundle: Bundle, tmp_path: Path) -> None:
+    def break_off(request: SliceRequest) -> bool:
+        if request.offset_bytes == MAX_CHUNK_BYTES:
             asyncio.get_running_loop().call_later(0.01, coordinator.channel.link_lost)
-            return True
-        return bool(broken) and len(coordinator.requests) <= first_round
+        return request.offset_bytes >= MAX_CHUNK_BYTES
 
-    broken: list[SliceRequest] = []
-    first_round = 2 + 3  # manifest and signature, then the three chunks that were in flight
-    coordinator = Coordinator(bundle, break_once)
-    copy = await coordinator.fetch(BundleStore(tmp_path))
-    copy.verify(KEYS)
-    asked = [r.offset_bytes for r in coordinator.requests if r.slice == "embedding"]
-    assert asked == [0, MAX_CHUNK_BYTES, 2 * MAX_CHUNK_BYTES, MAX_CHUNK_BYTES, 2 * MAX_CHUNK_BYTES]
+    store = BundleStore(tmp_path)
+    coordinator = Coordinator(bundle, break_off)
+    with pytest.raises(ConnectionClosed):
+        await coordinator.fetch(store)
+    again = Coordinator(bundle)
+    (await again.fetch(store)).verify(KEYS)
+    asked = [r.offset_bytes for r in again.requests if r.slice == "embedding"]
+    assert asked == [MAX_CHUNK_BYTES, 2 * MAX_CHUNK_BYTES]
+
+
+async def test_a_chunk_that_got_lost_is_asked_for_again(bundle: Bundle, tmp_path: Path) -> None:
+    def lose_one(request: SliceRequest) -> bool:
+        lost.append(request)
+        return len(lost) in (2, 4)
+
+    lost: list[SliceRequest] = []
+    coordinator = Coordinator(bundle, lose_one)
+    coordinator.channel = SliceChannel(coordinator.ask, chunk_seconds=0.1)
+    (await coordinator.fetch(BundleStore(tmp_path))).verify(KEYS)
 
 
 async def test_a_part_that_was_complete_but_unchecked_is_checked(bundle: Bundle, tmp_path: Path) -> None:
@@ -135,10 +142,7 @@ async def test_a_tampered_slice_is_refused_by_name(bundle: Bundle, tmp_path: Pat
 
 async def test_a_bundle_of_another_signer_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     coordinator = Coordinator(bundle)
-
-    async def link() -> None: ...
-
-    fetcher = SliceFetcher(BundleStore(tmp_path), coordinator.channel, {bytes(32)}, link)
+    fetcher = SliceFetcher(BundleStore(tmp_path), coordinator.channel, {bytes(32)})
     with pytest.raises(TrustError):
         await fetcher.manifest(str(bundle.digest))
 

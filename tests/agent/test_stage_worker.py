@@ -91,7 +91,7 @@ class Bench:
         self.worker = StageWorker(self.deliver)
         self.loaded = LoadedStage(LEASE, self.stage, is_tail=True, vocab_size=VOCAB, queue=RowQueue(4))
         self.worker.start()
-        self.worker.put(lambda: (self.worker.install(self.loaded), None)[1])
+        self.worker.put(lambda: self.worker.install(self.loaded))
 
     def deliver(self, events: Sequence[Event]) -> None:
         for event in events:
