@@ -175,17 +175,13 @@ def _fail_hopeless_sessions(at: _Situation) -> Sequence[Action]:
     return actions
 
 
-def _why_hopeless(session: Session, at: _Situation) -> tuple[str, str, str] | None:
-    """(code, sentence, hint)"""
+def _why_hopeless(session: Session, at: _Situation) -> tuple[str, str] | None:
+    """(sentence, hint)"""
     if session.attempts >= at.limits.max_attempts:
         reason = (
             f"the pipeline gave it up {session.attempts} times in a row; the last time: {session.last_reason}"
         )
-        return (
-            "request_failed",
-            reason,
-            "see the coordinator's log; `edge-runtime devices` shows who is there",
-        )
+        return reason, "see the coordinator's log; `edge-runtime devices` shows who is there"
     live = at.state.live
     if live is not None:
         return _why_unfit(session, live)
@@ -194,13 +190,12 @@ def _why_hopeless(session: Session, at: _Situation) -> tuple[str, str, str] | No
         return None
     cause = at.state.refusal or (at.state.pipeline.broken if at.state.pipeline else "no device is ready")
     return (
-        "no_pipeline",
         f"no pipeline could serve it for {at.limits.recovery_seconds:g} s: {cause}",
         "start or pair another device",
     )
 
 
-def _why_unfit(session: Session, live: Pipeline) -> tuple[str, str, str] | None:
+def _why_unfit(session: Session, live: Pipeline) -> tuple[str, str] | None:
     if session.class_map and session.class_map != live.class_map:
         layer, old, new = next(
             (layer, old, new)
@@ -208,7 +203,6 @@ def _why_unfit(session: Session, live: Pipeline) -> tuple[str, str, str] | None:
             if old != new
         )
         return (
-            "class_changed",
             f"it began on devices of numeric class {old!r} at layer {layer}, and the device that holds this layer "
             f"now is of class {new!r}: its tokens would not be the same",
             "pair a device of the first class, or send the request again",
@@ -216,7 +210,6 @@ def _why_unfit(session: Session, live: Pipeline) -> tuple[str, str, str] | None:
     need_tokens = reserved_tokens(session.rows)
     if need_tokens > live.kv_capacity_tokens:
         return (
-            "capacity",
             f"it needs KV memory for {need_tokens} tokens; the smallest stage of the pipeline holds "
             f"{live.kv_capacity_tokens} now",
             "shorten the prompt, lower max_tokens, or give the devices more memory",

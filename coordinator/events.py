@@ -248,7 +248,6 @@ class FailSession:
     """Event: SessionEnded."""
 
     key: str
-    code: str
     reason: str
     hint: str
 

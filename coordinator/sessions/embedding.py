@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.sessions.live_session import LiveSession
+from coordinator.sessions.live_session import LiveSession, crashed
 from coordinator.sessions.port import PooledVector, SessionPort
 from edge_runtime.core import SamplingParams
 from edge_runtime.errors import EdgeRuntimeError
@@ -53,4 +53,11 @@ class Embedding(LiveSession):
             self.vector.set_exception(error)
 
     async def _on_cancelled(self) -> None:
-        self.vector.cancel()
+        self._close()
+
+    def _on_crashed(self) -> None:
+        if not self.vector.done():
+            self.vector.set_exception(crashed())
+
+    def _on_ended(self) -> None:
+        self.vector.cancel()  # changes nothing where there is a result

@@ -12,14 +12,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from coordinator.service import GenerateRequest, TokenEvent
-from coordinator.sessions.live_session import LiveSession
+from coordinator.sessions.live_session import LiveSession, crashed
 from coordinator.sessions.port import Cancel, Inbound, RequestJournal, SessionPort
 from coordinator.text import Decoder, TextStream
 from edge_runtime.core import Token
-from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.errors import EdgeRuntimeError, RequestFailed
 from edge_runtime.protocol.messages import Feed, OpenSession, Tokens
 
-CANCELLED = "cancelled"
 FAILED = "error"
 PREFILL_PATIENCE_SECONDS_PER_ROW = 0.05
 
@@ -53,6 +52,7 @@ class Generation(LiveSession):
         self._events: list[TokenEvent] = []
         self._changed = asyncio.Event()
         self._listeners = 0
+        self.was_abandoned = False
         self._is_detached = is_detached  # it goes on with nobody listening
         self._last_commit_at = 0.0
         for token in tokens:
@@ -197,14 +197,23 @@ class Generation(LiveSession):
 
     async def _on_failed(self, error: EdgeRuntimeError) -> None:
         self._close()
+        self.error = error
         if self._journal is not None:
             await self._journal.finish_request(self.request.id, FAILED, error.message)
-        self.error = error
-        self._wake()
 
     async def _on_cancelled(self) -> None:
-        """The ids stay in the journal: a reader who comes back gets them, and the rest."""
+        """The journal keeps the request open: a reader who comes back gets its ids, and the rest."""
         self._close()
-        if self._journal is not None:
-            await self._journal.finish_request(self.request.id, CANCELLED)
+        self.was_abandoned = True
+
+    def _on_crashed(self) -> None:
+        self.error = crashed()
+
+    def _on_ended(self) -> None:
+        if self.error is None and not self.is_finished:
+            self.error = RequestFailed(
+                "the coordinator stopped before the request was finished",
+                hint="resume it when the coordinator is back",
+                code="not_ready",
+            )
         self._wake()

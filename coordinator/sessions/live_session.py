@@ -19,7 +19,7 @@ from coordinator.sessions.port import (
     PooledVector,
     SessionPort,
 )
-from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.errors import EdgeRuntimeError, RequestFailed
 from edge_runtime.protocol.messages import Feed, Gap, OpenSession, SessionFailed, Tokens
 
 
@@ -55,9 +55,13 @@ class LiveSession(ABC):
         try:
             while not self.ended:
                 await self._handle(await self._next())
+        except Exception:
+            self._on_crashed()
+            raise
         finally:
             self.ended = True
             self._close()
+            self._on_ended()
 
     async def _next(self) -> Inbound:
         if not self.is_open:
@@ -133,8 +137,22 @@ class LiveSession(ABC):
     @abstractmethod
     async def _on_cancelled(self) -> None: ...
 
+    @abstractmethod
+    def _on_crashed(self) -> None:
+        """A bug or a broken journal: whoever waits gets an error that says where to look."""
+
+    @abstractmethod
+    def _on_ended(self) -> None:
+        """However `run` ended, nobody may be left waiting."""
+
     async def _on_tokens(self, message: Tokens) -> None:
         self._break("the tail sent tokens where none were asked for")
 
     async def _on_pooled(self, message: PooledVector) -> None:
         self._break("the tail sent a vector where none was asked for")
+
+
+def crashed() -> RequestFailed:
+    return RequestFailed(
+        "the coordinator failed while serving this request", hint="its log says why; send the request again"
+    )

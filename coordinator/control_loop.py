@@ -1,0 +1,342 @@
+"""The one place where the cluster's state changes: events in, decisions out, actions carried out at the rim.
+
+Knows: how an action becomes messages and what its event is. Does not know: why an action was chosen (`decisions`), what
+sessions do (`sessions/`), HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from coordinator import events as ev
+from coordinator.decisions import Limits, decide
+from coordinator.journal.base import Journal
+from coordinator.planning.model import DeviceProfile, Plan, Split
+from coordinator.sessions.port import Open, PipelineLost, PooledVector
+from coordinator.state import ClusterState, Pipeline, apply
+from edge_runtime.errors import EdgeRuntimeError, PlanError, ProtocolError, RequestFailed
+from edge_runtime.protocol.messages import (
+    Gap,
+    Heartbeat,
+    Hello,
+    LoadStage,
+    Message,
+    PeerLease,
+    Pooled,
+    ProfileReport,
+    ProfileRequest,
+    Refused,
+    Relay,
+    SessionFailed,
+    StageFailed,
+    StageProgress,
+    StageReady,
+    Tokens,
+    UnloadStage,
+)
+
+if TYPE_CHECKING:
+    from coordinator.links import AgentLinks
+    from coordinator.sessions.host import SessionHost
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.1
+SLEPT_SECONDS = 2.0  # a tick that took longer: this machine stood still, not the devices
+MAX_ROUNDS = 1000
+
+
+class Trust(Protocol):
+    """What the loop asks the registry."""
+
+    def refusal(self, device_id: str, hello: Hello) -> Refused | None: ...
+    def name(self, device_id: str, said: str) -> str: ...
+    def peer_lease(self, number: int, device_id: str, addresses: Sequence[tuple[str, str]]) -> PeerLease: ...
+
+
+Planner = Callable[[ClusterState, float], Plan]
+"""Raises PlanError where nothing fits; the time is for devices that are left out for a while."""
+
+
+class ControlLoop:
+    """Implements LinkHandler: links tell it things, and never wait for it."""
+
+    def __init__(
+        self,
+        *,
+        bundle: str,
+        hidden_size: int,
+        split: Split,
+        limits: Limits,
+        journal: Journal,
+        trust: Trust,
+        planner: Planner,
+        clock: Callable[[], float],
+    ) -> None:
+        self.state = ClusterState(started_at=clock(), down_since=clock())
+        self.links: AgentLinks | None = None
+        self.sessions: SessionHost | None = None
+        self.serving = asyncio.Event()  # a pipeline is live
+        self._bundle = bundle
+        self._hidden_size = hidden_size
+        self._split = split
+        self._limits = limits
+        self._journal = journal
+        self._trust = trust
+        self._planner = planner
+        self._clock = clock
+        self._events: asyncio.Queue[ev.Event] = asyncio.Queue()
+
+    # ------------------------------------------------------------ the loop
+
+    def tell(self, event: ev.Event) -> None:
+        self._events.put_nowait(event)
+
+    async def run(self) -> None:
+        before = self._clock()
+        while True:
+            await self._take_events()
+            now = self._clock()
+            if now - before > SLEPT_SECONDS:
+                self._forgive_silence(now)
+            before = now
+            await self._settle()
+
+    async def _take_events(self) -> None:
+        try:
+            async with asyncio.timeout(TICK_SECONDS):
+                self._apply(await self._events.get())
+        except TimeoutError:
+            return
+        while not self._events.empty():
+            self._apply(self._events.get_nowait())
+
+    def _forgive_silence(self, now: float) -> None:
+        for device in self.state.devices.values():
+            self._apply(ev.DeviceSeen(device.device_id, device.connection, now))
+
+    async def _settle(self) -> None:
+        for _ in range(MAX_ROUNDS):
+            actions = decide(self.state, self._clock(), limits=self._limits, split=self._split)
+            if not actions:
+                return
+            for action in actions:
+                await self._carry_out(action)
+        log.error("the rules did not come to rest; the next event tries again")
+
+    def _apply(self, event: ev.Event) -> None:
+        before = self.state.pipeline
+        self.state = apply(self.state, event)
+        after = self.state.pipeline
+        if before is not None and not before.broken and (after is None or after.broken):
+            self._pipeline_lost(before, after.broken if after is not None else "")
+        if isinstance(event, ev.DeviceLost | ev.DeviceFailed):
+            log.warning("device %s: %s", event.device_id, event.reason)
+
+    def _pipeline_lost(self, pipeline: Pipeline, reason: str) -> None:
+        log.warning("the pipeline of lease %d is over: %s", pipeline.lease, reason)
+        self.serving.clear()
+        if self.sessions is not None:
+            for session in self.sessions.sessions:
+                session.deliver(PipelineLost(pipeline.lease))
+
+    # ------------------------------------------------------------ actions
+
+    async def _carry_out(self, action: ev.Action) -> None:
+        now = self._clock()
+        match action:
+            case ev.DropDevice():
+                if self.links is not None:
+                    self.links.drop(action.device_id, action.connection, action.reason)
+                self._apply(ev.DeviceLost(action.device_id, action.connection, action.reason, now))
+            case ev.GiveUpOnDevice():
+                self._apply(
+                    ev.StageBroke(action.device_id, action.lease, action.reason, now)
+                    if action.lease
+                    else ev.DeviceFailed(action.device_id, action.reason, now)
+                )
+            case ev.AskProfile():
+                self._post(action.device_id, ProfileRequest(self._bundle))
+                self._apply(ev.ProfileAsked(action.device_id, now))
+            case ev.MakePlan():
+                await self._make_plan(action.reason)
+            case ev.LoadStages():
+                self._load_stages()
+                self._apply(ev.LoadSent(action.lease, now))
+            case ev.AnnouncePipeline():
+                self._apply(ev.PipelineAnnounced(action.lease))
+                log.info("the pipeline of lease %d serves", action.lease)
+                self.serving.set()
+            case ev.OpenOnPipeline():
+                self._apply(ev.SessionOpened(action.key, action.lease))
+                if self.sessions is None or not self.sessions.deliver(action.key, Open(action.lease)):
+                    self._apply(ev.SessionEnded(action.key))
+            case ev.FailSession():
+                log.warning("request %s fails: %s", action.key, action.reason)
+                if self.sessions is not None:
+                    error = RequestFailed(f"the request can't be finished: {action.reason}", hint=action.hint)
+                    self.sessions.fail(action.key, error)
+                self._apply(ev.SessionEnded(action.key))
+
+    async def _make_plan(self, reason: str) -> None:
+        now = self._clock()
+        try:
+            plan = self._planner(self.state, now)
+        except PlanError as error:
+            log.warning("no plan (%s): %s", reason, error.message)
+            self._apply(ev.PlanRefused(error.message, now))
+            return
+        lease = await self._journal.next_lease()
+        stages = ", ".join(f"{stage.name} {stage.layers}" for stage in plan.stages)
+        log.info("plan of lease %d (%s): %s", lease, reason, stages)
+        self._apply(ev.PlanInstalled(lease, plan, self._clock()))
+
+    def _load_stages(self) -> None:
+        pipeline = self.state.pipeline
+        assert pipeline is not None
+        for device_id, lease in self.state.retired:
+            self._post(device_id, UnloadStage(lease))
+        addresses = [(member, self.state.devices[member].data_address) for member in pipeline.members]
+        for number, part in enumerate(pipeline.plan.stages):
+            others = [entry for entry in addresses if entry[0] != part.device_id]
+            self._post(part.device_id, self._trust.peer_lease(pipeline.lease, part.device_id, others))
+            load = LoadStage(
+                lease=pipeline.lease,
+                bundle=self._bundle,
+                stage=number,
+                devices=pipeline.members,
+                first_layer=part.layers.first,
+                last_layer=part.layers.last,
+                prefill_chunk_tokens=pipeline.plan.prefill_chunk_tokens,
+            )
+            self._post(part.device_id, load)
+
+    def _post(self, device_id: str, message: Message) -> None:
+        if self.links is not None:
+            self.links.post(device_id, message)
+
+    def members(self, lease: int) -> Sequence[str]:
+        pipeline = self.state.pipeline
+        return pipeline.members if pipeline is not None and pipeline.lease == lease else ()
+
+    # ------------------------------------------------------------ LinkHandler
+
+    def now(self) -> float:
+        return self._clock()
+
+    def refusal(self, device_id: str, hello: Hello) -> Refused | None:
+        return self._trust.refusal(device_id, hello)
+
+    def joined(self, device_id: str, connection: int, hello: Hello) -> None:
+        name = self._trust.name(device_id, hello.device_name)
+        log.info("device %s (%s) is here", name, device_id)
+        self.tell(
+            ev.DeviceJoined(
+                device_id,
+                name,
+                hello.boot_id,
+                connection,
+                hello.data_address,
+                hello.memory_budget_bytes,
+                self._clock(),
+            )
+        )
+
+    def measured(self, device_id: str, connection: int, rtt_seconds: float, bytes_per_second: float) -> None:
+        self.tell(ev.LinkMeasured(device_id, connection, rtt_seconds, bytes_per_second))
+
+    def seen(self, device_id: str, connection: int) -> None:
+        self.tell(ev.DeviceSeen(device_id, connection, self._clock()))
+
+    def left(self, device_id: str, connection: int, reason: str) -> None:
+        self.tell(ev.DeviceLost(device_id, connection, reason, self._clock()))
+
+    def received(
+        self, device_id: str, connection: int, message: Message, payloads: Sequence[memoryview]
+    ) -> None:
+        match message:
+            case Heartbeat():
+                pass  # any message is a sign of life; `seen` tells of them all
+            case ProfileReport():
+                self._profile_arrived(device_id, connection, message)
+            case StageProgress():
+                self.tell(ev.StageProgressed(device_id, message.lease, self._clock()))
+            case StageReady():
+                self.tell(ev.StageLoaded(device_id, message, self._clock()))
+            case StageFailed():
+                self._stage_failed(device_id, message)
+            case Tokens() | Gap() | SessionFailed() | Pooled():
+                self._route(device_id, message, payloads)
+            case Relay():
+                if self.links is not None:
+                    self.links.relay(device_id, message, payloads)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is nothing an agent says to a coordinator")
+
+    def _profile_arrived(self, device_id: str, connection: int, report: ProfileReport) -> None:
+        device = self.state.devices.get(device_id)
+        if device is None or report.bundle != self._bundle:
+            return
+        seconds = (report.layer_decode_seconds, report.layer_prefill_row_seconds, report.head_seconds)
+        if min(seconds) < 0 or report.memory_free_bytes < 0:
+            raise ProtocolError("its profile has negative times or sizes")
+        profile = DeviceProfile(
+            device_id,
+            device.name,
+            report.memory_free_bytes,
+            *seconds,
+            report.numeric_class,
+            report.row_invariant,
+        )
+        self.tell(ev.ProfileArrived(device_id, connection, profile, self._clock()))
+
+    def _stage_failed(self, device_id: str, failed: StageFailed) -> None:
+        reason = f"{failed.reason} ({failed.hint})" if failed.hint else failed.reason
+        if failed.lease == 0:
+            self.tell(ev.DeviceFailed(device_id, reason, self._clock()))
+        else:
+            self.tell(ev.StageBroke(device_id, failed.lease, reason, self._clock()))
+
+    def _route(
+        self, device_id: str, message: Tokens | Gap | SessionFailed | Pooled, payloads: Sequence[memoryview]
+    ) -> None:
+        """Results only from the tail, complaints only from members; what is of another lease is late."""
+        members = self.members(message.lease)
+        if self.sessions is None or device_id not in members:
+            return
+        if isinstance(message, Gap | SessionFailed):
+            self.sessions.deliver_to_number(message.session, message)
+            return
+        if device_id != members[-1]:
+            raise ProtocolError("it sends results, and is not the tail of the pipeline")
+        if isinstance(message, Tokens):
+            self.sessions.deliver_to_number(message.session, message)
+            return
+        if len(payloads) != 1 or payloads[0].nbytes != 4 * self._hidden_size:
+            raise ProtocolError(f"a pooled vector has {4 * self._hidden_size} bytes")
+        vector = np.frombuffer(payloads[0], np.float32).copy()
+        self.sessions.deliver_to_number(message.session, PooledVector(message, vector))
+
+
+def why_not_serving(state: ClusterState) -> EdgeRuntimeError:
+    """For whoever asks while there is no pipeline."""
+    if state.refusal:
+        reason = state.refusal
+    elif state.pipeline is not None and state.pipeline.broken:
+        reason = state.pipeline.broken
+    elif state.pipeline is not None:
+        reason = "the devices are loading their layers"
+    elif any(device.is_connected for device in state.devices.values()):
+        reason = "devices are still being measured, or others are waited for"
+    else:
+        reason = "no device is connected"
+    return RequestFailed(
+        f"no pipeline can serve now: {reason}",
+        hint="`edge-runtime devices` shows what each device is doing",
+        code="not_ready",
+    )

@@ -1,0 +1,136 @@
+"""All sessions that are alive: their tasks, and the way of each message to the session it is for.
+
+Knows: which session has which key and number. Does not know: what sessions do, or what the cluster decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+from coordinator import events as ev
+from coordinator.sessions.live_session import LiveSession
+from coordinator.sessions.port import Fail, Inbound
+from coordinator.speed_meter import SpeedMeter
+from coordinator.state import Pipeline
+from edge_runtime.errors import RequestFailed
+from edge_runtime.protocol.messages import CloseSession, Feed, Message, OpenSession
+
+log = logging.getLogger(__name__)
+
+
+class SessionHost:
+    """Implements SessionPort for the sessions it runs."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        *,
+        clock: Callable[[], float],
+        next_session: Callable[[], Awaitable[int]],
+        post: Callable[[str, Message], None],
+        tell: Callable[[ev.Event], None],
+        pipeline: Callable[[], Pipeline | None],
+        meter: SpeedMeter,
+    ) -> None:
+        self._tasks = tasks
+        self._clock = clock
+        self._next_session = next_session
+        self._post = post
+        self._tell = tell
+        self._pipeline = pipeline
+        self._meter = meter
+        self._sessions: dict[str, LiveSession] = {}
+        self._by_number: dict[int, str] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    # ------------------------------------------------------------ life
+
+    def begin(
+        self,
+        session: LiveSession,
+        tenant: str,
+        class_map: tuple[str, ...],
+        when_over: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run it, and put it in the queue for a pipeline."""
+        self._sessions[session.key] = session
+        self._running[session.key] = self._tasks.create_task(self._live(session, when_over))
+        self._tell(ev.SessionSubmitted(session.key, tenant, session.rows, class_map, self._clock()))
+
+    async def _live(self, session: LiveSession, when_over: Callable[[], None]) -> None:
+        try:
+            await session.run()
+        except Exception:
+            # One request's failure, of whatever kind (a full disk under the journal, say), must not end the others'.
+            log.exception("request %s failed in an unforeseen way", session.key)
+        finally:
+            self._sessions.pop(session.key, None)
+            self._running.pop(session.key, None)
+            self._tell(ev.SessionEnded(session.key))
+            when_over()
+
+    def get(self, key: str) -> LiveSession | None:
+        return self._sessions.get(key)
+
+    @property
+    def sessions(self) -> Iterable[LiveSession]:
+        return list(self._sessions.values())
+
+    async def drain(self, seconds: float) -> None:
+        """Wait for the running ones a while; then stop them (the journal keeps what they have)."""
+        running = list(self._running.values())
+        if running and seconds > 0:
+            await asyncio.wait(running, timeout=seconds)
+        for task in self._running.values():
+            task.cancel()
+
+    # ------------------------------------------------------------ messages in
+
+    def deliver(self, key: str, message: Inbound) -> bool:
+        session = self._sessions.get(key)
+        if session is None:
+            return False
+        session.deliver(message)
+        return True
+
+    def deliver_to_number(self, number: int, message: Inbound) -> None:
+        """Messages for sessions that are closed are dropped in silence: they are late."""
+        key = self._by_number.get(number)
+        if key is not None:
+            self.deliver(key, message)
+
+    def fail(self, key: str, error: RequestFailed) -> None:
+        self.deliver(key, Fail(error))
+
+    # ------------------------------------------------------------ SessionPort
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return self._clock
+
+    async def next_session(self) -> int:
+        return await self._next_session()
+
+    def start(self, key: str, opening: OpenSession, feed: Feed) -> None:
+        self._by_number[opening.session] = key
+        pipeline = self._pipeline()
+        if pipeline is not None and pipeline.lease == opening.lease and not pipeline.broken:
+            self._post(pipeline.members[0], opening)
+            self._post(pipeline.members[0], feed)
+
+    def close(self, session: int, lease: int) -> None:
+        """A pipeline that is over needs no telling: its sessions went with its lease."""
+        self._by_number.pop(session, None)
+        pipeline = self._pipeline()
+        if pipeline is not None and pipeline.lease == lease and not pipeline.broken:
+            for member in pipeline.members:
+                self._post(member, CloseSession(session, lease))
+
+    def broke(self, key: str, lease: int, reason: str, *, progressed: bool) -> None:
+        log.warning("request %s is started again: %s", key, reason)
+        self._tell(ev.SessionBroke(key, lease, reason, progressed, self._clock()))
+
+    def committed(self, count: int, seconds: float) -> None:
+        self._meter.add(count, seconds, now=self._clock(), is_alone=len(self._sessions) == 1)
