@@ -52,10 +52,11 @@ class Wire(Protocol):
 class Channel:
     """A `Connection` over a `Wire`. The wire's owner calls `deliver` for what arrives and `lost` when it breaks."""
 
-    def __init__(self, peer: Peer, wire: Wire, *, remote: str = "") -> None:
+    def __init__(self, peer: Peer, wire: Wire, *, remote: str = "", window_bytes: int = WINDOW_BYTES) -> None:
         self.remote = remote  # network address of the other side, for logs and limits; "" where there is none
         self._peer = peer
         self._wire = wire
+        self._window_bytes = window_bytes  # what the other side may be ahead; a stranger gets less
         self._inbox: deque[tuple[list[memoryview], int]] = deque()
         self._receivers: list[asyncio.Future[None]] = []
         self._senders: deque[tuple[asyncio.Future[None], int]] = deque()
@@ -145,7 +146,7 @@ class Channel:
         size_bytes = sum(frame.nbytes for frame in frames)
         if not 1 <= len(frames) <= MAX_FRAMES or size_bytes > MAX_LIST_BYTES:
             raise ProtocolError(f"a list of {len(frames)} frames and {size_bytes} bytes is over the limits")
-        if self._held_bytes >= WINDOW_BYTES or self._held_lists >= WINDOW_LISTS:
+        if self._held_bytes >= self._window_bytes or self._held_lists >= WINDOW_LISTS:
             raise ProtocolError("the other side ignores its window")
         cost = size_bytes + _LIST_OVERHEAD_BYTES
         self._held_bytes += cost

@@ -16,12 +16,13 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import zmq
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError, TrustError
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
-from edge_runtime.transport.channel import OPEN, WIRE_VERSION, Channel
+from edge_runtime.transport.channel import OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
 from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
 from edge_runtime.trust.admission import Gate, zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
@@ -29,9 +30,20 @@ from edge_runtime.trust.identity import KeyPair, device_id
 log = logging.getLogger(__name__)
 
 ROUTING_ID_BYTES = 16
-MAX_UNACCEPTED = 1024
-MAX_CONNECTIONS_PER_KEY = 8
 _CLOSE_GRACE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one listener lets its peers use."""
+
+    frame_bytes: int = MAX_FRAME_BYTES
+    window_bytes: int = WINDOW_BYTES  # received from one peer and not yet taken by the application
+    unaccepted: int = 1024
+    connections_per_key: int = 8
+
+
+DEFAULT_LIMITS = Limits()
 
 
 # ------------------------------------------------------------------------------------------------ listening
@@ -40,14 +52,15 @@ _CLOSE_GRACE_SECONDS = 1.0
 class _AcceptedWire:
     """The listener's side of one connection: its routing id, its proved key, its TCP link."""
 
-    def __init__(self, listener: ZeromqListener, routing_id: bytes, user_id: str, fd: int) -> None:
+    def __init__(
+        self, listener: ZeromqListener, routing_id: bytes, user_id: str, fd: int, window_bytes: int
+    ) -> None:
         self.routing_id = routing_id
         self.user_id = user_id
         self.fd = fd
         self.public_key = bytes.fromhex(user_id)
-        self.channel = Channel(
-            Peer(device_id(self.public_key), self.public_key), self, remote=_peer_address(fd)
-        )
+        peer = Peer(device_id(self.public_key), self.public_key)
+        self.channel = Channel(peer, self, remote=_peer_address(fd), window_bytes=window_bytes)
         self._listener = listener
 
     def write(self, parts: Sequence[Frame]) -> None:
@@ -68,20 +81,21 @@ class _AcceptedWire:
 class ZeromqListener:
     """Serves every admitted peer from one ROUTER socket, on the event loop it was made on."""
 
-    def __init__(self, address: str, key: KeyPair, admission: Gate, name: str, max_frame_bytes: int) -> None:
+    def __init__(self, address: str, key: KeyPair, admission: Gate, name: str, limits: Limits) -> None:
         endpoint = _endpoint(address)
         context, self._zap = zmq_runtime()
         self._admission = admission
+        self._limits = limits
         self._domain = self._zap.register(name, admission)
         self._wires: dict[bytes, _AcceptedWire] = {}
         self._by_fd: dict[int, _AcceptedWire] = {}
         self._gone: list[_AcceptedWire] = []
-        self._accepted: asyncio.Queue[Channel | None] = asyncio.Queue(MAX_UNACCEPTED)
+        self._accepted: asyncio.Queue[Channel | None] = asyncio.Queue(limits.unaccepted)
         raw = context.socket(zmq.ROUTER)
         try:
             for option, value in SETTINGS:
                 raw.setsockopt(option, value)
-            raw.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+            raw.setsockopt(zmq.MAXMSGSIZE, limits.frame_bytes)
             raw.setsockopt(zmq.BACKLOG, BACKLOG)
             raw.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not a silent loss
             raw.setsockopt(zmq.ROUTER_HANDOVER, 0)  # nobody takes over another's routing id
@@ -167,11 +181,11 @@ class ZeromqListener:
         self._socket.read_events()  # the loss of an earlier link with this descriptor comes before this list
         if fd in self._by_fd:
             self._gone.append(self._by_fd.pop(fd))
-        wire = _AcceptedWire(self, routing_id, user_id, fd)
+        wire = _AcceptedWire(self, routing_id, user_id, fd, self._limits.window_bytes)
         same_key = sum(other.user_id == user_id for other in self._wires.values())
         if (
             not self._admission.is_allowed(wire.public_key)
-            or same_key >= MAX_CONNECTIONS_PER_KEY
+            or same_key >= self._limits.connections_per_key
             or self._accepted.full()
         ):
             log.warning(
@@ -210,10 +224,10 @@ async def listen(
     admission: Gate,
     *,
     name: str = "data",
-    max_frame_bytes: int = MAX_FRAME_BYTES,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> ZeromqListener:
     """Bind `tcp://HOST:PORT` (port 0: any) and admit the keys `admission` allows. `name` labels the CURVE domain."""
-    return ZeromqListener(address, key, admission, name, max_frame_bytes)
+    return ZeromqListener(address, key, admission, name, limits)
 
 
 # ------------------------------------------------------------------------------------------------ dialling
@@ -321,7 +335,7 @@ async def connect(
     except TimeoutError as error:
         raise TransportError(
             f"{address} did not finish the handshake in {timeout_seconds:g} s",
-            hint="a firewall may be between, something else may listen there, or the join link's key is not this server's",
+            hint="a firewall may be between, something else may listen there, or its key is not the one given",
             code="timeout",
         ) from error
     return wire.channel
