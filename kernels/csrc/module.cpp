@@ -1,5 +1,18 @@
-#include <nanobind/nanobind.h>
+#include <stdexcept>
 
-namespace nb = nanobind;
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-NB_MODULE(_native, m) { m.doc() = "Native kernels of edge-runtime."; }
+#include "arrays.hpp"
+#include "isa.hpp"
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels of edge-runtime.";
+  m.def("isa", [] { return std::string(edge::kernels().name); });
+  m.def("available_isas", &edge::available_isas);
+  m.def("set_isa", &edge::set_isa);
+  edge::bind_attention(m);
+  edge::bind_experts(m);
+  edge::bind_rows(m);
+  edge::bind_sampling(m);
+}

@@ -2,3 +2,7 @@
 
 Knows: array layouts and arithmetic. Does not know: bundles, stages, sessions, files or threads of others.
 """
+
+from edge_kernels._native import available_isas, isa, set_isa
+
+__all__ = ["available_isas", "isa", "set_isa"]

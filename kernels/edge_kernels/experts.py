@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels import reference
+from edge_kernels import _native
 from edge_kernels.quantization import BITS, BLOCK, QuantizedMatrix, dequantize
 
 F32 = NDArray[np.float32]
@@ -43,7 +43,7 @@ class ExpertWeights:
             raise ValueError("experts need at least one expert, one hidden and one intermediate channel")
         if self.buffer.dtype != np.uint8 or self.buffer.ndim != 1 or not self.buffer.flags.c_contiguous:
             raise ValueError("experts need their slice as one contiguous uint8 array")
-        names = set(PARTS) if self.format == "fp32" else {*PARTS, *(f"{part}_scales" for part in PARTS)}
+        names = set(_part_names(self.format))
         if set(self.offsets) != names:
             raise ValueError(
                 f"{self.format} experts need the parts {sorted(names)}, not {sorted(self.offsets)}"
@@ -91,5 +91,50 @@ class ExpertWeights:
         return dequantize(quantized, self.format, self.intermediate if part == "down" else self.hidden)
 
 
-route = reference.route
-run_experts = reference.run_experts
+def route(logits: F32, *, top_k: int, normalize: bool, softmax_after: bool) -> tuple[I32, F32]:
+    """Chosen experts (largest logit first, ties to the lower id) and their gates, both [R, top_k].
+
+    Gates are the softmax over all experts, divided by their sum where `normalize`; `softmax_after` takes the softmax
+    over the chosen logits, which is the same as normalizing. A row with a logit that is not finite gets NaN gates.
+    """
+    if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"route needs logits [R, experts] and 1 to that many experts a row, not {top_k}")
+    ids = np.empty((len(logits), top_k), np.int32)
+    gates = np.empty((len(logits), top_k), np.float32)
+    _native.route(np.ascontiguousarray(logits, np.float32), normalize, softmax_after, ids, gates)
+    return ids, gates
+
+
+def run_experts(
+    x: F32, ids: I32, gates: F32, weights: ExpertWeights, *, activation: str, threads: int = 1
+) -> F32:
+    """Sum over a row's experts, in the order given, of gate * down(silu(gate_proj x) * up_proj x): [R, hidden].
+
+    For int8 and int4 weights the activations are quantized to int8 in blocks of 32. A row's bits do not depend on the
+    other rows, on `threads` or on the instruction set.
+    """
+    if activation != "silu":
+        raise ValueError(f"unknown activation {activation!r}: experts know silu")
+    if x.ndim != 2 or ids.ndim != 2 or gates.ndim != 2:
+        raise ValueError("experts need rows [R, hidden], ids [R, top_k] and gates [R, top_k]")
+    y = np.empty((len(x), weights.hidden), np.float32)
+    _native.run_experts(
+        np.ascontiguousarray(x, np.float32),
+        np.ascontiguousarray(ids, np.int32),
+        np.ascontiguousarray(gates, np.float32),
+        weights.buffer,
+        weights.format,
+        weights.num_experts,
+        weights.hidden,
+        weights.intermediate,
+        weights.stride_bytes,
+        np.array([weights.offsets[name] for name in _part_names(weights.format)], np.int64),
+        y,
+        threads,
+    )
+    return y
+
+
+def _part_names(format: str) -> tuple[str, ...]:
+    """In the order the native kernel takes their offsets."""
+    return PARTS if format == "fp32" else PARTS + tuple(f"{part}_scales" for part in PARTS)

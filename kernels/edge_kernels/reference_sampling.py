@@ -24,6 +24,7 @@ LN2_HIGH = float.fromhex(
 )  # the upper 32 bits of ln 2: e * LN2_HIGH is exact for |e| < 2^11
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 LOG2_E = float.fromhex("0x1.71547652b82fep+0")
+ROUNDER = 1.5 * 2.0**52  # adding and subtracting it rounds to an integer, ties to even
 LOG_TERMS = 11  # atanh series: 1, 1/3, ... 1/21
 EXP_TERMS = 14  # Taylor series: 1/0! ... 1/13!
 NEGLIGIBLE = -708.0  # exp below this is 0
@@ -83,7 +84,7 @@ def log(x: F64) -> F64:
 def exp(x: F64) -> F64:
     """e^x for x <= 0; 0 below -708."""
     kept = np.where(x < NEGLIGIBLE, 0.0, x)
-    n = np.floor(kept * LOG2_E + 0.5)
+    n = (kept * LOG2_E + ROUNDER) - ROUNDER
     r = (kept - n * LN2_HIGH) - n * LN2_LOW
     factorials = [1.0]
     for term in range(1, EXP_TERMS):

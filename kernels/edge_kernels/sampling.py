@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels import reference_sampling as reference
+from edge_kernels import _native
 
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
@@ -24,18 +24,25 @@ def choice_seed(seed: int, choice: int) -> int:
     if choice == 0:
         return seed
     # No vocabulary has an id 2^32 - 1, so this counter never meets one that makes noise.
-    low, high = reference.threefry(reference.split_seed(seed), choice, 0xFFFFFFFF)
+    low, high = threefry(
+        (seed & 0xFFFFFFFF, seed >> 32), np.array([choice], np.uint32), np.array([2**32 - 1], np.uint32)
+    )
     return int(low[0]) | int(high[0]) << 32
 
 
 def threefry(key: tuple[int, int], c0: U32, c1: U32) -> tuple[U32, U32]:
     """Threefry-2x32-20 of each counter (c0, c1)."""
-    return reference.threefry(key, c0, c1)
+    x0, x1 = np.empty(c0.shape, np.uint32), np.empty(c0.shape, np.uint32)
+    _native.threefry(*key, np.ascontiguousarray(c0, np.uint32), np.ascontiguousarray(c1, np.uint32), x0, x1)
+    return x0, x1
 
 
 def gumbel_noise(seed: int, position: int, ids: U32) -> F64:
     """Noise of each token id at an absolute position."""
-    return reference.gumbel_noise(seed, position, ids)
+    _check_key(seed, position)
+    noise = np.empty(ids.shape, np.float64)
+    _native.gumbel_noise(seed, position, np.ascontiguousarray(ids, np.uint32), noise)
+    return noise
 
 
 def sample(
@@ -53,23 +60,25 @@ def sample(
     `position` is the absolute position the new token will have. Temperature 0: argmax, no filters, no noise. Every tie
     goes to the lowest id.
     """
-    return reference.sample(
-        _checked(logits),
-        seed=seed,
-        position=position,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-    )
+    _check_key(seed, position)
+    return _native.sample(_row(logits), seed, position, temperature, top_k, top_p, min_p)
 
 
 def log_probabilities(logits: F64, chosen: int, top: int) -> tuple[float, list[tuple[int, float]]]:
     """Natural-log probability of `chosen`, and the `top` most likely ids with theirs."""
-    return reference.log_probabilities(_checked(logits), chosen, top)
+    if not (0 <= chosen < logits.size and top >= 0):
+        raise ValueError(
+            "log-probabilities need a chosen id inside the vocabulary, and a count of at least 0"
+        )
+    return _native.log_probabilities(_row(logits), chosen, top)
 
 
-def _checked(logits: F64) -> F64:
-    if logits.ndim != 1 or logits.size == 0 or np.isnan(logits).any() or not np.isfinite(logits.max()):
-        raise ValueError("sampling needs one row of logits, none of them NaN or +inf, and one that is finite")
-    return logits.astype(np.float64)
+def _row(logits: F64) -> F64:
+    if logits.ndim != 1:
+        raise ValueError(f"sampling takes one row of logits, not shape {logits.shape}")
+    return np.ascontiguousarray(logits, np.float64)
+
+
+def _check_key(seed: int, position: int) -> None:
+    if not (0 <= seed < 2**64 and 0 <= position < 2**32):
+        raise ValueError("a seed must fit 64 bits and a position 32 bits, both unsigned")

@@ -1,0 +1,86 @@
+// What every instruction set provides: plain functions on raw pointers, filled in by one translation unit each.
+//
+// All paths perform the same floating-point operations in the same order on 16 lanes (fused where `fma` is written), so
+// their results agree bit for bit. Translation units built for an instruction set share no inline function with the
+// rest, lest the linker pick a copy that an older processor can't run.
+#pragma once
+
+#include <cstdint>
+
+namespace edge {
+
+constexpr int kPageTokens = 32;
+constexpr int kMaxHeadDim = 256;
+constexpr int kTileQueries = 32;  // queries that share one pass over the pages
+constexpr int kBlock = 32;
+
+// Rows of one sequence and query heads of one key/value head.
+struct AttentionTile {
+  const float* q;             // first row, first head of the tile
+  float* out;                 // same place in the result
+  const std::int32_t* positions;  // of each row
+  int rows;
+  int heads;                  // heads * rows <= kTileQueries
+  std::int64_t row_stride;    // floats between rows of q and out
+  int head_dim;
+  const float* keys;          // page 0, this layer and key/value head
+  const float* values;
+  std::int64_t page_stride;   // floats
+  std::int64_t token_stride;  // floats
+  const std::int32_t* table;
+  int length;
+  float scale;
+  int window;
+  float softcap;
+  bool causal;
+};
+
+constexpr int kAttentionScratchFloats = kMaxHeadDim * kPageTokens + kTileQueries * (kMaxHeadDim + kPageTokens + 2);
+
+// Activations of one row, quantized for an integer dot product. A group is 64 bytes of weights: 4 blocks of int4, or
+// 2 blocks of int8. Blocks past the last are zero.
+//   int4: codes 128 bytes a group, 64 of even then 64 of odd elements; int8: codes 64 bytes a group
+//   corrections: 16 a group, minus zero point times the sum of the codes that share a 32-bit lane
+//   scales: 4 (int4) or 2 (int8) a group
+struct QuantizedRow {
+  const std::int8_t* codes;
+  const std::int32_t* corrections;
+  const float* scales;
+};
+
+struct QuantizedRowOut {
+  std::int8_t* codes;
+  std::int32_t* corrections;
+  float* scales;
+};
+
+struct KernelTable {
+  const char* name;
+  void (*attend)(const AttentionTile&, float* scratch);  // scratch: kAttentionScratchFloats, 64-byte aligned
+
+  // Quantize blocks [first_block, last_block) of a row; columns is the row's whole width. first_block starts a group.
+  void (*quantize_int8)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
+  void (*quantize_int4)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
+
+  // y[m][n] for weight rows n in [first, last) and rows m: y + m * y_stride + n.
+  void (*multiply_int8)(const std::uint8_t* data, const float* scales, int blocks, int first, int last,
+                        const QuantizedRow* x, int rows, float* const* y);
+  void (*multiply_int4)(const std::uint8_t* data, const float* scales, int blocks, int first, int last,
+                        const QuantizedRow* x, int rows, float* const* y);
+  void (*multiply_fp32)(const float* data, int columns, int first, int last, const float* const* x, int rows,
+                        float* const* y);
+
+  void (*silu_multiply)(const float* gate, const float* up, float* out, int count);
+  void (*accumulate)(float* y, const float* x, float factor, int count);  // y = fma(factor, x, y)
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const KernelTable kNeonKernels;
+extern const KernelTable kNeonDotKernels;
+#endif
+
+}  // namespace edge

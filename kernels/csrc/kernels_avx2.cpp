@@ -1,0 +1,11 @@
+#include "lanes_avx2.hpp"
+// (order matters: the lanes, then what is written in terms of them)
+#include "lanes_math.hpp"
+
+#include "attention_kernel.hpp"
+#include "experts_kernel.hpp"
+
+const edge::KernelTable edge::kAvx2Kernels = {
+    "avx2",        attend,         quantize_int8, quantize_int4, multiply<Int8>,
+    multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
+};

@@ -1,0 +1,11 @@
+#include "lanes_scalar.hpp"
+// (order matters: the lanes, then what is written in terms of them)
+#include "lanes_math.hpp"
+
+#include "attention_kernel.hpp"
+#include "experts_kernel.hpp"
+
+const edge::KernelTable edge::kScalarKernels = {
+    "scalar",        attend,         quantize_int8, quantize_int4, multiply<Int8>,
+    multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
+};

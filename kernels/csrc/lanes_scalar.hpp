@@ -1,0 +1,91 @@
+// Sixteen lanes in plain C++: the path that runs anywhere. `__builtin_fmaf` rounds once, in hardware or by library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kQueryBlock = 1;
+constexpr int kWeightRows = 1;
+
+struct F {
+  float v[16];
+};
+struct I {
+  std::int32_t v[16];
+};
+
+#define EDGE_LANES(expression)                \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expression); \
+  return r
+
+inline F load(const float* p) { F r; EDGE_LANES(p[i]); }
+inline void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+inline F set1(float x) { F r; EDGE_LANES(x); }
+inline F fma(F a, F b, F c) { F r; EDGE_LANES(__builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+inline F add(F a, F b) { F r; EDGE_LANES(a.v[i] + b.v[i]); }
+inline F sub(F a, F b) { F r; EDGE_LANES(a.v[i] - b.v[i]); }
+inline F mul(F a, F b) { F r; EDGE_LANES(a.v[i] * b.v[i]); }
+inline F div(F a, F b) { F r; EDGE_LANES(a.v[i] / b.v[i]); }
+inline F max(F a, F b) { F r; EDGE_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline F min(F a, F b) { F r; EDGE_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline I bits(F a) { I r; std::memcpy(r.v, a.v, sizeof r.v); return r; }
+inline F from_bits(I a) { F r; std::memcpy(r.v, a.v, sizeof r.v); return r; }
+inline I set1i(std::int32_t x) { I r; EDGE_LANES(x); }
+inline I addi(I a, I b) { I r; EDGE_LANES(static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) + static_cast<std::uint32_t>(b.v[i]))); }
+inline I subi(I a, I b) { I r; EDGE_LANES(static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) - static_cast<std::uint32_t>(b.v[i]))); }
+inline I andi(I a, I b) { I r; EDGE_LANES(a.v[i] & b.v[i]); }
+inline I ori(I a, I b) { I r; EDGE_LANES(a.v[i] | b.v[i]); }
+inline I maxi(I a, I b) { I r; EDGE_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline I shift_left_23(I a) { I r; EDGE_LANES(static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << 23)); }
+inline void storei(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
+inline F to_float(I a) { F r; EDGE_LANES(static_cast<float>(a.v[i])); }
+
+// lane i: ws[i / 4] * xs[i / 4], and ws[i / 8] * xs[i / 8]
+inline F expand4(const float* ws, const float* xs) { F r; EDGE_LANES(ws[i / 4] * xs[i / 4]); }
+inline F expand2(const float* ws, const float* xs) { F r; EDGE_LANES(ws[i / 8] * xs[i / 8]); }
+
+struct Nibbles {
+  const std::uint8_t* w;
+};
+inline Nibbles nibbles(const std::uint8_t* w) { return {w}; }
+
+// lane i: sum over its 4 bytes of low * even + high * odd, plus the correction
+inline I dot4(Nibbles w, const std::int8_t* x, const std::int32_t* corrections) {
+  I r;
+  for (int i = 0; i < 16; ++i) {
+    std::int32_t sum = corrections[i];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum += (w.w[j] & 15) * x[j] + (w.w[j] >> 4) * x[64 + j];
+    r.v[i] = sum;
+  }
+  return r;
+}
+
+struct Bytes {
+  const std::uint8_t* w;
+};
+inline Bytes bytes(const std::uint8_t* w) { return {w}; }
+
+// lane i: sum over its 4 bytes of (w - 128) * x; `corrections` is that sum's -128 part, for paths that need it
+inline I dot8(Bytes w, const std::int8_t* x, const std::int32_t*) {
+  I r;
+  for (int i = 0; i < 16; ++i) {
+    std::int32_t sum = 0;
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum += (w.w[j] - 128) * x[j];
+    r.v[i] = sum;
+  }
+  return r;
+}
+
+inline void prefetch(const void*) {}
+
+// out[c * 32 + t] = in[t * stride + c] for 4 columns c and 4 tokens t
+inline void transpose4(const float* in, std::int64_t stride, float* out) {
+  for (int t = 0; t < 4; ++t)
+    for (int c = 0; c < 4; ++c) out[c * 32 + t] = in[t * stride + c];
+}
+
+#undef EDGE_LANES
+
+}  // namespace

@@ -1,0 +1,78 @@
+"""Types of the C++ extension. Arrays must be contiguous and of the exact type; results are written into arguments."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_F32 = NDArray[np.float32]
+_F64 = NDArray[np.float64]
+_I32 = NDArray[np.int32]
+_I64 = NDArray[np.int64]
+_U32 = NDArray[np.uint32]
+_U8 = NDArray[np.uint8]
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2, neon_dot, neon or scalar."""
+
+def available_isas() -> list[str]:
+    """What this processor can run, best first."""
+
+def set_isa(name: str) -> None:
+    """Use another path; ValueError where the processor lacks it. For tests."""
+
+def prepare_heads(
+    x: _F32,
+    positions: _I32,
+    heads: int,
+    head_dim: int,
+    cos: _F32 | None,
+    sin: _F32 | None,
+    weight: _F32 | None,
+    epsilon: float,
+) -> None: ...
+def append_kv(
+    pool: _F32,
+    layer: int,
+    k: _F32,
+    v: _F32,
+    positions: _I32,
+    sequence: _I32,
+    block_tables: _I32,
+    lengths: _I32,
+) -> None: ...
+def paged_attention(
+    q: _F32,
+    pool: _F32,
+    layer: int,
+    positions: _I32,
+    sequence: _I32,
+    block_tables: _I32,
+    lengths: _I32,
+    out: _F32,
+    heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+    threads: int,
+) -> None: ...
+def route(logits: _F32, normalize: bool, softmax_after: bool, ids: _I32, gates: _F32) -> None: ...
+def run_experts(
+    x: _F32,
+    ids: _I32,
+    gates: _F32,
+    buffer: _U8,
+    format: str,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    stride_bytes: int,
+    offsets: _I64,
+    y: _F32,
+    threads: int,
+) -> None: ...
+def threefry(k0: int, k1: int, c0: _U32, c1: _U32, x0: _U32, x1: _U32) -> None: ...
+def gumbel_noise(seed: int, position: int, ids: _U32, out: _F64) -> None: ...
+def sample(
+    logits: _F64, seed: int, position: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> int: ...
+def log_probabilities(logits: _F64, chosen: int, top: int) -> tuple[float, list[tuple[int, float]]]: ...
