@@ -27,6 +27,14 @@ def test_decode_rows_come_first_and_a_chunk_rides_along() -> None:
     assert taken(queue) == []
 
 
+def test_many_decoding_sessions_do_not_keep_a_prompt_waiting() -> None:
+    queue = RowQueue(8)
+    for session in range(1, 201):
+        queue.add(work(session, 1))
+    queue.add(work(500, 8))
+    assert 500 in taken(queue)
+
+
 def test_prompts_take_turns() -> None:
     queue = RowQueue(4)
     for seq in range(3):

@@ -1,0 +1,41 @@
+"""What an agent is told at its start.
+
+Knows: settings and their checks. Does not know: flags, files or environment variables they came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_runtime.errors import ConfigError
+
+MIN_MEMORY_BYTES = 64 << 20
+NO_DATA_PORT = -1
+MAX_NAME_CHARACTERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    name: str
+    state_directory: Path  # key, pairing, fetched bundles, measurements
+    memory_budget_bytes: int  # of the whole process
+    threads: int
+    join: str = ""  # a join link; "" where the device is paired already
+    data_host: str = "127.0.0.1"  # where peers dial this device
+    data_port: int = 0  # 0: any; NO_DATA_PORT: none, everything goes through the coordinator's relay
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        checks = (
+            (
+                1 <= len(self.name) <= MAX_NAME_CHARACTERS and self.name.isprintable(),
+                f"a device name has 1 to {MAX_NAME_CHARACTERS} printable characters",
+            ),
+            (self.memory_budget_bytes >= MIN_MEMORY_BYTES, "an agent needs at least 64 MiB of memory"),
+            (self.threads >= 1, "an agent computes with at least 1 thread"),
+            (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),
+        )
+        for holds, message in checks:
+            if not holds:
+                raise ConfigError(message, hint="edge-runtime agent --help lists the flags")
