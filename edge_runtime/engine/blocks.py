@@ -5,15 +5,20 @@ Knows: how values flow from step to step. Does not know: layers' places in a sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from edge_kernels.attention import RaggedRows
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block
-from edge_runtime.engine.cut_operations import CutStep, RunContext, cut_step
+from edge_runtime.engine.base import Span
+from edge_runtime.engine.cut_operations import CutStep, RopeTables, RunContext, cut_step
+from edge_runtime.engine.kv_cache import KvCache
 from edge_runtime.engine.segments import SegmentStep, forget_pages
+from edge_runtime.engine.spans import lay_out
 
 Float32 = NDArray[np.float32]
 
@@ -23,6 +28,7 @@ class LoadedBlock:
 
     def __init__(self, bundle: Bundle, block: Block) -> None:
         self.name = block.name
+        self.is_causal = all(o.attributes.get("causal", True) for o in block.operations)
         self.attention_count = sum(operation.kind == "attention" for operation in block.operations)
         self._steps = _compile(bundle, block)
         forget_pages(bundle, block.slices)
@@ -50,3 +56,17 @@ def _compile(bundle: Bundle, block: Block) -> list[SegmentStep | CutStep]:
         elif index in segments:
             steps.append(SegmentStep(bundle, block, segments[index]))
     return steps
+
+
+def run_context(spans: Sequence[Span], cache: KvCache, ropes: RopeTables) -> RunContext:
+    """For spans whose rows `cache` holds already."""
+    layout = lay_out(spans)
+    tables = cache.block_tables([span.session for span in spans])
+    return RunContext(
+        ids=np.array([token for span in spans for token in span.ids], np.int64),
+        layout=layout,
+        rows=RaggedRows(layout.positions, layout.sequence, tables, layout.lengths),
+        pool=cache.pool,
+        kv_layer=0,
+        ropes=ropes,
+    )

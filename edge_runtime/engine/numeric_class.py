@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import edge_kernels
@@ -23,13 +24,16 @@ _FEATURES = (
 def numeric_class(executor: str, executor_version: str, weights: str) -> str:
     """`executor-version/machine+features/isa of our kernels/w:weights/kv:fp32/wire:fp32/k:kernel version`."""
     processor = "+".join((platform.machine().lower(), *processor_features()))
-    isa = getattr(edge_kernels, "isa", lambda: "numpy")()
-    version = getattr(edge_kernels, "__version__", "0")
-    return (
-        f"{executor}-{executor_version}/{processor}/{isa}/w:{weights}/kv:fp32/wire:fp32/k:{version}".replace(
-            " ", ""
-        )
+    parts = (
+        f"{executor}-{executor_version}",
+        processor,
+        edge_kernels.isa(),
+        f"w:{weights}",
+        "kv:fp32",
+        "wire:fp32",
+        f"k:{version('edge-runtime')}",  # the kernels ship with the package
     )
+    return "/".join(parts).replace(" ", "")
 
 
 def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

@@ -6,22 +6,23 @@ Knows: blocks, KV memory, ragged batches. Does not know: links, leases, sampling
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnxruntime as ort
-from edge_kernels.attention import RaggedRows
 
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.bundle.manifest import Block
+from edge_runtime.bundle.manifest import Block, ModelInfo
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Rows
-from edge_runtime.engine.blocks import LoadedBlock
-from edge_runtime.engine.cut_operations import RopeTables, RunContext
+from edge_runtime.engine.blocks import LoadedBlock, run_context
+from edge_runtime.engine.cut_operations import RopeTables
 from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.numeric_class import numeric_class
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.rope import rope_tables
 from edge_runtime.engine.segments import use_global_threads
-from edge_runtime.engine.spans import StageShape, check_batch, check_open, lay_out
+from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 
 _NO_ROWS = np.zeros((0, 0), np.float32)
@@ -41,7 +42,7 @@ class OnnxStage:
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
         self._blocks = blocks
         self._cache = cache
-        self._ropes = _ropes(bundle, cache)
+        self.ropes = _ropes(bundle, cache)
         self._closed = False
 
     @classmethod
@@ -73,6 +74,19 @@ class OnnxStage:
             for block in wanted
         }
         return cls(bundle, layers, blocks, cache)
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._shape.model
+
+    @property
+    def blocks(self) -> Mapping[str, LoadedBlock]:
+        """By name, in order; for probes."""
+        return self._blocks
+
+    @property
+    def kv_shape(self) -> KvShape:
+        return self._cache.shape
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -133,7 +147,7 @@ class OnnxStage:
             raise EngineError(f"layers {self.layers} could not run a batch: {error}") from error
 
     def _run_blocks(self, batch: Batch) -> Rows:
-        context = self._context(batch)
+        context = run_context(batch.spans, self._cache, self.ropes)
         wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
         hidden = _NO_ROWS if batch.hidden is None else np.ascontiguousarray(batch.hidden)
         kv_layer = 0
@@ -147,18 +161,6 @@ class OnnxStage:
             hidden = block.run(hidden, context, kv_layer)
             kv_layer += block.attention_count
         return hidden
-
-    def _context(self, batch: Batch) -> RunContext:
-        layout = lay_out(batch.spans)
-        tables = self._cache.block_tables([span.session for span in batch.spans])
-        return RunContext(
-            ids=np.array([token for span in batch.spans for token in span.ids], np.int64),
-            layout=layout,
-            rows=RaggedRows(layout.positions, layout.sequence, tables, layout.lengths),
-            pool=self._cache.pool,
-            kv_layer=0,
-            ropes=self._ropes,
-        )
 
     def _check_usable(self) -> None:
         if self._closed:
