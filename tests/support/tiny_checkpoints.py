@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 7,
             "query_pre_attn_scalar": 20,
             "attn_logit_softcapping": 1.5,
-            "final_logit_softcapping": 2.0,
+            "final_logit_softcapping": 0.5,
             "tie_word_embeddings": True,
         },
     ),
@@ -126,8 +126,8 @@ def _shake(model: Any) -> None:
             noise = torch.randn_like(parameter)
             if parameter.ndim == 1:
                 parameter.add_(0.3 * noise)
-            elif "embed" in name:  # of a tied model, small: large logits would all meet at the soft cap
-                parameter.copy_(noise * (0.15 if model.config.tie_word_embeddings else 1.0))
+            elif "embed" in name:  # of a tied model, small: it would predict its own input for ever
+                parameter.copy_(noise * (0.03 if model.config.tie_word_embeddings else 1.0))
             elif name.endswith("gate.weight"):
                 parameter.copy_(noise)
             else:
