@@ -72,6 +72,7 @@ class StagePlan:
     kv_tokens: int  # room left for KV
     compute_seconds: float  # per decoded token
     hop_seconds: float  # from this stage to the next (the tail: back to the first)
+    numeric_class: str = ""  # of the device: a replacement must match it
 
 
 @dataclass(frozen=True, slots=True)

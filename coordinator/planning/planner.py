@@ -1,0 +1,148 @@
+"""`place` makes a plan, `replan` mends one. Pure: values in, a Plan with its reasons out.
+
+Knows: what auto, even and explicit ranges mean. Does not know: clocks, sockets, how profiles were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from coordinator.planning import explain
+from coordinator.planning.costs import Costs, Placement
+from coordinator.planning.fixed import named_devices, place_even, place_ranges
+from coordinator.planning.model import DeviceProfile, Links, ModelProfile, Plan, Split
+from coordinator.planning.search import search
+from edge_runtime.errors import PlanError
+
+
+def place(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
+    """The plan for these devices, in joining order. Raises PlanError with what is missing."""
+    if not devices:
+        raise PlanError("there is no device to plan for", hint="pair one: `edge-runtime devices --help`")
+    if model.num_layers == 0:
+        raise PlanError("the model has no layers")
+    if split.kind == "auto":
+        return _place_auto(devices, links, model, split)
+    if split.kind == "even":
+        return _place_even(devices, links, model, split)
+    if split.kind == "ranges":
+        return _place_ranges(devices, links, model, split)
+    raise PlanError(f"there is no split {split.kind!r}", hint="use auto, even, or ranges such as 0-3,4-7")
+
+
+def replan(
+    previous: Plan, devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split
+) -> Plan:
+    """After a member was lost: survivors keep their layers, a spare of the same numeric class takes the lost ones.
+
+    Where that can't be done, a fresh plan over whoever is there.
+    """
+    mended = _mended(previous, devices, links, model)
+    if mended is not None:
+        return mended
+    present = {device.name for device in devices}
+    return place(
+        devices,
+        links,
+        model,
+        replace(split, devices=tuple(name for name in split.devices if name in present)),
+    )
+
+
+def _place_auto(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
+    # By name, so that equal choices do not depend on who joined first.
+    named = [devices[item] for item in named_devices(devices, split)]
+    costs = Costs(tuple(sorted(named, key=lambda device: (device.name, device.device_id))), links, model)
+    found = search(costs)
+    chosen = found.single or found.pipeline
+    if chosen is None:
+        raise explain.does_not_fit(costs, range(len(costs.devices)))
+    if found.pipeline and costs.seconds_per_token(found.pipeline) < costs.seconds_per_token(chosen) * (
+        1 - 1e-9
+    ):
+        chosen = found.pipeline
+    excluded = explain.excluded_auto(costs, found, chosen)
+    spare = {device.name: "spare: the split names other devices" for device in devices if device not in named}
+    return _plan(costs, chosen, explain.auto_reasons(costs, found, chosen), {**excluded, **spare})
+
+
+def _place_even(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
+    costs = Costs(tuple(devices), links, model)
+    order = named_devices(devices, split)
+    if not split.devices:
+        order.sort(key=lambda item: (devices[item].name, devices[item].device_id))
+    chosen = place_even(costs, order)
+    if chosen is None:
+        raise explain.does_not_fit(costs, order)
+    counts = ", ".join(str(len(placement.layers)) for placement in chosen)
+    reasons = [f"split evenly as asked: {counts} layers", *explain.fixed_reasons(costs, chosen)]
+    return _plan(costs, chosen, reasons, explain.excluded_fixed(costs, chosen, order))
+
+
+def _place_ranges(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
+    costs = Costs(tuple(devices), links, model)
+    order = named_devices(devices, split)
+    chosen = place_ranges(costs, order, split)
+    ranges = ", ".join(str(placement.layers) for placement in chosen)
+    reasons = [f"layer ranges as asked: {ranges}", *explain.fixed_reasons(costs, chosen)]
+    return _plan(costs, chosen, reasons, explain.excluded_fixed(costs, chosen, order))
+
+
+def _mended(
+    previous: Plan, devices: Sequence[DeviceProfile], links: Links, model: ModelProfile
+) -> Plan | None:
+    if not previous.stages or previous.stages[-1].layers.last != model.num_layers - 1:
+        return None
+    costs = Costs(tuple(devices), links, model)
+    index = {device.device_id: item for item, device in enumerate(devices)}
+    owners = [index.get(stage.device_id) for stage in previous.stages]
+    lost = [item for item, owner in enumerate(owners) if owner is None]
+    if len(lost) == len(owners):
+        return None
+    spares = [item for item in range(len(devices)) if item not in owners]
+    for item in lost:
+        stage = previous.stages[item]
+        able = [
+            spare
+            for spare in spares
+            if devices[spare].numeric_class == stage.numeric_class and costs.fits(spare, stage.layers)
+        ]
+        if not able:
+            return None
+        taker = min(able, key=lambda spare: costs.compute_seconds(spare, stage.layers))
+        owners[item] = taker
+        spares.remove(taker)
+    chosen = tuple(
+        Placement(owner, stage.layers)
+        for owner, stage in zip(owners, previous.stages, strict=True)
+        if owner is not None
+    )
+    if not all(costs.fits(placement.device, placement.layers) for placement in chosen):
+        return None
+    reasons = [
+        f"{devices[chosen[item].device].name} takes layers {previous.stages[item].layers}"
+        f" over from {previous.stages[item].name}; the others keep theirs"
+        for item in lost
+    ] or ["every device keeps its layers"]
+    excluded = {devices[spare].name: "spare: the pipeline was mended without it" for spare in spares}
+    return _plan(costs, chosen, reasons, excluded)
+
+
+def _plan(costs: Costs, chosen: Sequence[Placement], reasons: list[str], excluded: dict[str, str]) -> Plan:
+    stages = costs.stages(chosen)
+    seconds = costs.seconds_per_token(chosen)
+    chunk = costs.chunk_tokens(chosen)
+    return Plan(
+        stages=stages,
+        predicted_tokens_per_second=1 / seconds if seconds > 0 else float("inf"),
+        predicted_prefill_tokens_per_second=costs.prefill_tokens_per_second(chosen, chunk),
+        reasons=(
+            *reasons,
+            *explain.stage_reasons(stages),
+            *explain.guessed_links(costs, chosen),
+            *explain.numeric_reasons(costs, chosen),
+        ),
+        excluded=excluded,
+        prefill_chunk_tokens=chunk,
+    )
