@@ -141,25 +141,42 @@ void multiply(const std::uint8_t* data, const float* scales, int blocks, int fir
   for (; n < last; ++n) multiply_rows<Format, 1>(data, scales, blocks, n, x, rows, y);
 }
 
-template <int M>
-void multiply_fp32_row(const float* w, int columns, const float* const* x, float* const* y, int n) {
-  F sums[M];
-  for (int m = 0; m < M; ++m) sums[m] = set1(0.0f);
-  for (int c = 0; c < columns; c += 16) {
-    const F weights = load_first(w + c, columns - c);
-    for (int m = 0; m < M; ++m) sums[m] = fma(weights, load_first(x[m] + c, columns - c), sums[m]);
+template <int N, int M>
+void multiply_fp32_block(const float* w, std::int64_t columns, const float* const* x, float* const* y, int n) {
+  F sums[N][M];
+  for (int i = 0; i < N; ++i)
+    for (int m = 0; m < M; ++m) sums[i][m] = set1(0.0f);
+  const std::int64_t whole = columns / 16 * 16;
+  for (std::int64_t c = 0; c < whole; c += 16) {
+    F inputs[M];
+    for (int m = 0; m < M; ++m) inputs[m] = load(x[m] + c);
+    for (int i = 0; i < N; ++i) {
+      const F weights = load(w + i * columns + c);
+      for (int m = 0; m < M; ++m) sums[i][m] = fma(weights, inputs[m], sums[i][m]);
+    }
   }
-  for (int m = 0; m < M; ++m) y[m][n] = sum_lanes(sums[m]);
+  const int rest = static_cast<int>(columns - whole);
+  for (int i = 0; rest > 0 && i < N; ++i)
+    for (int m = 0; m < M; ++m)
+      sums[i][m] = fma(load_first(w + i * columns + whole, rest), load_first(x[m] + whole, rest), sums[i][m]);
+  for (int i = 0; i < N; ++i)
+    for (int m = 0; m < M; ++m) y[m][n + i] = sum_lanes(sums[i][m]);
+}
+
+template <int N>
+void multiply_fp32_rows(const float* w, int columns, const float* const* x, int rows, float* const* y, int n) {
+  int m = 0;
+  for (; m + 4 <= rows; m += 4) multiply_fp32_block<N, 4>(w, columns, x + m, y + m, n);
+  for (; m < rows; ++m) multiply_fp32_block<N, 1>(w, columns, x + m, y + m, n);
 }
 
 void multiply_fp32(const float* data, int columns, int first, int last, const float* const* x, int rows,
                    float* const* y) {
-  for (int n = first; n < last; ++n) {
-    const float* w = data + static_cast<std::int64_t>(n) * columns;
-    int m = 0;
-    for (; m + 4 <= rows; m += 4) multiply_fp32_row<4>(w, columns, x + m, y + m, n);
-    for (; m < rows; ++m) multiply_fp32_row<1>(w, columns, x + m, y + m, n);
-  }
+  int n = first;
+  for (; n + kWeightRows <= last; n += kWeightRows)
+    multiply_fp32_rows<kWeightRows>(data + static_cast<std::int64_t>(n) * columns, columns, x, rows, y, n);
+  for (; n < last; ++n)
+    multiply_fp32_rows<1>(data + static_cast<std::int64_t>(n) * columns, columns, x, rows, y, n);
 }
 
 void silu_multiply(const float* gate, const float* up, float* out, int count) {

@@ -11,23 +11,6 @@ inline float float_of_bits(std::int32_t bits) {
   return value;
 }
 
-// Adds lanes 8 apart, then 4, 2, 1.
-inline float sum_lanes(F x) {
-  float v[16];
-  store(v, x);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
-}
-
-inline float max_lanes(F x) {
-  float v[16];
-  store(v, x);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  return v[0];
-}
-
 // The first `count` floats, zeros after them; reads no others.
 inline F load_first(const float* p, int count) {
   if (count >= 16) return load(p);

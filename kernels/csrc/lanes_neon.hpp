@@ -90,6 +90,20 @@ inline I dot8(const Bytes& w, const std::int8_t* x, const std::int32_t*) {
   EDGE_LANES(dot(vdupq_n_s32(0), w.v[i], vld1q_s8(x + 16 * i)));
 }
 
+inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+
+// Folds lanes 8 apart, then 4, 2, 1.
+inline float sum_lanes(F x) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+inline float max_lanes(F x) {
+  const float32x4_t four = larger(larger(x.v[0], x.v[2]), larger(x.v[1], x.v[3]));
+  const float32x4_t two = larger(four, vextq_f32(four, four, 2));
+  return vgetq_lane_f32(larger(two, vdupq_n_f32(vgetq_lane_f32(two, 1))), 0);
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 inline void transpose4(const float* in, std::int64_t stride, float* out) {

@@ -78,6 +78,18 @@ inline I dot8(Bytes w, const std::int8_t* x, const std::int32_t*) {
   return r;
 }
 
+// Folds lanes 8 apart, then 4, 2, 1.
+inline float sum_lanes(F x) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x.v[i] += x.v[i + width];
+  return x.v[0];
+}
+inline float max_lanes(F x) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x.v[i] = x.v[i] > x.v[i + width] ? x.v[i] : x.v[i + width];
+  return x.v[0];
+}
+
 inline void prefetch(const void*) {}
 
 // out[c * 32 + t] = in[t * stride + c] for 4 columns c and 4 tokens t
