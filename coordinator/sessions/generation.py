@@ -9,7 +9,7 @@ Knows: one request's tokens, text, and end. Does not know: devices, plans, other
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from coordinator.service import GenerateRequest, TokenEvent
 from coordinator.sessions.live_session import LiveSession, crashed
@@ -66,9 +66,13 @@ class Generation(LiveSession):
 
     @property
     def is_finished(self) -> bool:
-        return bool(self._events) and bool(self._events[-1].finish_reason)
+        return bool(self.finish_reason)
 
-    async def events(self, after_index: int = -1) -> AsyncIterator[TokenEvent]:
+    @property
+    def finish_reason(self) -> str:
+        return self._events[-1].finish_reason if self._events else ""
+
+    async def events(self, after_index: int = -1) -> AsyncGenerator[TokenEvent, None]:
         """Events after `after_index`, old ones at once, then live. Closing the last listener's iterator cancels."""
         self._listeners += 1
         at = max(0, after_index + 1)

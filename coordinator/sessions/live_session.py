@@ -35,7 +35,7 @@ class LiveSession(ABC):
         self._lease = 0  # open under it; 0: not open
         self._number = 0
         self._progressed = False
-        self._recoveries = 0
+        self._openings = 0
         self.ended = False
 
     @property
@@ -43,8 +43,13 @@ class LiveSession(ABC):
         return self._lease != 0
 
     @property
-    def was_interrupted(self) -> bool:
-        return self._recoveries > 1
+    def has_progressed(self) -> bool:
+        """Something came since it was opened last."""
+        return self._progressed
+
+    @property
+    def was_opened(self) -> bool:
+        return self._openings > 0
 
     def deliver(self, message: Inbound) -> None:
         if not self.ended:
@@ -105,7 +110,7 @@ class LiveSession(ABC):
         number = await self._port.next_session()
         opening, feed = self._opening(number, lease)
         self._lease, self._number, self._progressed = lease, number, False
-        self._recoveries += 1
+        self._openings += 1
         self._port.start(self.key, opening, feed)
 
     def _close(self) -> None:
