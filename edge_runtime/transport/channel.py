@@ -52,10 +52,21 @@ class Wire(Protocol):
 class Channel:
     """A `Connection` over a `Wire`. The wire's owner calls `deliver` for what arrives and `lost` when it breaks."""
 
-    def __init__(self, peer: Peer, wire: Wire, *, remote: str = "", window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        wire: Wire,
+        *,
+        remote: str = "",
+        window_bytes: int = WINDOW_BYTES,
+        max_frames: int = MAX_FRAMES,
+        max_list_bytes: int = MAX_LIST_BYTES,
+    ) -> None:
         self.remote = remote  # network address of the other side, for logs and limits; "" where there is none
         self._peer = peer
         self._wire = wire
+        self._max_frames = max_frames
+        self._max_list_bytes = max_list_bytes
         self._window_bytes = window_bytes  # what the other side may be ahead; a stranger gets less
         self._inbox: deque[tuple[list[memoryview], int]] = deque()
         self._receivers: list[asyncio.Future[None]] = []
@@ -74,7 +85,7 @@ class Channel:
         return bool(self._closed_reason)
 
     async def send(self, frames: Sequence[Frame]) -> None:
-        parts, size_bytes = _checked(frames)
+        parts, size_bytes = _checked(frames, self._max_frames, self._max_list_bytes)
         cost = size_bytes + _LIST_OVERHEAD_BYTES
         if self._closed_reason:
             raise self._closed_error()
@@ -214,13 +225,13 @@ class Channel:
         return ConnectionClosed(self._closed_reason)
 
 
-def _checked(frames: Sequence[Frame]) -> tuple[list[Frame], int]:
+def _checked(frames: Sequence[Frame], max_frames: int, max_list_bytes: int) -> tuple[list[Frame], int]:
     """Flat frames and their bytes. All that can be wrong with a list shows here, before a part of it is on its way."""
-    if not 1 <= len(frames) <= MAX_FRAMES:
-        raise TransportError(f"a list of {len(frames)} frames, 1 to {MAX_FRAMES} may be sent")
+    if not 1 <= len(frames) <= max_frames:
+        raise TransportError(f"a list of {len(frames)} frames, 1 to {max_frames} may be sent")
     flat = [_flat(frame) for frame in frames]
     sizes = [len(frame) for frame in flat]
-    if max(sizes) > MAX_FRAME_BYTES or sum(sizes) > MAX_LIST_BYTES:
+    if max(sizes) > MAX_FRAME_BYTES or sum(sizes) > max_list_bytes:
         raise TransportError(
             f"a list of {sum(sizes)} bytes, its largest frame {max(sizes)}; a frame may have {MAX_FRAME_BYTES}",
             hint="send it in chunks",
