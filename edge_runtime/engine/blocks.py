@@ -26,11 +26,12 @@ Float32 = NDArray[np.float32]
 class LoadedBlock:
     """The embedding, one layer, or the head."""
 
-    def __init__(self, bundle: Bundle, block: Block) -> None:
+    def __init__(self, bundle: Bundle, block: Block, threads: int) -> None:
         self.name = block.name
+        self.threads = threads
         self.is_causal = all(o.attributes.get("causal", True) for o in block.operations)
         self.attention_count = sum(operation.kind == "attention" for operation in block.operations)
-        self._steps = _compile(bundle, block)
+        self._steps = _compile(bundle, block, threads)
         forget_pages(bundle, block.slices)
 
     def run(self, hidden: Float32, context: RunContext, kv_layer: int) -> Float32:
@@ -44,7 +45,7 @@ class LoadedBlock:
         return values["hidden"]
 
 
-def _compile(bundle: Bundle, block: Block) -> list[SegmentStep | CutStep]:
+def _compile(bundle: Bundle, block: Block, threads: int) -> list[SegmentStep | CutStep]:
     """Segments cover the maximal runs of uncut operations, in order: the bundle's checks made sure."""
     segments = {segment.first_operation: segment for segment in block.segments}
     steps: list[SegmentStep | CutStep] = []
@@ -54,7 +55,7 @@ def _compile(bundle: Bundle, block: Block) -> list[SegmentStep | CutStep]:
             steps.append(cut_step(bundle, operation, kv_index))
             kv_index += operation.kind == "attention"
         elif index in segments:
-            steps.append(SegmentStep(bundle, block, segments[index]))
+            steps.append(SegmentStep(bundle, block, segments[index], threads))
     return steps
 
 

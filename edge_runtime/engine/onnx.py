@@ -21,7 +21,6 @@ from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.numeric_class import numeric_class
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.rope import rope_tables
-from edge_runtime.engine.segments import use_global_threads
 from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 
@@ -65,12 +64,11 @@ class OnnxStage:
         StageShape(bundle.manifest.model, layers, bundle.manifest.num_layers)  # layers exist
         wanted = bundle.manifest.blocks(layers.first, layers.last)
         cache = _make_cache(wanted, kv_budget_bytes, layers)
-        use_global_threads(threads)
-        kept = reuse.release_blocks(bundle.digest) if reuse is not None else {}
+        kept = reuse.release_blocks(bundle.digest, threads) if reuse is not None else {}
         # Forget what is not wanted before loading more: the two need not fit together.
         kept = {block.name: kept[block.name] for block in wanted if block.name in kept}
         blocks = {
-            block.name: kept[block.name] if block.name in kept else LoadedBlock(bundle, block)
+            block.name: kept[block.name] if block.name in kept else LoadedBlock(bundle, block, threads)
             for block in wanted
         }
         return cls(bundle, layers, blocks, cache)
@@ -123,11 +121,11 @@ class OnnxStage:
         self._blocks = {}
         self._closed = True
 
-    def release_blocks(self, digest: str) -> dict[str, LoadedBlock]:
-        """Close this stage and hand its blocks over, if they are of the bundle `digest`."""
-        blocks = self._blocks if digest == self.bundle_digest else {}
+    def release_blocks(self, digest: str, threads: int) -> dict[str, LoadedBlock]:
+        """Close this stage and hand over its blocks, where they are of that bundle and that number of threads."""
+        kept = {name: block for name, block in self._blocks.items() if block.threads == threads}
         self.close()
-        return blocks
+        return kept if digest == self.bundle_digest else {}
 
     def run(self, batch: Batch) -> Rows:
         self._check_usable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import Batch, Span
+from edge_runtime.engine.base import Batch, Rows, Span
 from edge_runtime.engine.onnx import OnnxStage
 from edge_runtime.engine.reference import ReferenceStage
 from edge_runtime.errors import CapacityError, EngineError
@@ -213,6 +215,27 @@ def test_loading_another_range_keeps_the_blocks_both_have(bundles: dict[str, Bun
     pipeline = Pipeline([onnx(bundles["dense"], LayerRange(0, 0)), second])
     whole = Pipeline.load(bundles["dense"], onnx)
     assert np.array_equal(logits_alone(pipeline, 1, range(8)), logits_alone(whole, 1, range(8)))
+
+
+def logits_with(bundle: Bundle, threads: int) -> Rows:
+    stage = OnnxStage.load(bundle, LayerRange(0, 2), threads=threads, kv_budget_bytes=1 << 20)
+    stage.open(SessionId(1), 40)
+    return stage.run(Batch((span(1, 0, range(40)),), None))
+
+
+def test_the_number_of_threads_changes_no_bit(bundles: dict[str, Bundle]) -> None:
+    one = logits_with(bundles["int4"], 1)
+    assert np.array_equal(one, logits_with(bundles["int4"], 2))
+    # More threads come from one pool of the process, which then all sessions must use: a process of its own.
+    script = f"""
+import sys
+from tests.engine.test_engine_onnx_stage import Bundle, logits_with
+bundle = Bundle.open({str(bundles["int4"].path)!r})
+sys.stdout.buffer.write(logits_with(bundle, 5).tobytes() + logits_with(bundle, 2).tobytes())
+"""
+    shared = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert shared.stdout == one.tobytes() * 2
+    assert b"5 threads; 2 cannot be had" in shared.stderr
 
 
 def test_layers_the_model_does_not_have_are_refused(bundles: dict[str, Bundle]) -> None:
