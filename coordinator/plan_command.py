@@ -54,9 +54,9 @@ def _configure(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> int:
     from coordinator.config import parse_split
+    from coordinator.placement import model_profile
     from coordinator.planning import place
     from coordinator.planning.devices_toml import load_devices
-    from coordinator.planning.profiles import model_profile
     from edge_runtime.bundle import Bundle
 
     manifest = Bundle.open(arguments.bundle).manifest

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.planning.model import COORDINATOR, DeviceProfile, Link
-from coordinator.planning.profiles import bytes_read_per_token
-from edge_runtime.bundle.manifest import Manifest
+from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.config import parse_duration, parse_size
 from edge_runtime.errors import ConfigError
 
@@ -115,6 +114,17 @@ def _device(table: Table, manifest: Manifest, where: str) -> DeviceProfile:
         numeric_class=numeric_class,
         row_invariant=row_invariant,
     )
+
+
+def bytes_read_per_token(manifest: Manifest, block: Block) -> float:
+    """Of a block's weights, those one decoded row touches: of experts, the ones that are chosen."""
+    total = float(sum(manifest.slices[key].size_bytes for key in block.slices))
+    for operation in block.operations:
+        if operation.kind == "experts":
+            tensor = manifest.tensors[operation.weights["experts"]]
+            skipped = 1 - int(operation.attributes["top_k"]) / int(operation.attributes["experts"])
+            total -= tensor.expert_stride_bytes * tensor.shape[0] * skipped
+    return max(total, 0.0)
 
 
 def _link(table: Table, where: str) -> Link:

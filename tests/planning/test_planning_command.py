@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.planning.devices_toml import load_devices, parse_bandwidth
-from coordinator.planning.profiles import bytes_read_per_token, model_profile
+from coordinator.placement import model_profile
+from coordinator.planning.devices_toml import bytes_read_per_token, load_devices, parse_bandwidth
 from edge_runtime.bundle import Bundle
 from edge_runtime.cli.main import main
 from edge_runtime.errors import ConfigError
