@@ -116,14 +116,33 @@ def route(logits: F32, *, top_k: int, normalize: bool, softmax_after: bool) -> t
 def run_experts(x: F32, ids: I32, gates: F32, weights: ExpertWeights, *, activation: str) -> F32:
     """Sum over a row's experts, in the order given, of gate * down(silu(gate_proj x) * up_proj x): [R, hidden].
 
-    Activations stay float32 here; the native kernel quantizes them to int8 for quantized weights.
+    Quantized weights meet activations rounded to int8.
     """
     if activation != "silu":
         raise ValueError(f"unknown activation {activation!r}: experts know silu")
+    rounded = _as_it_is if weights.format == "fp32" else int8_rounded
     out = np.zeros((len(x), weights.hidden), np.float32)
     for r in range(len(x)):
+        row = rounded(x[r])
         for expert, gate in zip(ids[r], gates[r], strict=True):
-            g = weights.matrix(int(expert), "gate") @ x[r]
-            u = weights.matrix(int(expert), "up") @ x[r]
-            out[r] += gate * (weights.matrix(int(expert), "down") @ (g / (1 + np.exp(-g)) * u))
+            g = weights.matrix(int(expert), "gate") @ row
+            u = weights.matrix(int(expert), "up") @ row
+            inner = rounded(g / (1 + np.exp(-g)) * u)
+            out[r] += gate * (weights.matrix(int(expert), "down") @ inner)
     return out
+
+
+def int8_rounded(x: F32) -> F32:
+    """Blocks of 32 rounded to multiples of (largest / 127); blocks of nothing but tiny values become 0."""
+    blocks = np.zeros(-(-x.size // 32) * 32, np.float32)
+    blocks[: x.size] = x
+    blocks = blocks.reshape(-1, 32)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    largest = np.where(largest <= 1e-30, np.float32(np.inf), largest)
+    codes = np.rint(blocks * (np.float32(127) / largest))
+    scales = np.where(np.isinf(largest), np.float32(0), largest / np.float32(127))
+    return (codes * scales).reshape(-1)[: x.size].astype(np.float32)
+
+
+def _as_it_is(x: F32) -> F32:
+    return x
