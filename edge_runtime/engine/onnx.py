@@ -21,6 +21,7 @@ from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.numeric_class import numeric_class
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.rope import rope_tables
+from edge_runtime.engine.segments import return_free_memory
 from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 
@@ -71,6 +72,7 @@ class OnnxStage:
             block.name: kept[block.name] if block.name in kept else LoadedBlock(bundle, block, threads)
             for block in wanted
         }
+        return_free_memory()
         return cls(bundle, layers, blocks, cache)
 
     @property
@@ -147,7 +149,7 @@ class OnnxStage:
     def _run_blocks(self, batch: Batch) -> Rows:
         context = run_context(batch.spans, self._cache, self.ropes)
         wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
-        hidden = _NO_ROWS if batch.hidden is None else np.ascontiguousarray(batch.hidden)
+        hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
         kv_layer = 0
         for name, block in self._blocks.items():
             if name == "head" and wants_logits:

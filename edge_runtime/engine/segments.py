@@ -7,8 +7,10 @@ Knows: ONNX Runtime and its memory and threads. Does not know: what the operatio
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,6 +104,13 @@ def forget_pages(bundle: Bundle, keys: Sequence[str]) -> None:
         owner = bundle.slice_bytes(key).obj
         if isinstance(owner, mmap.mmap) and hasattr(owner, "madvise"):
             owner.madvise(mmap.MADV_DONTNEED)
+
+
+def return_free_memory() -> None:
+    """Give back what the allocator kept while weights were repacked: up to half of their bytes (glibc only)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _first_line(error: Exception) -> str:

@@ -140,7 +140,12 @@ def test_inner_stages_take_and_give_hidden_rows(bundles: dict[str, Bundle]) -> N
     inner = onnx(bundles["dense"], LayerRange(1, 1))
     inner.open(SessionId(1), 10)
     hidden = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    assert inner.run(Batch((span(1, 0, (1, 2, 3)),), hidden)).shape == (3, 64)
+    result = inner.run(Batch((span(1, 0, (1, 2, 3)),), hidden))
+    assert result.shape == (3, 64)
+    received = np.frombuffer(b"." + hidden.tobytes(), np.float32, offset=1).reshape(
+        3, 64
+    )  # read-only, unaligned
+    assert np.array_equal(inner.run(Batch((span(1, 0, (1, 2, 3)),), received)), result)
     with pytest.raises(EngineError, match=r"float32 \(1, 64\) was announced"):
         inner.run(Batch((span(1, 3, (4,)),), hidden))
     with pytest.raises(EngineError, match="takes hidden rows"):

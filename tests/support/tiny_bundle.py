@@ -376,8 +376,7 @@ class _Graph:
         tensor = self.tensors[name]
         target = f"{o.name}/product" if "bias" in o.weights else out
         if tensor.format == "fp32":
-            transposed = self.node("Transpose", [self.weight(name, "data")], f"{o.name}/t", perm=[1, 0])
-            self.node("MatMul", [x, transposed], target)
+            self.node("Gemm", [x, self.weight(name, "data")], target, transB=1)
         else:
             rows, columns = tensor.shape
             self.node(
