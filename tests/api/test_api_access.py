@@ -13,7 +13,7 @@ from coordinator.api.app import create_app
 from coordinator.api.guard import host_name
 from coordinator.api.keys import ApiKey, ApiKeys, new_secret
 from edge_runtime.errors import UsageError
-from tests.api.conftest import ADMIN_KEY, OTHER_KEY, USER_KEY
+from tests.support.api_server import ADMIN_KEY, OTHER_KEY, USER_KEY
 from tests.support.fake_service import FakeService
 
 PUBLIC = {"/health", "/ready", "/"}

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from edge_runtime.errors import RequestFailed
-from tests.api.conftest import ADMIN_KEY, OTHER_KEY
+from tests.support.api_server import ADMIN_KEY, OTHER_KEY
 from tests.support.fake_service import FakeService
 
 CHAT = {
