@@ -107,7 +107,8 @@ def test_a_plan_as_json(bundle: Bundle, devices: Path, capsys: pytest.CaptureFix
 def test_what_does_not_fit_ends_with_a_hint_and_a_code_of_its_own(
     bundle: Bundle, devices: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(bundle.path), "--devices", str(devices), "--kv-tokens", "1000000"]) == 31
+    devices.write_text(DEVICES.replace("3MiB", "90KiB").replace("4MiB", "90KiB"))
+    assert main(["plan", str(bundle.path), "--devices", str(devices)]) == 31
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "bytes short" in printed.err
