@@ -22,7 +22,7 @@ class AgentConfig:
     memory_budget_bytes: int  # of the whole process
     threads: int
     join: str = ""  # a join link; "" where the device is paired already
-    data_host: str = "127.0.0.1"  # where peers dial this device
+    data_host: str = ""  # where peers dial this device; "" for the address that reaches the coordinator
     data_port: int = 0  # 0: any; NO_DATA_PORT: none, everything goes through the coordinator's relay
     log_level: str = "info"
 

@@ -7,8 +7,11 @@ the slices are for. The store checks every byte against the signed manifest.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar
 
 from edge_runtime.bundle.bundle import MANIFEST_FILE, MAX_MANIFEST_BYTES, SIGNATURE_FILE
 from edge_runtime.bundle.store import BundleStore, PartialBundle
@@ -20,6 +23,7 @@ CHUNK_SECONDS = 30.0
 MAX_FRUITLESS_TRIES = 5  # of one chunk, before the transfer is given up
 MAX_SIGNATURE_BYTES = 4096
 
+Result = TypeVar("Result")
 Chunk = tuple[memoryview, int]  # bytes, total size of the slice
 Progress = Callable[[str, int, int], None]  # activity, done bytes, total bytes
 Ask = Callable[[SliceRequest], Awaitable[None]]
@@ -91,16 +95,20 @@ class SliceFetcher:
         store: BundleStore,
         channel: SliceChannel,
         trusted: Collection[bytes],
+        disk: Executor,
     ) -> None:
-        """`trusted`: public keys of accepted signers."""
+        """`trusted`: public keys of accepted signers. `disk` has one thread: what a cancelled transfer still writes is
+        written before the next one looks where to go on."""
         self._store = store
         self._channel = channel
         self._trusted = trusted
+        self._disk = disk
+        self._one_at_a_time = asyncio.Lock()  # a plan and a measurement may want the same slice
 
     async def manifest(self, bundle: str) -> PartialBundle:
         """From the disk, or fetched and checked. Raises BundleError, TamperedError, TrustError."""
         if self._store.has(bundle):
-            return await asyncio.to_thread(self._store.partial, bundle)
+            return await self._on_disk(lambda: self._store.partial(bundle))
         manifest = await self._read_all(bundle, MANIFEST_FILE, MAX_MANIFEST_BYTES)
         signature = await self._read_all(bundle, SIGNATURE_FILE, MAX_SIGNATURE_BYTES)
         return await asyncio.to_thread(self._store.begin, bundle, manifest, signature, trusted=self._trusted)
@@ -108,7 +116,7 @@ class SliceFetcher:
     async def slices(self, partial: PartialBundle, keys: Collection[str], progress: Progress) -> None:
         """Fetch what is missing of `keys`. Raises BundleError, TamperedError (names the slice), TransportError."""
         sizes = {key: partial.manifest.slices[key].size_bytes for key in keys}
-        missing = partial.missing(keys)
+        missing = await self._on_disk(lambda: partial.missing(keys))
         total_bytes = sum(sizes.values())
         done_bytes = total_bytes - sum(sizes[key] for key in missing)
         for key in missing:
@@ -116,19 +124,21 @@ class SliceFetcher:
             def here(bytes_here: int, before_bytes: int = done_bytes) -> None:
                 progress("fetching", before_bytes + bytes_here, total_bytes)
 
-            await self._slice(partial, key, here)
+            async with self._one_at_a_time:
+                await self._slice(partial, key, here)
             done_bytes += sizes[key]
         progress("fetching", total_bytes, total_bytes)
 
     async def _slice(self, partial: PartialBundle, key: str, here: Callable[[int], None]) -> None:
         size_bytes = partial.manifest.slices[key].size_bytes
         tries = 0
-        while partial.missing([key]):
-            start_bytes = partial.received_bytes(key)
+        while await self._on_disk(lambda: partial.missing([key])):
+            start_bytes = await self._on_disk(lambda: partial.received_bytes(key))
             try:
                 await self._stream(partial, key, start_bytes, size_bytes, here)
             except TransportError as problem:
-                tries = 0 if partial.received_bytes(key) > start_bytes else tries + 1
+                here_bytes = await self._on_disk(lambda: partial.received_bytes(key))
+                tries = 0 if here_bytes > start_bytes else tries + 1
                 _raise_unless_worth_a_try(problem, tries)
 
     async def _stream(
@@ -147,7 +157,7 @@ class SliceFetcher:
                 asked.popleft()
                 if total != size_bytes or len(data) != min(MAX_CHUNK_BYTES, size_bytes - offset):
                     raise BundleError(f"slice {key}: the sender's copy is not the size the manifest says")
-                await asyncio.to_thread(partial.write_chunk, key, offset, data)
+                await self._on_disk(functools.partial(partial.write_chunk, key, offset, data))
                 here(offset + len(data))
         finally:
             for _, future in asked:
@@ -155,7 +165,10 @@ class SliceFetcher:
                 if not future.cancelled():
                     future.exception()  # seen: the first failure is the one that is told
         if start_bytes == size_bytes:  # all bytes were here, unchecked, when the agent was stopped
-            await asyncio.to_thread(partial.write_chunk, key, size_bytes, b"")
+            await self._on_disk(lambda: partial.write_chunk(key, size_bytes, b""))
+
+    async def _on_disk(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work)
 
     async def _read_all(self, bundle: str, name: str, limit_bytes: int) -> bytes:
         data = bytearray()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,12 @@ class Coordinator:
         asyncio.get_running_loop().call_soon(self.channel.arrived, chunk, [memoryview(change(data))])
 
     async def fetch(self, store: BundleStore, progress: list[tuple[str, int, int]] | None = None) -> Bundle:
-        fetcher = SliceFetcher(store, self.channel, {KEY.public_bytes})
-        partial = await fetcher.manifest(str(self.bundle.digest))
-        await fetcher.slices(partial, KEYS, lambda *step: None if progress is None else progress.append(step))
+        with ThreadPoolExecutor(1) as disk:
+            fetcher = SliceFetcher(store, self.channel, {KEY.public_bytes}, disk)
+            partial = await fetcher.manifest(str(self.bundle.digest))
+            await fetcher.slices(
+                partial, KEYS, lambda *step: None if progress is None else progress.append(step)
+            )
         return partial.open()
 
 
@@ -142,9 +146,10 @@ async def test_a_tampered_slice_is_refused_by_name(bundle: Bundle, tmp_path: Pat
 
 async def test_a_bundle_of_another_signer_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     coordinator = Coordinator(bundle)
-    fetcher = SliceFetcher(BundleStore(tmp_path), coordinator.channel, {bytes(32)})
-    with pytest.raises(TrustError):
-        await fetcher.manifest(str(bundle.digest))
+    with ThreadPoolExecutor(1) as disk:
+        fetcher = SliceFetcher(BundleStore(tmp_path), coordinator.channel, {bytes(32)}, disk)
+        with pytest.raises(TrustError):
+            await fetcher.manifest(str(bundle.digest))
 
 
 async def test_a_refusal_is_passed_on(bundle: Bundle, tmp_path: Path) -> None:

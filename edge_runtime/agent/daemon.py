@@ -1,0 +1,398 @@
+"""The agent: one device's part in a cluster, from its first pairing to its end.
+
+It dials the coordinator and never waits to be dialled; what arrives becomes events of `pipeline_state`, and what that
+wants done goes to the links and the compute thread. All of it happens on one event loop, without waiting.
+
+Knows: how the parts of an agent fit together. Does not know: the rules of sessions, how rows are computed, the CLI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version as installed_version
+
+import numpy as np
+
+from edge_runtime.agent.backoff import Backoff
+from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
+from edge_runtime.agent.control_link import ControlLink
+from edge_runtime.agent.data_address import data_address
+from edge_runtime.agent.device_profile import DeviceProfiler, MeasurementCache
+from edge_runtime.agent.loader import MakeStage, StageLoader, make_onnx_stage
+from edge_runtime.agent.memory import MemoryBudget, resident_bytes
+from edge_runtime.agent.pairing_file import load_pairing, save_pairing
+from edge_runtime.agent.peer_outbox import PeerOutbox
+from edge_runtime.agent.pipeline_events import (
+    COORDINATOR,
+    ControlLost,
+    DropRows,
+    Event,
+    Ignore,
+    Instruction,
+    Load,
+    LoadFailed,
+    OpenRows,
+    Received,
+    Retire,
+    Rows,
+    RunRows,
+    Send,
+    SessionBroke,
+    Unload,
+)
+from edge_runtime.agent.pipeline_state import PipelineState
+from edge_runtime.agent.progress import ProgressGate
+from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
+from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.agent.status import Connected, Disconnected, Failed, Loading, Paired, Serving, Status
+from edge_runtime.bundle.store import BundleStore
+from edge_runtime.core import SessionId
+from edge_runtime.errors import ConfigError, ConnectionClosed, EdgeRuntimeError, TransportError, TrustError
+from edge_runtime.protocol.messages import (
+    PROTOCOL_VERSION,
+    FrameRows,
+    Heartbeat,
+    Hello,
+    LoadStage,
+    Message,
+    OpenSession,
+    PeerLease,
+    ProfileRequest,
+    Refused,
+    Relay,
+    SliceChunk,
+    SliceRequest,
+    StageFailed,
+    StageProgress,
+    Tokens,
+    Welcome,
+)
+from edge_runtime.transport import zeromq
+from edge_runtime.transport.base import Frame
+from edge_runtime.transport.mesh import Mesh
+from edge_runtime.trust.identity import KeyPair
+from edge_runtime.trust.pairing import JoinLink, Pairing, enroll
+
+log = logging.getLogger(__name__)
+
+KEY_FILE = "device.key"
+PROFILE_FILE = "profiles.json"
+
+
+class Agent:
+    """`run` until cancelled, or until the coordinator refuses this device for good."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        on_status: Callable[[Status], None] = lambda status: None,
+        make_stage: MakeStage = make_onnx_stage,
+    ) -> None:
+        self._config = config
+        self._on_status = on_status
+        self._make_stage = make_stage
+        self._state = PipelineState()
+        self._boot_id = secrets.token_hex(8)
+        self._hidden_size = 0  # of the stage that is loaded
+        self._loading: asyncio.Task[None] | None = None
+        self._profiling: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------ life
+
+    async def run(self) -> None:
+        """Raises TrustError, VersionError (refused for good), ConfigError; else only ends by cancellation."""
+        directory = self._config.state_directory
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = KeyPair.load_or_create(directory / KEY_FILE)
+        pairing = await self._pair(key)
+        await asyncio.to_thread(_import_engine)
+        self._budget = MemoryBudget(self._config.memory_budget_bytes, resident_bytes())
+        self._loop = asyncio.get_running_loop()
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._worker = StageWorker(self._events_from_worker)
+        self._worker.start()
+        try:
+            await self._serve(key, pairing)
+        except* EdgeRuntimeError as problems:
+            raise _first(problems) from None
+        finally:
+            self._disk.shutdown(wait=False, cancel_futures=True)
+            if not await asyncio.to_thread(self._worker.stop):
+                log.error("the compute thread did not end in time")
+
+    async def _pair(self, key: KeyPair) -> Pairing:
+        """The pairing on disk; a join link is used only where there is none, since it works once."""
+        directory = self._config.state_directory
+        pairing = load_pairing(directory)
+        if pairing is None:
+            if not self._config.join:
+                raise ConfigError(
+                    f"this device is not paired: {directory} holds no pairing",
+                    hint="edge-runtime agent --join LINK, with the link that the coordinator prints",
+                )
+            pairing = await enroll(JoinLink.parse(self._config.join), key, self._config.name)
+            save_pairing(directory, pairing)
+            self._on_status(Paired(pairing.device_id, pairing.coordinator_address))
+        elif self._config.join and JoinLink.parse(self._config.join).server_key != pairing.server_key:
+            raise TrustError(
+                f"this device is paired with another coordinator ({pairing.coordinator_address})",
+                hint=f"use another --state directory, or delete {directory} to pair anew",
+            )
+        return pairing
+
+    async def _serve(self, key: KeyPair, pairing: Pairing) -> None:
+        wanted = self._config.data_port != NO_DATA_PORT
+        address = data_address(self._config, pairing.coordinator_address) if wanted else ""
+        self._pairing = pairing
+        self._mesh = Mesh(key, pairing.device_id, pairing.signing_key, self._control_send, address)
+        async with self._mesh as mesh, asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self._peers = PeerOutbox(tasks, mesh.send, self._peer_lost)
+            self._control = ControlLink(
+                lambda: zeromq.connect(pairing.coordinator_address, key, pairing.server_key),
+                self._hello(mesh.data_address),
+                self._heartbeat,
+                self,
+                Backoff(random.Random()),
+            )
+            self._make_loader(pairing)
+            log.info("device %s (%s) starts", pairing.device_id, self._config.name)
+            tasks.create_task(self._control.run())
+            tasks.create_task(self._read_peers())
+            tasks.create_task(self._until_broken())
+
+    def _make_loader(self, pairing: Pairing) -> None:
+        directory = self._config.state_directory
+        self._slices = SliceChannel(self._ask)
+        fetcher = SliceFetcher(BundleStore(directory), self._slices, {pairing.signing_key}, self._disk)
+        threads = self._config.threads
+        cache = MeasurementCache(directory / PROFILE_FILE)
+        self._profiler = DeviceProfiler(fetcher, self._worker, self._budget, threads, cache)
+        self._loader = StageLoader(
+            fetcher, self._worker, self._budget, threads, self._profiler.is_row_invariant, self._make_stage
+        )
+
+    def _hello(self, address: str) -> Hello:
+        return Hello(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=installed_version("edge-runtime"),
+            device_name=self._config.name,
+            boot_id=self._boot_id,
+            data_address=address,
+            memory_budget_bytes=self._config.memory_budget_bytes,
+            threads=self._config.threads,
+        )
+
+    def _heartbeat(self, sequence: int) -> Heartbeat:
+        worker = self._worker
+        return Heartbeat(
+            sequence, worker.steps, worker.open_sessions, worker.kv_used_tokens, resident_bytes()
+        )
+
+    async def _until_broken(self) -> None:
+        """Ends the agent where an event could not be handled: a bug must not leave a device that only looks alive."""
+        await self._broken
+
+    # ------------------------------------------------------------ what arrives
+
+    def connected(self, welcome: Welcome) -> None:
+        log.info("device %s is connected to %s", welcome.device_id, self._pairing.coordinator_address)
+        self._on_status(Connected(self._pairing.coordinator_address))
+
+    def disconnected(self, reason: str) -> None:
+        self._slices.link_lost()
+        self._mesh.control_lost()
+        if self._profiling is not None:
+            self._profiling.cancel()
+        self._handle(ControlLost())
+        if reason:
+            self._on_status(Disconnected(reason))
+
+    def received(self, message: Message, payloads: Sequence[memoryview]) -> None:
+        match message:
+            case SliceChunk():
+                self._slices.arrived(message, payloads)
+            case Relay():
+                self._mesh.relayed(message.peer, payloads)
+            case PeerLease():
+                self._apply_lease(message)
+            case ProfileRequest():
+                if self._profiling is None or self._profiling.done():
+                    self._profiling = self._tasks.create_task(self._profile(message.bundle))
+            case Refused():
+                log.warning("the coordinator refuses: %s hint: %s", message.reason, message.hint)
+                self._slices.refused(message.reason, message.hint)
+            case _:
+                self._handle(Received(COORDINATOR, message))
+
+    async def _read_peers(self) -> None:
+        while True:
+            try:
+                source, message, payloads = await self._mesh.receive()
+            except ConnectionClosed:
+                return
+            rows = self._rows_of(message, payloads) if isinstance(message, FrameRows) else None
+            self._handle(Received(source, message, rows))
+
+    def _rows_of(self, frame: FrameRows, payloads: Sequence[memoryview]) -> Rows | None:
+        """The payload in the shape of our own plan, or None where it has another size."""
+        shape = (len(frame.ids), self._hidden_size)
+        if len(payloads) != 1 or payloads[0].nbytes != 4 * shape[0] * shape[1]:
+            return None
+        rows = np.frombuffer(payloads[0], np.dtype("<f4")).reshape(shape)
+        return np.require(rows, requirements=("ALIGNED",))  # small frames lie wherever the link put them
+
+    def _apply_lease(self, lease: PeerLease) -> None:
+        try:
+            body = self._mesh.apply_lease(lease)
+        except EdgeRuntimeError as problem:
+            log.error("a peer lease was refused: %s", problem.message)
+            return
+        log.info("lease %d: %d peers", body.number, len(body.peers))
+
+    def _events_from_worker(self, events: Sequence[Event]) -> None:
+        """On the compute thread."""
+        self._loop.call_soon_threadsafe(self._handle_all, events)
+
+    def _handle_all(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        try:
+            for instruction in self._state.handle(event):
+                self._carry_out(instruction)
+        except Exception as problem:
+            log.exception("lease %d: an event could not be handled", self._state.lease)
+            if not self._broken.done():
+                self._broken.set_exception(problem)
+
+    def _peer_lost(self, message: OpenSession | FrameRows | Tokens, reason: str) -> None:
+        self._handle(SessionBroke(message.lease, SessionId(message.session), "transport", reason))
+
+    # ------------------------------------------------------------ what is to be done
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case OpenRows() | RunRows() | DropRows():
+                self._worker.put(instruction)
+            case Send(to, message, rows):
+                self._post(to, message, [] if rows is None else [_frame_of(rows)])
+            case Load(order):
+                self._end_plan()
+                self._worker.retire()
+                self._loading = self._tasks.create_task(self._load(order))
+            case Retire():
+                self._end_plan()
+                self._worker.retire()
+            case Unload(lease):
+                log.info("lease %d: unloaded", lease)
+                self._end_plan()
+                self._worker.unload()
+            case Ignore(reason):
+                log.debug("lease %d: dropped: %s", self._state.lease, reason)
+
+    def _end_plan(self) -> None:
+        self._peers.clear()
+        if self._loading is not None and self._loading is not asyncio.current_task():
+            self._loading.cancel()
+
+    def _post(self, to: str, message: Message, payloads: Sequence[Frame]) -> None:
+        if to == COORDINATOR:
+            if isinstance(message, StageFailed):
+                log.error("lease %d failed: %s hint: %s", message.lease, message.reason, message.hint)
+                self._on_status(Failed(message.lease, message.reason, message.hint))
+            self._control.post(message, payloads)
+        elif isinstance(message, OpenSession | FrameRows | Tokens):
+            self._peers.post(to, message, payloads)
+
+    async def _control_send(self, message: Message, payloads: Sequence[Frame]) -> None:
+        await self._control.send(message, payloads)
+
+    async def _ask(self, request: SliceRequest) -> None:
+        await self._control.send(request)
+
+    # ------------------------------------------------------------ loading and measuring
+
+    async def _load(self, order: LoadStage) -> None:
+        log.info(
+            "lease %d: stage %d of %d, layers %d-%d",
+            order.lease,
+            order.stage + 1,
+            len(order.devices),
+            order.first_layer,
+            order.last_layer,
+        )
+        gate = ProgressGate(self._loop.time)
+
+        def progress(activity: str, done_bytes: int, total_bytes: int) -> None:
+            if gate.opens(activity, done_bytes >= total_bytes):
+                self._control.post(StageProgress(order.lease, activity, done_bytes, total_bytes))
+                self._on_status(Loading(order.lease, activity, done_bytes, total_bytes))
+
+        try:
+            loaded, manifest = await self._loader.load(order, progress)
+        except EdgeRuntimeError as problem:
+            self._handle(LoadFailed(order.lease, problem.code, problem.message, problem.hint))
+            return
+        except (
+            OSError,
+            MemoryError,
+        ) as problem:  # a full disk; a machine that has less than it was said to have
+            hint = f"make room for {self._config.state_directory}, or give the agent less --memory"
+            self._handle(LoadFailed(order.lease, "engine", f"{type(problem).__name__}: {problem}", hint))
+            return
+        self._hidden_size = manifest.model.hidden_size
+        self._handle(loaded)
+        log.info("lease %d: serving, room for %d tokens", order.lease, loaded.kv_capacity_tokens)
+        self._on_status(
+            Serving(
+                order.lease,
+                manifest.model.name,
+                order.first_layer,
+                order.last_layer,
+                loaded.weight_bytes,
+                loaded.kv_capacity_tokens,
+            )
+        )
+
+    async def _profile(self, bundle: str) -> None:
+        """Lease 0 in the answers: a measurement belongs to no plan."""
+        gate = ProgressGate(self._loop.time)
+
+        def progress(activity: str, done_bytes: int, total_bytes: int) -> None:
+            if gate.opens(activity, done_bytes >= total_bytes):
+                self._control.post(StageProgress(0, activity, done_bytes, total_bytes))
+
+        try:
+            self._control.post(await self._profiler.report(bundle, progress))
+        except (ConnectionClosed, TransportError) as problem:
+            log.warning("could not measure this device: %s", problem.message)
+        except EdgeRuntimeError as problem:
+            self._post(COORDINATOR, StageFailed(0, problem.code, problem.message, problem.hint), [])
+
+
+def _frame_of(rows: Rows) -> memoryview:
+    """Little-endian float32, contiguous: what FrameRows and Pooled carry."""
+    return np.ascontiguousarray(rows, np.dtype("<f4")).data.cast("B")
+
+
+def _import_engine() -> None:
+    """Before memory is measured: the libraries are part of the process that the budget is for."""
+    import edge_runtime.engine.onnx
+    import edge_runtime.engine.probe  # noqa: F401
+
+
+def _first(problems: BaseExceptionGroup[EdgeRuntimeError]) -> EdgeRuntimeError:
+    problem: BaseException = problems
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    assert isinstance(problem, EdgeRuntimeError)
+    return problem

@@ -1,0 +1,173 @@
+"""What this device can do with a bundle, measured on its last layer and head, and kept so that a restart is quick.
+
+Knows: what to fetch for a measurement, and when an old one still holds. Does not know: links, plans, how it is measured
+(`engine.probe`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edge_runtime.agent.memory import SCRATCH_BYTES, MemoryBudget
+from edge_runtime.agent.slice_fetcher import Progress, SliceFetcher
+from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.manifest import Manifest
+from edge_runtime.core import LayerRange
+from edge_runtime.engine.base import Stage
+from edge_runtime.errors import CapacityError
+from edge_runtime.protocol.messages import ProfileReport
+
+log = logging.getLogger(__name__)
+
+PROBE_KV_TOKENS = 1024
+MAX_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    numeric_class: str
+    row_invariant: bool
+    why_not: str
+    layer_decode_seconds: float
+    layer_prefill_row_seconds: float
+    head_seconds: float
+
+
+class MeasurementCache:
+    """A small file. A damaged one only costs the time to measure again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept: dict[str, Measurement] = {}
+        try:
+            for key, fields in json.loads(path.read_text(encoding="utf-8")).items():
+                self._kept[str(key)] = Measurement(**fields)
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, AttributeError) as problem:
+            log.warning("%s is damaged and not used: %s", path, problem)
+            self._kept = {}
+
+    def get(self, bundle: str, numeric_class: str, threads: int) -> Measurement | None:
+        return self._kept.get(f"{bundle} {numeric_class} {threads}")
+
+    def put(self, bundle: str, threads: int, found: Measurement) -> None:
+        self._kept[f"{bundle} {found.numeric_class} {threads}"] = found
+        while len(self._kept) > MAX_KEPT:
+            del self._kept[next(iter(self._kept))]
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(json.dumps({key: asdict(kept) for key, kept in self._kept.items()}, indent=1))
+        temporary.rename(self._path)
+
+
+class DeviceProfiler:
+    def __init__(
+        self,
+        fetcher: SliceFetcher,
+        worker: StageWorker,
+        budget: MemoryBudget,
+        threads: int,
+        cache: MeasurementCache,
+    ) -> None:
+        self._fetcher = fetcher
+        self._worker = worker
+        self._budget = budget
+        self._threads = threads
+        self._cache = cache
+
+    async def report(self, digest: str, progress: Progress) -> ProfileReport:
+        """Fetch what has to be measured, unless it was. Raises the EdgeRuntimeError that says why it can't be."""
+        partial = await self._fetcher.manifest(digest)
+        found = self._cache.get(digest, _numeric_class(partial.manifest), self._threads)
+        if found is None:
+            layers, kv_bytes = self._what_fits(partial.manifest)
+            blocks = partial.manifest.blocks(layers.first, layers.last)
+            keys = list(dict.fromkeys(key for block in blocks for key in block.slices))
+            await self._fetcher.slices(partial, keys, progress)
+            bundle = await asyncio.to_thread(partial.open)
+            found = await self._worker.call(lambda: self._measure(bundle, layers, kv_bytes))
+        return ProfileReport(
+            bundle=digest,
+            numeric_class=found.numeric_class,
+            row_invariant=found.row_invariant,
+            layer_decode_seconds=found.layer_decode_seconds,
+            layer_prefill_row_seconds=found.layer_prefill_row_seconds,
+            head_seconds=found.head_seconds,
+            memory_free_bytes=self._budget.free_bytes,
+            overhead_bytes=self._budget.overhead_bytes + SCRATCH_BYTES,
+        )
+
+    def is_row_invariant(self, bundle: Bundle, stage: Stage) -> bool:
+        """Of a stage just loaded; measured now where it was not before. On the compute thread."""
+        found = self._cache.get(str(bundle.digest), stage.numeric_class, self._threads)
+        return found.row_invariant if found is not None else self._probe(bundle, stage).row_invariant
+
+    def _what_fits(self, manifest: Manifest) -> tuple[LayerRange, int]:
+        """The last layer with the head; a middle layer alone on a device too small for the head."""
+        last, middle = manifest.num_layers - 1, (manifest.num_layers - 1) // 2
+        token_bytes = manifest.model.kv_bytes_per_token_per_layer
+        try:
+            layer, kv_bytes = last, self._budget.kv_bytes(manifest, last, last)
+        except CapacityError:
+            if manifest.num_layers < 3:
+                raise
+            layer, kv_bytes = middle, self._budget.kv_bytes(manifest, middle, middle)
+        return LayerRange(layer, layer), min(kv_bytes, PROBE_KV_TOKENS * token_bytes)
+
+    def _measure(self, bundle: Bundle, layers: LayerRange, kv_bytes: int) -> Measurement:
+        """On the compute thread, so that no step runs beside it."""
+        from edge_runtime.engine.onnx import OnnxStage
+
+        stage = OnnxStage.load(bundle, layers, threads=self._threads, kv_budget_bytes=kv_bytes)
+        try:
+            return self._probe(bundle, stage)
+        finally:
+            stage.close()
+
+    def _probe(self, bundle: Bundle, stage: Stage) -> Measurement:
+        from edge_runtime.engine.onnx import OnnxStage
+        from edge_runtime.engine.probe import probe
+
+        if not isinstance(stage, OnnxStage):
+            return Measurement(stage.numeric_class, True, "", 0.0, 0.0, 0.0)
+        result = probe(stage)
+        manifest = bundle.manifest
+        head_seconds = result.head_seconds or _head_by_size(manifest, result.layer_decode_seconds)
+        found = Measurement(
+            result.numeric_class,
+            result.row_invariant,
+            result.why_not,
+            result.layer_decode_seconds,
+            result.layer_prefill_row_seconds,
+            head_seconds if manifest.model.kind == "generator" else 0.0,
+        )
+        if not found.row_invariant:
+            log.warning("rows depend on their neighbours on this device: %s", found.why_not)
+        log.info(
+            "measured %s: %.3f ms a row and layer, %.3f ms in a chunk, head %.3f ms",
+            found.numeric_class,
+            found.layer_decode_seconds * 1e3,
+            found.layer_prefill_row_seconds * 1e3,
+            found.head_seconds * 1e3,
+        )
+        if stage.layers.last == manifest.num_layers - 1:  # with the head, where rows could differ too
+            self._cache.put(str(bundle.digest), self._threads, found)
+        return found
+
+
+def _numeric_class(manifest: Manifest) -> str:
+    import onnxruntime
+
+    from edge_runtime.engine.numeric_class import numeric_class
+
+    return numeric_class("onnx", onnxruntime.__version__, manifest.model.weights)
+
+
+def _head_by_size(manifest: Manifest, layer_seconds: float) -> float:
+    """Decoding reads every weight once: seconds go with bytes."""
+    return layer_seconds * manifest.head.weight_bytes / max(1, manifest.layers[-1].weight_bytes)
