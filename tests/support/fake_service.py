@@ -130,7 +130,7 @@ class FakeService:
             for name, each in self.running.items()
         )
         devices = tuple(
-            replace(each, state="revoked", layers=None) if each.name in self.revoked else each
+            replace(each, state="revoked", layers=None) if {each.name, each.id} & set(self.revoked) else each
             for each in DEVICES
         )
         plan = replace(PLAN, ready=self.ready)
