@@ -1,0 +1,352 @@
+"""Real agents over ZeroMQ and CURVE on this machine, against a scripted coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
+from edge_runtime.agent.daemon import Agent
+from edge_runtime.agent.memory import MemoryBudget, resident_bytes
+from edge_runtime.agent.status import Connected, Paired, Serving, Status
+from edge_runtime.bundle import Bundle
+from edge_runtime.core import LayerRange, SamplingParams
+from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.sampler import Sampler
+from edge_runtime.errors import ConfigError, TrustError, VersionError
+from edge_runtime.protocol.messages import (
+    CloseSession,
+    LoadStage,
+    Pooled,
+    ProfileReport,
+    ProfileRequest,
+    Refused,
+    SessionFailed,
+    StageFailed,
+    UnloadStage,
+)
+from tests.support.mini_coordinator import MiniCoordinator
+from tests.support.stages import Pipeline, span
+from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
+
+PROMPT = [5, 17, 42, 99, 3, 7, 150, 11, 60]
+NAMES = ("phone", "laptop", "box")
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=7, repetition_penalty=1.2, presence_penalty=0.3)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_tiny_bundle(tmp_path_factory.mktemp("agents") / "bundle", TinyModel(layers=3))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = TinyModel(layers=3, kind="encoder", qk_norm=False)
+    return build_tiny_bundle(tmp_path_factory.mktemp("agents") / "encoder", model)
+
+
+def make_config(directory: Path, name: str, join: str, **changes: object) -> AgentConfig:
+    config = AgentConfig(name, directory / name, 4 << 30, 1, join=join)
+    return replace(config, **changes)
+
+
+class Cluster:
+    """Agents as tasks of this process."""
+
+    def __init__(self, coordinator: MiniCoordinator, directory: Path, tasks: asyncio.TaskGroup) -> None:
+        self.coordinator = coordinator
+        self.directory = directory
+        self.tasks = tasks
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.statuses: dict[str, list[Status]] = {}
+
+    async def start(self, *names: str, **changes: object) -> None:
+        for name in names:
+            config = make_config(self.directory, name, self.coordinator.join_link(), **changes)
+            told = self.statuses.setdefault(name, [])
+            self.running[name] = self.tasks.create_task(Agent(config, on_status=told.append).run())
+        await self.coordinator.wait_for(*names)
+
+    async def stop(self, *names: str) -> None:
+        tasks = [self.running.pop(name) for name in names]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    async def serve(self, names: Sequence[str], edges: Sequence[int]) -> int:
+        lease = await self.coordinator.load(names, edges)
+        for name in names:
+            await self.coordinator.links[name].ready(lease)
+        return lease
+
+
+@asynccontextmanager
+async def cluster_of(bundle: Bundle, directory: Path) -> AsyncIterator[Cluster]:
+    """Every task, thread and socket that was made is gone at the end."""
+    threads = set(threading.enumerate())
+    async with MiniCoordinator(bundle).running() as coordinator, asyncio.TaskGroup() as tasks:
+        cluster = Cluster(coordinator, directory, tasks)
+        try:
+            yield cluster
+        finally:
+            await cluster.stop(*cluster.running)
+    left = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert not {name for name in left if name.startswith(("stage", "disk"))}
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def one_device_loop(bundle: Bundle, ids: Sequence[int], max_rows: int, sampling: SamplingParams) -> list[int]:
+    """The same model in one stage, one row after the other, without any of the agent's machinery."""
+
+    def make(bundle: Bundle, layers: LayerRange) -> OnnxStage:
+        return OnnxStage.load(bundle, layers, threads=1, kv_budget_bytes=64 << 20)
+
+    pipeline = Pipeline.load(bundle, make)
+    pipeline.open(1, max_rows)
+    sampler = Sampler(sampling, bundle.manifest.model.vocab_size)
+    sampler.observe(ids, generated=False)
+    ids = list(ids)
+    logits = pipeline.run(span(1, 0, ids, 1))
+    generated: list[int] = []
+    while True:
+        token, _ = sampler.sample(logits[-1], len(ids))
+        generated.append(token)
+        ids.append(token)
+        if token in bundle.manifest.model.eos_ids or len(ids) == max_rows:
+            return generated
+        sampler.observe([token], generated=True)
+        logits = pipeline.run(span(1, len(ids) - 1, [token], 1))
+
+
+@pytest.mark.parametrize(("names", "edges"), [(NAMES[:1], []), (NAMES[:2], [1]), (NAMES, [1, 2])])
+async def test_any_cut_generates_what_one_device_generates(
+    bundle: Bundle, tmp_path: Path, names: Sequence[str], edges: Sequence[int]
+) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start(*names)
+        lease = await cluster.serve(names, edges)
+        asked = {}
+        for sampling in (SamplingParams(temperature=0.0), SAMPLED):  # both at once, in shared batches
+            asked[await coordinator.open(names, lease, PROMPT, 30, sampling=sampling)] = sampling
+        found = await coordinator.tokens(names[-1], *asked)
+        for session, sampling in asked.items():
+            tokens = found[session]
+            assert [token.id for token in tokens] == one_device_loop(bundle, PROMPT, 30, sampling)
+            assert [token.position for token in tokens] == list(range(len(PROMPT), len(PROMPT) + len(tokens)))
+            assert not any(token.finish for token in tokens[:-1])
+            await coordinator.close(names, lease, session)
+        for name in names:
+            assert isinstance(cluster.statuses[name][0], Paired)
+            assert isinstance(cluster.statuses[name][1], Connected)
+            assert isinstance(cluster.statuses[name][-1], Serving)
+        await all_kv_is_free(coordinator, names)
+
+
+async def all_kv_is_free(coordinator: MiniCoordinator, names: Sequence[str]) -> None:
+    for name in names:
+        while not coordinator.links[name].beats.empty():
+            coordinator.links[name].beats.get_nowait()  # of the time before
+        await coordinator.links[name].beat(lambda beat: (beat.sessions, beat.kv_tokens) == (0, 0))
+
+
+async def test_devices_that_can_not_be_dialled_use_the_relay(bundle: Bundle, tmp_path: Path) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator, names = cluster.coordinator, NAMES[:2]
+        await cluster.start(*names, data_port=NO_DATA_PORT)
+        assert coordinator.links["phone"].hello.data_address == ""
+        lease = await cluster.serve(names, [2])
+        session = await coordinator.open(names, lease, PROMPT, 20, sampling=SAMPLED)
+        tokens = (await coordinator.tokens(names[-1], session))[session]
+        assert [token.id for token in tokens] == one_device_loop(bundle, PROMPT, 20, SAMPLED)
+        assert coordinator.relayed > 0
+
+
+async def test_a_new_plan_goes_on_from_the_journalled_ids(bundle: Bundle, tmp_path: Path) -> None:
+    """Three devices, one is gone, two go on: penalties still know which ids were the prompt's."""
+    expected = one_device_loop(bundle, PROMPT, 30, SAMPLED)
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start(*NAMES)
+        lease = await cluster.serve(NAMES, [1, 2])
+        session = await coordinator.open(NAMES, lease, PROMPT, 30, sampling=SAMPLED)
+        tokens = await coordinator.links["box"].expect_tokens(session, 5)
+        journalled = [token.id for token in tokens[:5]]
+        await cluster.stop("laptop")
+        names = ("box", "phone")
+        again = await cluster.serve(names, [2])
+        ids = [*PROMPT, *journalled]
+        session = await coordinator.open(names, again, ids, 30, sampling=SAMPLED, prompt_rows=len(PROMPT))
+        tokens = (await coordinator.tokens("phone", session))[session]
+        assert [*journalled, *(token.id for token in tokens)] == expected
+
+
+async def test_an_encoder_over_two_devices_gives_the_vector_of_one(encoder: Bundle, tmp_path: Path) -> None:
+    stage = OnnxStage.load(encoder, LayerRange(0, 2), threads=1, kv_budget_bytes=64 << 20)
+    pipeline = Pipeline([stage])
+    pipeline.open(1, len(PROMPT))
+    whole = replace(span(1, 0, PROMPT, 0), causal=False)
+    expected = pipeline.run(whole)[0]
+    async with cluster_of(encoder, tmp_path) as cluster:
+        coordinator, names = cluster.coordinator, NAMES[:2]
+        await cluster.start(*names)
+        lease = await cluster.serve(names, [1])
+        await coordinator.open(names, lease, PROMPT, len(PROMPT), tail="pooler")
+        _, (payload,) = await coordinator.links["laptop"].expect(Pooled)
+        assert np.array_equal(np.frombuffer(payload, np.float32), expected)
+
+
+async def test_a_session_without_room_is_refused_and_others_go_on(bundle: Bundle, tmp_path: Path) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start("phone")
+        lease = await cluster.serve(["phone"], [])
+        session = await coordinator.open(["phone"], lease, PROMPT, 513)
+        message, _ = await coordinator.links["phone"].expect(SessionFailed)
+        assert isinstance(message, SessionFailed)
+        assert (message.session, message.code) == (session, "capacity")
+        session = await coordinator.open(["phone"], lease, PROMPT, 12)
+        assert (await coordinator.tokens("phone", session))[session]
+
+
+async def test_a_stage_too_large_for_the_device_is_refused_with_both_numbers(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        await cluster.start("phone", memory_budget_bytes=64 << 20)
+        await cluster.coordinator.load(["phone"], [])
+        message, _ = await cluster.coordinator.links["phone"].expect(StageFailed)
+        assert isinstance(message, StageFailed)
+        assert message.code == "capacity"
+        assert "the budget of this device is 64.0 MiB" in message.reason
+
+
+async def test_a_device_measures_itself_once(bundle: Bundle, tmp_path: Path) -> None:
+    reports = []
+    for _ in range(2):
+        async with cluster_of(bundle, tmp_path / "x") as cluster:
+            coordinator = cluster.coordinator
+            await cluster.start("phone", state_directory=tmp_path / f"phone-{len(reports)}")
+            await coordinator.links["phone"].send(ProfileRequest(str(bundle.digest)))
+            message, _ = await coordinator.links["phone"].expect(ProfileReport)
+            assert isinstance(message, ProfileReport)
+            reports.append(message)
+        source, target = (tmp_path / f"phone-{i}" for i in range(2))
+        if not target.exists():
+            target.mkdir()
+            (target / "profiles.json").write_bytes((source / "profiles.json").read_bytes())
+    first, second = reports
+    assert first.row_invariant
+    assert min(first.layer_decode_seconds, first.layer_prefill_row_seconds, first.head_seconds) > 0
+    assert first.memory_free_bytes > 0
+    assert replace(first, memory_free_bytes=0, overhead_bytes=0) == replace(
+        second, memory_free_bytes=0, overhead_bytes=0
+    )
+
+
+async def test_a_bundle_that_is_not_there_is_no_reason_to_end(bundle: Bundle, tmp_path: Path) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start("phone")
+        link = coordinator.links["phone"]
+        await link.send(LoadStage(900, "nonsense", 0, (coordinator.device("phone"),), 0, 2, 4))
+        message, _ = await link.expect(StageFailed)
+        assert isinstance(message, StageFailed)
+        coordinator.numbers = iter(range(1000, 2000))
+        lease = await cluster.serve(["phone"], [])
+        await link.send(UnloadStage(lease))
+        await cluster.serve(["phone"], [])
+
+
+async def test_an_agent_dials_again_with_the_same_boot_id(bundle: Bundle, tmp_path: Path) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start("phone")
+        await cluster.serve(["phone"], [])
+        link = coordinator.links.pop("phone")
+        await link.connection.close()
+        await coordinator.wait_for("phone")
+        assert coordinator.links["phone"].hello.boot_id == link.hello.boot_id
+        await cluster.serve(["phone"], [])
+
+
+async def test_heartbeats_tell_of_steps(bundle: Bundle, tmp_path: Path) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start("phone")
+        lease = await cluster.serve(["phone"], [])
+        session = await coordinator.open(["phone"], lease, PROMPT, 16)
+        await coordinator.tokens("phone", session)
+        beat = await coordinator.links["phone"].beat(lambda beat: beat.steps >= 3)
+        assert (beat.sessions, beat.kv_tokens) == (1, 32)  # still open: a page of it is held
+        assert beat.rss_bytes > 1 << 20
+        await coordinator.links["phone"].send(CloseSession(session, lease))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+async def refused(bundle: Bundle, directory: Path, answer: Refused) -> None:
+    async with MiniCoordinator(bundle).running() as coordinator:
+        coordinator.refuse = lambda hello: answer
+        await Agent(make_config(directory, "phone", coordinator.join_link())).run()
+
+
+async def test_another_version_ends_the_agent(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await refused(bundle, tmp_path, Refused("protocol_version", "you are old", "update"))
+    assert caught.group_contains(VersionError, match="you are old")
+
+
+async def test_a_revoked_device_ends(bundle: Bundle, tmp_path: Path) -> None:
+    async with MiniCoordinator(bundle).running() as coordinator:
+        agent = Agent(make_config(tmp_path, "phone", coordinator.join_link()))
+        task = asyncio.ensure_future(agent.run())
+        await coordinator.wait_for("phone")
+        (key,) = coordinator.keys.values()
+        coordinator.admission.revoke(key)
+        async with asyncio.timeout(20):
+            with pytest.raises(TrustError, match="does not admit"):
+                await task
+
+
+async def test_a_used_token_is_refused_with_a_reason(bundle: Bundle, tmp_path: Path) -> None:
+    async with MiniCoordinator(bundle).running() as coordinator:
+        link = coordinator.join_link()
+        coordinator.invitations.clear()
+        with pytest.raises(TrustError, match="not known"):
+            await Agent(make_config(tmp_path, "phone", link)).run()
+
+
+async def test_an_agent_without_a_pairing_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not paired") as caught:
+        await Agent(make_config(tmp_path, "phone", "")).run()
+    assert "--join" in caught.value.hint
+
+
+async def test_a_paired_device_does_not_move_to_another_coordinator(bundle: Bundle, tmp_path: Path) -> None:
+    async with cluster_of(bundle, tmp_path) as cluster:
+        await cluster.start("phone")
+    async with MiniCoordinator(bundle).running() as other:
+        with pytest.raises(TrustError, match="another coordinator"):
+            await Agent(make_config(tmp_path, "phone", other.join_link())).run()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_kv_gets_what_the_weights_leave(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    overhead = resident_bytes()
+    small = MemoryBudget(overhead + (64 << 20), overhead)
+    kv = small.kv_bytes(manifest, 0, 2)
+    assert kv + manifest.stage_weight_bytes(0, 2) <= small.free_bytes
+    large = MemoryBudget(1 << 50, overhead)
+    assert large.kv_bytes(manifest, 0, 0) < 1 << 40  # bounded all the same
