@@ -27,6 +27,10 @@ class Sampler:
         bias = dict(params.logit_bias)
         self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self._bias = np.fromiter(bias.values(), np.float64, len(bias))
+        if not np.isfinite(self._bias).all():
+            raise UsageError(
+                "logit_bias must be finite numbers", hint="use -100 to 100, as OpenAI's API does"
+            )
         if not self._known(self._bias_ids):
             raise UsageError(
                 "logit_bias names a token id outside the vocabulary",

@@ -134,9 +134,9 @@ def run_experts(x: F32, ids: I32, gates: F32, weights: ExpertWeights, *, activat
 
 def int8_rounded(x: F32) -> F32:
     """Blocks of 32 rounded to multiples of (largest / 127); blocks of nothing but tiny values become 0."""
-    blocks = np.zeros(-(-x.size // 32) * 32, np.float32)
-    blocks[: x.size] = x
-    blocks = blocks.reshape(-1, 32)
+    padded = np.zeros(-(-x.size // 32) * 32, np.float32)
+    padded[: x.size] = x
+    blocks = padded.reshape(-1, 32)
     largest = np.abs(blocks).max(-1, keepdims=True)
     largest = np.where(largest <= 1e-30, np.float32(np.inf), largest)
     codes = np.rint(blocks * (np.float32(127) / largest))
