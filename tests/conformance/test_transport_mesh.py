@@ -144,7 +144,9 @@ async def test_a_peer_left_out_of_a_lease_is_cut_at_once(address: str) -> None:
             with pytest.raises((TransportError, TrustError)):
                 await _send_until_refused(cluster.meshes[a], b)
         else:
-            await cluster.meshes[a].send(b, Gap(1, 1, 4))  # the relay is silent about a peer that may not read it
+            await cluster.meshes[a].send(
+                b, Gap(1, 1, 4)
+            )  # the relay is silent about a peer that may not read it
         await cluster.meshes[b].send(b, Gap(1, 1, 5))
         assert (await cluster.meshes[b].receive())[:2] == (b, Gap(1, 1, 5))
 

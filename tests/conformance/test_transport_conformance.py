@@ -1,0 +1,453 @@
+"""What every link must do, whatever carries it: in process, ZeroMQ/CURVE, WebSocket, and through a relay."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from edge_runtime.errors import ConnectionClosed, TransportError, TrustError
+from edge_runtime.protocol import codec
+from edge_runtime.protocol.messages import Message, Relay
+from edge_runtime.transport import inproc, websocket, zeromq
+from edge_runtime.transport.base import MAX_FRAME_BYTES, Connection, Frame, Listener, Peer
+from edge_runtime.transport.channel import WINDOW_BYTES, WINDOW_LISTS, Channel
+from edge_runtime.transport.relay import RelayPort
+from edge_runtime.trust.admission import Admission
+from edge_runtime.trust.identity import KeyPair, SigningKey, device_id
+
+
+class Carrier(ABC):
+    """One transport under test: a listener that admits the keys of `new_key(paired=True)`."""
+
+    proves_keys_when_dialling = True
+
+    def __init__(self) -> None:
+        self.admission = Admission()
+        self.key = self.make_key()
+
+    def make_key(self) -> Any:
+        return KeyPair.generate()
+
+    def new_key(self, *, paired: bool = True) -> Any:
+        key = self.make_key()
+        if paired:
+            self.admission.allow(key.public)
+        return key
+
+    @abstractmethod
+    async def listen(self) -> Listener: ...
+
+    @abstractmethod
+    async def dial(self, key: Any, server_key: bytes | None = None) -> Connection: ...
+
+    async def close(self) -> None:
+        return None
+
+
+class Network(Carrier):
+    module: Any = zeromq
+    address = "tcp://127.0.0.1:0"
+
+    async def listen(self) -> Listener:
+        self.listener: Listener = await self.module.listen(self.address, self.key, self.admission)
+        return self.listener
+
+    async def dial(self, key: Any, server_key: bytes | None = None) -> Connection:
+        link: Connection = await self.module.connect(
+            self.listener.address, key, server_key or self.key.public
+        )
+        return link
+
+    async def close(self) -> None:
+        await self.listener.close()
+
+
+class Inproc(Network):
+    module = inproc
+    address = "inproc://"
+
+
+class Websocket(Network):
+    module = websocket
+    address = "ws://127.0.0.1:0"
+
+    def make_key(self) -> Any:
+        return SigningKey.generate()
+
+
+class Relayed(Carrier):
+    """Ports joined by a coordinator of a few lines, which passes lists on through the codec."""
+
+    proves_keys_when_dialling = False  # the coordinator link does, before
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ports: dict[str, RelayPort] = {}
+        self.peers: dict[str, Peer] = {}
+        self.pumps: list[asyncio.Task[None]] = []
+        self.accepted: asyncio.Queue[Channel | None] = asyncio.Queue()
+        self.admission.subscribe(
+            lambda key: self.ports[device_id(self.key.public)].cut(device_id(key), "revoked")
+        )
+
+    async def listen(self) -> Listener:
+        self._port(self.key)
+        return _RelayListener(self)
+
+    async def dial(self, key: Any, server_key: bytes | None = None) -> Connection:
+        del server_key
+        return self._port(key).dial(self.peers[device_id(self.key.public)])
+
+    def _port(self, key: Any) -> RelayPort:
+        name = device_id(key.public)
+
+        async def send(message: Message, payloads: Sequence[Frame]) -> None:
+            assert isinstance(message, Relay)
+            _message, frames = codec.decode([bytes(frame) for frame in codec.encode(message, payloads)])
+            own = device_id(self.key.public)
+            if message.peer == own and not self.admission.is_allowed(key.public):
+                return
+            self.ports[message.peer].relayed(self.peers[name], frames)
+
+        if name not in self.ports:
+            self.peers[name] = Peer(name, key.public)
+            self.ports[name] = RelayPort(send, on_accepted=self.accepted.put_nowait)
+            self.pumps.append(asyncio.ensure_future(self.ports[name].run()))
+        return self.ports[name]
+
+    async def close(self) -> None:
+        for pump in self.pumps:
+            pump.cancel()
+        await asyncio.gather(*self.pumps, return_exceptions=True)
+
+
+class _RelayListener:
+    address = "relay:"
+
+    def __init__(self, carrier: Relayed) -> None:
+        self._carrier = carrier
+
+    async def accept(self) -> Connection:
+        channel = await self._carrier.accepted.get()
+        if channel is None:
+            raise ConnectionClosed("closed")
+        return channel
+
+    async def disconnect(self, device_id: str) -> None:
+        own = self._carrier.peers[self._carrier.key.device_id].device_id
+        self._carrier.ports[own].cut(device_id, "disconnected")
+
+    async def close(self) -> None:
+        self._carrier.ports[self._carrier.key.device_id].lost("closed")
+        self._carrier.accepted.put_nowait(None)
+
+
+@pytest.fixture(params=[Inproc, Network, Websocket, Relayed], ids=["inproc", "zeromq", "websocket", "relay"])
+async def carrier(request: pytest.FixtureRequest) -> AsyncIterator[Carrier]:
+    carrier: Carrier = request.param()
+    async with asyncio.timeout(30):
+        yield carrier
+        await carrier.close()
+
+
+class Pair:
+    """Both ends of one link, closed after the test."""
+
+    def __init__(self, carrier: Carrier, listener: Listener) -> None:
+        self.carrier = carrier
+        self.listener = listener
+
+    async def open(self, stack: AsyncExitStack) -> tuple[Connection, Connection]:
+        near = await self.carrier.dial(self.carrier.new_key())
+        far = await self.listener.accept()
+        stack.push_async_callback(far.close)
+        stack.push_async_callback(near.close)
+        return near, far
+
+
+@pytest.fixture
+async def links(carrier: Carrier) -> AsyncIterator[tuple[Connection, Connection]]:
+    async with AsyncExitStack() as stack:
+        yield await Pair(carrier, await carrier.listen()).open(stack)
+
+
+Links = tuple[Connection, Connection]
+
+
+class TestLists:
+    async def test_arrive_whole_and_in_order_both_ways(self, links: Links) -> None:
+        for sender, receiver in (links, links[::-1]):
+
+            async def send_all(sender: Connection = sender) -> None:
+                for number in range(1500):
+                    await sender.send([b"%d" % number, b"", b"tail"])
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(send_all())
+                for number in range(1500):
+                    assert [bytes(frame) for frame in await receiver.receive()] == [
+                        b"%d" % number,
+                        b"",
+                        b"tail",
+                    ]
+
+    async def test_large_frames_arrive_whole(self, links: Links) -> None:
+        near, far = links
+        body = bytes(range(256)) * (8 << 12)  # 8 MiB
+        for _ in range(3):
+            await near.send([b"head", body, body])
+            head, first, second = await far.receive()
+            assert (bytes(head), first == body, second == body) == (b"head", True, True)
+        await far.send([body])
+        assert (await near.receive())[0] == body
+
+    async def test_frames_may_be_any_flat_memory(self, links: Links) -> None:
+        near, far = links
+        rows = array("f", [1.0, 2.0, 3.0])
+        await near.send([bytearray(b"a"), memoryview(rows), memoryview(b"abc")[1:], memoryview(array("f"))])
+        received = await far.receive()
+        assert [bytes(frame) for frame in received] == [b"a", rows.tobytes(), b"bc", b""]
+        assert all(frame.readonly and frame.format == "B" for frame in received)
+
+    @pytest.mark.parametrize(
+        "frames",
+        [
+            [],
+            [b""] * 17,
+            [bytes(MAX_FRAME_BYTES + 1)],
+            [bytes(40 << 20)] * 2,
+            ["text"],
+            [memoryview(b"abcd")[::2]],
+            [None],
+        ],
+        ids=["none", "too many", "too large", "too large together", "text", "with gaps", "nothing"],
+    )
+    async def test_what_may_not_be_sent_is_refused_here_and_harms_nothing(
+        self, links: Links, frames: Sequence[Any]
+    ) -> None:
+        near, far = links
+        with pytest.raises(TransportError):
+            await near.send(frames)
+        await near.send([b"next"])
+        assert bytes((await far.receive())[0]) == b"next"
+
+    async def test_concurrent_senders_keep_their_own_order(self, links: Links) -> None:
+        near, far = links
+
+        async def send_all(name: int) -> None:
+            for number in range(100):
+                await near.send([bytes([name, number]), bytes(name * 10_000)])
+
+        last = dict.fromkeys(range(8), -1)
+        async with asyncio.TaskGroup() as group:
+            for name in last:
+                group.create_task(send_all(name))
+            for _ in range(800):
+                head, body = await far.receive()
+                assert head[1] == last[head[0]] + 1
+                assert len(body) == head[0] * 10_000
+                last[head[0]] = head[1]
+
+    async def test_a_receive_that_is_given_up_loses_nothing(self, links: Links) -> None:
+        near, far = links
+        received: list[int] = []
+
+        async def send_all() -> None:
+            for number in range(300):
+                await near.send([bytes([number % 256])])
+                await asyncio.sleep(0)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(send_all())
+            while len(received) < 300:
+                try:
+                    async with asyncio.timeout(0.0005):
+                        received.append((await far.receive())[0][0])
+                except TimeoutError:
+                    await asyncio.sleep(0)
+        assert received == [number % 256 for number in range(300)]
+
+
+async def _send_until_full(link: Connection, frames: Sequence[Frame]) -> tuple[int, asyncio.Task[None]]:
+    """Lists that went out before `send` waited, and the waiting one."""
+    for count in itertools.count():
+        task = asyncio.ensure_future(link.send(frames))
+        done, _pending = await asyncio.wait([task], timeout=0.2)
+        if not done:
+            return count, task
+        await task
+    raise AssertionError
+
+
+class TestBackPressure:
+    @pytest.mark.parametrize(
+        ("size_bytes", "at_most"), [(0, WINDOW_LISTS), (2 << 20, WINDOW_BYTES // (2 << 20) + 1)]
+    )
+    async def test_a_sender_waits_for_a_reader_that_does_not_read(
+        self, links: Links, size_bytes: int, at_most: int
+    ) -> None:
+        near, far = links
+        count, waiting = await _send_until_full(near, [bytes(size_bytes)])
+        assert 1 <= count <= at_most
+        for _ in range(count):
+            await far.receive()
+        await waiting
+        await far.receive()
+        await near.send([b"and on"])
+        assert bytes((await far.receive())[0]) == b"and on"
+
+    async def test_a_slow_reader_stops_nobody_else(self, carrier: Carrier) -> None:
+        async with AsyncExitStack() as stack:
+            pair = Pair(carrier, await carrier.listen())
+            _slow_near, slow_far = await pair.open(stack)
+            near, far = await pair.open(stack)
+            _count, waiting = await _send_until_full(slow_far, [bytes(1 << 20)])
+            for number in range(500):
+                await far.send([b"%d" % number])
+                assert bytes((await near.receive())[0]) == b"%d" % number
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+    async def test_a_send_that_is_given_up_frees_its_place(self, links: Links) -> None:
+        near, far = links
+        count, waiting = await _send_until_full(near, [b"x"])
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        other = asyncio.ensure_future(near.send([b"y"]))
+        received = [bytes((await far.receive())[0]) for _ in range(count + 1)]
+        await other
+        assert received == [b"x"] * count + [b"y"]
+
+    async def test_a_close_wakes_a_waiting_sender(self, links: Links) -> None:
+        near, _far = links
+        _count, waiting = await _send_until_full(near, [b"x"])
+        await near.close()
+        with pytest.raises(ConnectionClosed):
+            await waiting
+
+
+class TestClosing:
+    @pytest.mark.parametrize("closer", [0, 1], ids=["dialler", "acceptor"])
+    async def test_wakes_both_sides(self, links: Links, closer: int) -> None:
+        async def until_closed(link: Connection) -> str:
+            try:
+                await link.receive()
+            except ConnectionClosed:
+                return "closed"
+            return "received"
+
+        waiting = [asyncio.ensure_future(until_closed(link)) for link in links]
+        await asyncio.sleep(0)
+        await links[closer].close()
+        await links[closer].close()
+        assert await asyncio.gather(*waiting) == ["closed", "closed"]
+        for link in links:
+            with pytest.raises(ConnectionClosed):
+                await link.send([b"x"])
+
+    @pytest.mark.parametrize("closer", [0, 1], ids=["dialler", "acceptor"])
+    async def test_what_was_sent_before_is_still_received(self, links: Links, closer: int) -> None:
+        sender, receiver = links[closer], links[1 - closer]
+        for number in range(100):
+            await sender.send([b"%d" % number, bytes(10_000)])
+        await sender.close()
+        for number in range(100):
+            assert bytes((await receiver.receive())[0]) == b"%d" % number
+        with pytest.raises(ConnectionClosed):
+            await receiver.receive()
+
+    async def test_a_closed_listener_wakes_accept_and_its_links(self, carrier: Carrier) -> None:
+        async with AsyncExitStack() as stack:
+            listener = await carrier.listen()
+            near, _far = await Pair(carrier, listener).open(stack)
+            accepting = asyncio.ensure_future(listener.accept())
+            await asyncio.sleep(0)
+            await listener.close()
+            with pytest.raises(ConnectionClosed):
+                await accepting
+            if carrier.proves_keys_when_dialling:  # a relay is told by its coordinator link
+                with pytest.raises(ConnectionClosed):
+                    await near.receive()
+
+
+class TestTrust:
+    async def test_each_side_knows_the_key_the_other_proved(self, carrier: Carrier) -> None:
+        listener = await carrier.listen()
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                key = carrier.new_key()
+                near = await carrier.dial(key)
+                far = await listener.accept()
+                stack.push_async_callback(far.close)
+                stack.push_async_callback(near.close)
+                assert far.peer == Peer(device_id(key.public), key.public)
+                assert near.peer == Peer(device_id(carrier.key.public), carrier.key.public)
+
+    async def test_an_unpaired_key_is_refused_and_others_are_not(self, carrier: Carrier) -> None:
+        listener = await carrier.listen()
+        async with AsyncExitStack() as stack:
+            if carrier.proves_keys_when_dialling:
+                with pytest.raises(TrustError) as caught:
+                    await carrier.dial(carrier.new_key(paired=False))
+                assert "pair the device" in caught.value.hint
+            else:
+                await (await carrier.dial(carrier.new_key(paired=False))).send([b"let me in"])
+            near, far = await Pair(carrier, listener).open(stack)
+            await near.send([b"x"])
+            assert bytes((await far.receive())[0]) == b"x"
+
+    async def test_a_server_with_another_key_is_refused(self, carrier: Carrier) -> None:
+        await carrier.listen()
+        if carrier.proves_keys_when_dialling:
+            with pytest.raises(TrustError, match="not the peer this key belongs to"):
+                await carrier.dial(carrier.new_key(), carrier.make_key().public)
+
+    async def test_a_revoked_device_is_cut_in_the_middle(self, carrier: Carrier) -> None:
+        listener = await carrier.listen()
+        async with AsyncExitStack() as stack:
+            near, far = await Pair(carrier, listener).open(stack)
+            other_near, other_far = await Pair(carrier, listener).open(stack)
+            await near.send([b"before"])
+            await far.receive()
+            await near.send([b"on its way"])
+            carrier.admission.revoke(far.peer.public_key)
+            with pytest.raises(ConnectionClosed):
+                await far.receive()
+            with pytest.raises(ConnectionClosed):
+                await far.send([b"secret"])
+            if carrier.proves_keys_when_dialling:
+                with pytest.raises(ConnectionClosed):
+                    await near.receive()
+            await other_near.send([b"others go on"])
+            assert bytes((await other_far.receive())[0]) == b"others go on"
+
+    async def test_a_disconnected_device_may_come_back(self, carrier: Carrier) -> None:
+        listener = await carrier.listen()
+        async with AsyncExitStack() as stack:
+            key = carrier.new_key()
+            for _ in range(2):
+                near = await carrier.dial(key)
+                far = await listener.accept()
+                stack.push_async_callback(near.close)
+                await near.send([b"x"])
+                await far.receive()
+                await listener.disconnect(far.peer.device_id)
+                with pytest.raises(ConnectionClosed):
+                    await far.receive()
+
+
+async def test_nobody_listens_is_an_error_at_once(carrier: Carrier) -> None:
+    if not carrier.proves_keys_when_dialling:
+        return
+    listener = await carrier.listen()
+    await listener.close()
+    with pytest.raises(TransportError):
+        await carrier.dial(carrier.new_key())
