@@ -94,14 +94,14 @@ class Settings:
             raise _bad(key, "a whole number or a list of them", value)
         return tuple(values)
 
-    def rope(self) -> dict[str, Any]:
+    def rope(self, default_theta: float = 1e4) -> dict[str, Any]:
         """The rotary parameters in the newer spelling, `rope_type` and `rope_theta` always among them."""
         parameters = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(parameters, dict):
             raise _bad("rope_parameters", "an object", parameters)
         rope = dict(parameters)
         rope.setdefault("rope_type", rope.pop("type", "default"))
-        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        for key, default in (("rope_theta", default_theta), ("partial_rotary_factor", 1.0)):
             if rope.get(key) is None:
                 rope[key] = self.number(key, default)
         original = self.get("original_max_position_embeddings")

@@ -3,12 +3,14 @@
 | role                 | fp32 | int8 | int4 |
 |----------------------|------|------|------|
 | linear, experts      | fp32 | int8 | int4 |
+| shared k and v       | fp32 | int8 | int8 |
 | embedding, head      | fp32 | int8 | int8 |
 | router, vector, table| fp32 | fp32 | fp32 |
 
 A router decides which experts run: one flipped choice costs more than its few bytes save. Vectors and tables are
 small. The head (often tied to the embedding) picks the token: at 4 bits it alone cost 1.5 % of the top tokens on the
-demo model.
+demo model. Key and value projections that several query heads share are a percent or so of a model, and every head
+reads them: at 8 bits they took the demo model from 93.8 % of the top tokens kept to 95.5 %.
 
 Knows: that table and the layouts. Does not know: families, or why a layer is kept at fp32.
 """
@@ -26,15 +28,15 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle.manifest import Part, Tensor
 from edge_runtime.bundle.writer import SliceWriter
-from exporters.architectures.plan import EMBEDDING, HEAD, LINEAR
+from exporters.architectures.plan import EMBEDDING, HEAD, LINEAR, SHARED_KEY_VALUE
 from exporters.checkpoint import Floats
 from exporters.sources import TensorSource
 
 WEIGHTS = ("fp32", "int8", "int4")
 _FORMATS: Mapping[str, Mapping[str, str]] = {
     "fp32": {},
-    "int8": {LINEAR: "int8", EMBEDDING: "int8", HEAD: "int8"},
-    "int4": {LINEAR: "int4", EMBEDDING: "int8", HEAD: "int8"},
+    "int8": dict.fromkeys((LINEAR, SHARED_KEY_VALUE, EMBEDDING, HEAD), "int8"),
+    "int4": {LINEAR: "int4"} | dict.fromkeys((SHARED_KEY_VALUE, EMBEDDING, HEAD), "int8"),
 }
 
 

@@ -20,9 +20,9 @@ from exporters.config import Settings
 Frequencies = NDArray[np.float64]
 
 
-def rope_of(settings: Settings) -> Rope:
+def rope_of(settings: Settings, default_theta: float = 1e4) -> Rope:
     """Raises ExportError for an unknown `rope_type` or a missing parameter."""
-    parameters = settings.rope()
+    parameters = settings.rope(default_theta)
     scheme = _SCHEMES.get(str(parameters["rope_type"]))
     if scheme is None:
         raise ExportError(

@@ -14,7 +14,9 @@ from edge_runtime.errors import ExportError
 from exporters.architectures.plan import (
     EMBEDDING,
     HEAD,
+    LINEAR,
     ROUTER,
+    SHARED_KEY_VALUE,
     VECTOR,
     BlockBuilder,
     BlockPlan,
@@ -69,6 +71,7 @@ class DecoderFamily:
 
     model_type: str
     norm_epsilon: float = 1e-6  # where config.json has none
+    rope_theta: float = 1e4  # where config.json has none
     tied: bool = False  # where config.json does not say
     qkv_bias: Callable[[Settings], bool] = _never
     output_bias: Callable[[Settings], bool] = _never
@@ -104,7 +107,7 @@ class DecoderFamily:
             embedding=_embedding(self, settings),
             layers=layers,
             head=_head(self, settings),
-            ropes={"main": rope_of(settings)},
+            ropes={"main": rope_of(settings, self.rope_theta)},
         )
 
 
@@ -224,17 +227,26 @@ class _Layer:
     def _projections(self, value: str) -> tuple[str, ...]:
         settings, builder = self.settings, self.builder
         query, key = settings.heads * settings.head_dim, settings.kv_heads * settings.head_dim
+        shared = SHARED_KEY_VALUE if settings.kv_heads < settings.heads else LINEAR
         if self.family.fused_projections:
             stored = (query + 2 * key, self.hidden)
-            parts = (("q_proj", 0, query), ("k_proj", query, key), ("v_proj", query + key, key))
+            parts = (
+                ("q_proj", 0, query, LINEAR),
+                ("k_proj", query, key, shared),
+                ("v_proj", query + key, key, shared),
+            )
             return tuple(
-                builder.part_of(value, f"self_attn.{name}", "self_attn.qkv_proj", stored, first, rows)
-                for name, first, rows in parts
+                builder.part_of(value, f"self_attn.{name}", "self_attn.qkv_proj", stored, first, rows, role)
+                for name, first, rows, role in parts
             )
         bias = self.family.qkv_bias(settings)
         return tuple(
-            builder.linear(value, f"self_attn.{name}", (rows, self.hidden), bias=bias)
-            for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key))
+            builder.linear(value, f"self_attn.{name}", (rows, self.hidden), bias=bias, role=role)
+            for name, rows, role in (
+                ("q_proj", query, LINEAR),
+                ("k_proj", key, shared),
+                ("v_proj", key, shared),
+            )
         )
 
     def _query_key_norms(self) -> dict[str, str]:

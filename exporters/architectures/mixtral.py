@@ -9,6 +9,7 @@ from exporters.architectures.plan import ExpertNames
 MIXTRAL = DecoderFamily(
     model_type="mixtral",
     norm_epsilon=1e-5,
+    rope_theta=1e6,
     windows=window_everywhere,
     experts=Experts(
         intermediate="intermediate_size",

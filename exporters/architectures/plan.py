@@ -13,6 +13,9 @@ from edge_runtime.bundle.operations import Attribute, Operation
 
 # What a tensor is for decides the format it gets (see exporters/quantize.py).
 LINEAR, HEAD, EMBEDDING, ROUTER, VECTOR, TABLE = "linear", "head", "embedding", "router", "vector", "table"
+SHARED_KEY_VALUE = (
+    "shared_key_value"  # k and v that several query heads share: small, and read by all of them
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +172,18 @@ class BlockBuilder:
         return self.add("linear", name.replace(".", "/"), (value,), output=output, weights=weights)
 
     def part_of(
-        self, value: str, name: str, fused: str, stored: tuple[int, int], first: int, rows: int
+        self,
+        value: str,
+        name: str,
+        fused: str,
+        stored: tuple[int, int],
+        first: int,
+        rows: int,
+        role: str = LINEAR,
     ) -> str:
         """A linear whose weight is some rows of a fused checkpoint tensor."""
         weight = self.tensor(
-            f"{name}.weight", LINEAR, stored, spellings=(f"{fused}.weight",), first_row=first, rows=rows
+            f"{name}.weight", role, stored, spellings=(f"{fused}.weight",), first_row=first, rows=rows
         )
         return self.add("linear", name.replace(".", "/"), (value,), weights={"weight": weight})
 
