@@ -130,8 +130,8 @@ async def test_a_paired_device_that_breaks_the_rules_is_cut(
         far = await listener.accept()
         for parts in lists:
             thief.send_multipart(parts)
-        while not far.closed:
-            await asyncio.sleep(0.01)  # nothing is read meanwhile, so that the window fills
+        for _ in range(200):  # nothing is read meanwhile, so that the window fills
+            await asyncio.sleep(0 if far.closed else 0.01)
         with pytest.raises(ConnectionClosed):
             await far.receive()
         await still_serves(listener)
@@ -183,10 +183,6 @@ GARBAGE = {
     + bytes(18),
     "curve, then nonsense": CURVE_GREETING + bytes(500),
     "huge frame": CURVE_GREETING + b"\x06" + b"\x7f" * 8 + bytes(99),
-    + bytes(47)
-    + b"\x06"
-    + b"\x7f" * 8
-    + bytes(99),
 }
 
 
