@@ -55,7 +55,9 @@ class Stage(Protocol):
     def kv_capacity_tokens(self) -> int: ...
 
     @property
-    def kv_used_tokens(self) -> int: ...
+    def kv_used_tokens(self) -> int:
+        """Reserved by open sessions, in whole pages: capacity minus this is what `open` can still give."""
+        ...
 
     def open(self, session: SessionId, max_rows: int) -> None:
         """Reserve KV for `max_rows`. Raises CapacityError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Rows, Span
+from edge_runtime.engine.blocks import LoadedBlock
 from edge_runtime.engine.onnx import OnnxStage
 from edge_runtime.engine.reference import ReferenceStage
 from edge_runtime.errors import CapacityError, EngineError
@@ -246,6 +248,27 @@ sys.stdout.buffer.write(logits_with(bundle, 5).tobytes() + logits_with(bundle, 2
 def test_layers_the_model_does_not_have_are_refused(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(EngineError, match="not all in this model, which has 3"):
         onnx(bundles["dense"], LayerRange(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": ("hidden", "more")}, "takes 1 values and gives 3; the manifest says 2 and 3"),
+        ({"graph": "norm"}, "could not load layers.0 operations 0-3"),
+    ],
+)
+def test_a_segment_that_does_not_fit_its_manifest_is_refused(
+    bundles: dict[str, Bundle], change: dict[str, object], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundles["dense"]
+    block = bundle.manifest.layers[0]
+    if "graph" in change:  # bytes that are no graph
+        change = {"graph": bundle.manifest.tensors["layers.0.norm1"].parts["data"]}
+    segment = replace(block.segments[0], **change)
+    block = replace(block, segments=(segment, *block.segments[1:]))
+    with pytest.raises(EngineError, match=message):
+        LoadedBlock(bundle, block, threads=1)
+    assert capfd.readouterr().out == ""
 
 
 def test_an_encoder_pools_each_sequence_on_its_own(encoder: Bundle) -> None:
