@@ -132,12 +132,18 @@ def _make_plan(at: _Situation) -> Sequence[Action]:
     usable = state.usable(at.now, at.limits.exclude_seconds)
     if not usable:
         return []
-    retry_at = state.refused_at + at.limits.exclude_seconds  # an excluded device may be good again by then
-    if state.refused_revision == state.revision and at.now < retry_at:
+    if state.refused_revision == state.revision and not _was_forgiven_since(state.refused_at, usable, at):
         return []
     if pipeline is not None:
         return [MakePlan(pipeline.broken)]
     return [MakePlan("the first plan")] if _has_settled(at, usable) else []
+
+
+def _was_forgiven_since(refused_at: float, usable: Sequence[Device], at: _Situation) -> bool:
+    """A device that was left out when the last plan was refused may be used now."""
+    return any(
+        device.failure and device.failed_at + at.limits.exclude_seconds > refused_at for device in usable
+    )
 
 
 def _has_settled(at: _Situation, usable: Sequence[Device]) -> bool:
