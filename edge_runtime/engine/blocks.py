@@ -19,6 +19,7 @@ from edge_runtime.engine.cut_operations import CutStep, RopeTables, RunContext, 
 from edge_runtime.engine.kv_cache import KvCache
 from edge_runtime.engine.segments import SegmentStep, forget_pages
 from edge_runtime.engine.spans import lay_out
+from edge_runtime.errors import EngineError
 
 Float32 = NDArray[np.float32]
 
@@ -31,7 +32,12 @@ class LoadedBlock:
         self.threads = threads
         self.is_causal = all(o.attributes.get("causal", True) for o in block.operations)
         self.attention_count = sum(operation.kind == "attention" for operation in block.operations)
-        self._steps = _compile(bundle, block, threads)
+        try:
+            self._steps = _compile(bundle, block, threads)
+        except (ValueError, TypeError, KeyError) as error:  # a manifest whose numbers contradict each other
+            raise EngineError(
+                f"block {block.name} can't be loaded: {error}", hint="export the bundle again"
+            ) from error
         forget_pages(bundle, block.slices)
 
     def run(self, hidden: Float32, context: RunContext, kv_layer: int) -> Float32:

@@ -271,6 +271,31 @@ def test_a_segment_that_does_not_fit_its_manifest_is_refused(
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", ["dense", "experts-int8", "experts-int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_session_with_broken_numbers_harms_nobody(
+    bundles: dict[str, Bundle], name: str, value: float
+) -> None:
+    stage = onnx(bundles[name], LayerRange(1, 2))
+    for session in (1, 2):
+        stage.open(SessionId(session), 10)
+    good = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    broken = np.full((3, 64), value, np.float32)
+    alone = stage.run(Batch((span(1, 0, range(4)),), good))
+    batch = Batch((span(2, 0, range(3)), span(1, 0, range(4))), np.concatenate([broken, good]))
+    assert np.array_equal(stage.run(batch)[3:], alone)
+
+
+def test_a_manifest_that_contradicts_itself_is_refused(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["dense"]
+    block = bundle.manifest.layers[0]
+    attention = next(o for o in block.operations if o.kind == "attention")
+    strange = replace(attention, attributes=attention.attributes | {"heads": "many"})
+    operations = tuple(strange if o is attention else o for o in block.operations)
+    with pytest.raises(EngineError, match=r"block layers\.0 can't be loaded"):
+        LoadedBlock(bundle, replace(block, operations=operations), threads=1)
+
+
 def test_an_encoder_pools_each_sequence_on_its_own(encoder: Bundle) -> None:
     pipeline, reference = Pipeline.load(encoder, onnx, 1), Pipeline.load(encoder, ReferenceStage)
     sequences = {1: range(7), 2: range(50, 100), 3: [5]}
