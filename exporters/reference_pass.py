@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+from edge_kernels.experts import route
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.manifest import Rope
@@ -149,17 +150,12 @@ class ReferencePass:
         attributes, name = operation.attributes, operation.weights["experts"]
         x, logits = inputs
         source = self._sources.experts[name]
-        chosen = [
-            ops.route(
-                row,
-                int(attributes["top_k"]),
-                bool(attributes["normalize"]),
-                bool(attributes["softmax_after"]),
-            )
-            for row in logits
-        ]
-        ids = np.stack([expert for expert, _ in chosen])
-        gates = np.stack([gate for _, gate in chosen])
+        ids, gates = route(
+            logits,
+            top_k=int(attributes["top_k"]),
+            normalize=bool(attributes["normalize"]),
+            softmax_after=bool(attributes["softmax_after"]),
+        )
         everywhere = Observed.of(x)
         out = np.zeros_like(x)
         for expert in range(source.plan.experts):
