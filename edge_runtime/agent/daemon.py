@@ -123,7 +123,7 @@ class Agent:
         except* EdgeRuntimeError as problems:
             raise _first(problems) from None
         finally:
-            self._disk.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._disk.shutdown, cancel_futures=True)
             if not await asyncio.to_thread(self._worker.stop):
                 log.error("the compute thread did not end in time")
 

@@ -1,0 +1,180 @@
+"""`edge-runtime agent`: make this device part of a cluster until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime import config
+from edge_runtime.cli.command import Command
+from edge_runtime.cli.output import note, result_json
+from edge_runtime.errors import EdgeRuntimeError, UsageError
+
+if TYPE_CHECKING:
+    from edge_runtime.agent.config import AgentConfig
+    from edge_runtime.agent.status import Status
+
+_FREE_MEMORY_SHARE = 0.5
+_FALLBACK_MEMORY_BYTES = 1 << 30
+
+
+def _configure(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--join", default="", metavar="LINK", help="join link of the coordinator; needed once"
+    )
+    parser.add_argument("--name", help="name of this device (default: the host name)")
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="of the whole process, e.g. 512MiB (default: half of what is free)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: one per core)")
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="where the key, the pairing and fetched bundles are"
+    )
+    parser.add_argument(
+        "--data-address",
+        default="",
+        metavar="HOST:PORT|none",
+        help="where other devices dial this one (default: any free port); none: only through the coordinator",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per change of status on stdout")
+
+
+def _run(arguments: Namespace) -> int:
+    from edge_runtime.agent.daemon import Agent
+
+    settings = config.load(
+        {
+            "agent.name": arguments.name,
+            "agent.memory_bytes": arguments.memory,
+            "agent.threads": arguments.threads,
+            "general.state_directory": None if arguments.state is None else str(arguments.state),
+        }
+    )
+    agent_config = _agent_config(arguments, settings)
+    _log_to_stderr(settings.general.log_level)
+    agent = Agent(agent_config, on_status=_StatusPrinter(as_json=arguments.json))
+    return asyncio.run(_until_stopped(agent.run))
+
+
+def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
+    from edge_runtime.agent.config import AgentConfig
+
+    host, port = _data_address(arguments.data_address)
+    name = settings.agent.name or socket.gethostname()
+    directory = settings.general.state_directory
+    return AgentConfig(
+        name=name,
+        state_directory=directory if arguments.state is not None else directory / "agent",
+        memory_budget_bytes=settings.agent.memory_bytes or _half_of_free_memory(),
+        threads=settings.agent.threads or _cores(),
+        join=arguments.join,
+        data_host=host,
+        data_port=port,
+        log_level=settings.general.log_level,
+    )
+
+
+def _data_address(text: str) -> tuple[str, int]:
+    from edge_runtime.agent.config import NO_DATA_PORT
+
+    if text == "none":
+        return "", NO_DATA_PORT
+    if not text:
+        return "", 0
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(
+            f"{text!r} is not an address for other devices to dial",
+            hint="write HOST:PORT (port 0: any) or none",
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+async def _until_stopped(run: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Until SIGTERM or SIGINT, which end the agent cleanly, or until it can't go on."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            agent = tasks.create_task(run())
+            waiting = tasks.create_task(stopped.wait())
+            await asyncio.wait((agent, waiting), return_when=asyncio.FIRST_COMPLETED)
+            agent.cancel()
+            waiting.cancel()
+    except* EdgeRuntimeError as problems:
+        raise problems.exceptions[0] from None
+    return 0
+
+
+class _StatusPrinter:
+    """A line per change on stderr, or JSON on stdout; progress of one activity at most every tenth."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._told = ("", -1)
+
+    def __call__(self, status: Status) -> None:
+        if self._is_small_step(status):
+            return
+        if self._as_json:
+            from dataclasses import asdict
+
+            result_json({"event": type(status).__name__.lower(), **asdict(status)})
+        else:
+            note(str(status))
+
+    def _is_small_step(self, status: Status) -> bool:
+        from edge_runtime.agent.status import Loading
+
+        if not isinstance(status, Loading):
+            self._told = ("", -1)
+            return False
+        tenth = 10 * status.done_bytes // max(1, status.total_bytes)
+        told, self._told = self._told, (status.activity, tenth)
+        return told == self._told
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _half_of_free_memory() -> int:
+    try:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system says
+        return _FALLBACK_MEMORY_BYTES
+    return int(free_bytes * _FREE_MEMORY_SHARE)
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def _size(text: str) -> int:
+    try:
+        return config.parse_size(text)
+    except ValueError as problem:
+        raise ArgumentTypeError(str(problem)) from None
+
+
+COMMAND = Command("agent", "make this device part of a cluster", _configure, _run)
