@@ -1,9 +1,10 @@
 """Every message that may cross a link, in one closed table.
 
-A message is a frozen dataclass. On the wire it is one msgpack frame `[protocol_version, tag, field, ...]` in field order,
-followed by raw payload frames (rows, slice bytes) whose dtype and shape come from the receiver's own plan, never from the
-sender. An unknown tag, a wrong field count, type, range or size is a ProtocolError; nothing is ever resolved by name from
-received bytes. `codec.py` derives the checks from the annotations here; `limits` below bound every list and string.
+A message is a frozen dataclass. On the wire it is one msgpack frame `[protocol_version, tag, field, ...]` in field
+order, followed by raw payload frames (rows, slice bytes) whose dtype and shape come from the receiver's own plan, never
+from the sender. An unknown tag, a wrong field count, type, range or size is a ProtocolError; nothing is ever resolved by
+name from received bytes. `codec.py` derives the checks from the annotations here; the limits below bound every list and
+string.
 
 Knows: what is said. Does not know: how it travels, or what the receiver does about it.
 """
@@ -250,9 +251,9 @@ class Feed:
 class FrameRows:
     """Stage -> next stage. Payload: float32 [len(ids), hidden]. The wire's hot path.
 
-    `parents[i]` is the row that row `base_row + i` continues; a chain names the row before. A frame that continues a row
-    below those a stage holds drops the rows after it: committing is choosing a parent. `seq` is issued by stage 1 alone,
-    `turn` by the tail alone, `lease` by the coordinator alone; older ones are dropped.
+    `parents[i]` is the row that row `base_row + i` continues; a chain names the row before. A frame that continues a
+    row below those a stage holds drops the rows after it: committing is choosing a parent. `seq` is issued by stage 1
+    alone, `turn` by the tail alone, `lease` by the coordinator alone; older ones are dropped.
     """
 
     session: int
