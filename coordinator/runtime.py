@@ -25,6 +25,7 @@ from coordinator.journal.base import Journal, RequestEntry
 from coordinator.journal.sqlite import SqliteJournal
 from coordinator.links import AgentLinks
 from coordinator.placement import model_profile, plan_for
+from coordinator.ports import RememberedPorts, reachable_host
 from coordinator.registry import Keys, Registry
 from coordinator.scheduling.admission import check_context, check_fits, check_queue
 from coordinator.service import ClusterStatus, GenerateRequest, TokenEvent
@@ -110,6 +111,25 @@ class CoordinatorRuntime:
             self._tasks.add(part)
         await self._continue_unfinished()
 
+    async def _listen(self, keys: Keys) -> tuple[zeromq.ZeromqListener, zeromq.ZeromqListener]:
+        """(for paired devices, for those that join)"""
+        config, host = self.config, _bracketed(self.config.host)
+        ports = RememberedPorts(config.state_directory / "ports.json")
+        admission = self.registry.admission
+        listener = await ports.listen(
+            "agents",
+            config.port,
+            lambda port: zeromq.listen(f"tcp://{host}:{port}", keys.link, admission, name="agents"),
+        )
+        self._stack.push_async_callback(listener.close)
+        enroll_listener = await ports.listen(
+            "enroll", config.enroll_port, lambda port: listen_for_devices(f"tcp://{host}:{port}", keys.link)
+        )
+        self._stack.push_async_callback(enroll_listener.close)
+        self.port, self.enroll_port = _port(listener.address), _port(enroll_listener.address)
+        ports.remember(agents=self.port, enroll=self.enroll_port)
+        return listener, enroll_listener
+
     def _wire_up(self, listener: zeromq.ZeromqListener, keys: Keys) -> None:
         config, manifest = self.config, self.bundle.manifest
         model = model_profile(manifest, config.kv_tokens_wanted)
@@ -146,14 +166,18 @@ class CoordinatorRuntime:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Streams get a moment to finish; what is left is in the journal and goes on at the next start."""
         self._is_stopping = True
         try:
-            await self.sessions.drain(self.config.drain_seconds if error is None else 0.0)
+            await self.sessions.stop()
             for request in list(self._abandoned):
                 await self._finish_abandoned(request)
         finally:
             await self._stack.aclose()
+
+    async def drain(self) -> None:
+        """Nothing new from now on; what runs gets a moment. The rest goes on from the journal at the next start."""
+        self._is_stopping = True
+        await self.sessions.drain(self.config.drain_seconds)
 
     @property
     def journal(self) -> Journal:
@@ -377,7 +401,7 @@ class CoordinatorRuntime:
         )
 
     def create_join_link(self) -> str:
-        return self.registry.new_join_link(self.config.host, self.port, self.enroll_port)
+        return self.registry.new_join_link(reachable_host(self.config.host), self.port, self.enroll_port)
 
     async def revoke(self, device: str) -> None:
         entry = await self.registry.revoke(device)

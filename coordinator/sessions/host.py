@@ -79,12 +79,18 @@ class SessionHost:
         return list(self._sessions.values())
 
     async def drain(self, seconds: float) -> None:
-        """Wait for the running ones a while; then stop them (the journal keeps what they have)."""
+        """Wait a while for those that run now."""
         running = list(self._running.values())
         if running and seconds > 0:
             await asyncio.wait(running, timeout=seconds)
-        for task in self._running.values():
+
+    async def stop(self) -> None:
+        """At once; the journal keeps what they have. Their devices hear of it before links are closed."""
+        running = list(self._running.values())
+        for task in running:
             task.cancel()
+        if running:
+            await asyncio.wait(running)
 
     # ------------------------------------------------------------ messages in
 
