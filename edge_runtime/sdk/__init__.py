@@ -1,0 +1,1 @@
+"""The SDK: what a program that uses the runtime imports, as `from edge_runtime import …`."""

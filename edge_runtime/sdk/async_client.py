@@ -1,0 +1,132 @@
+"""AsyncClient: a coordinator's API as Python calls.
+
+Knows: endpoints and their shapes. Does not know: threads, processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.config import load
+from edge_runtime.errors import ProtocolError
+from edge_runtime.sdk.http import HttpSession, Json
+from edge_runtime.sdk.options import GenerateOptions, Message, to_body, to_messages, to_prompt
+from edge_runtime.sdk.results import Result
+from edge_runtime.sdk.token_stream import AsyncTokenStream
+
+Vector = NDArray[np.float32]
+
+
+class AsyncClient:
+    """`async with AsyncClient(url, api_key=key) as client: result = await client.generate("def f")`.
+
+    What is not given comes from the settings (`edge-runtime config show`): `client.url`, `client.api_key`.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, api_key: str | None = None, timeout_seconds: float | None = None
+    ) -> None:
+        settings = load(
+            {"client.url": url, "client.api_key": api_key, "client.timeout_seconds": timeout_seconds}
+        ).client
+        self._http = HttpSession(settings.url, settings.api_key, settings.timeout_seconds)
+        self._model = ""
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    @property
+    def url(self) -> str:
+        return self._http.url
+
+    # ------------------------------------------------------------ generation
+
+    async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Result:
+        """Continue a prompt (text or token ids) and wait for the whole."""
+        return await _whole(self.stream(prompt, **options))
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncTokenStream:
+        """`async for token in client.stream(prompt)`: tokens as they come."""
+        body = {"prompt": to_prompt(prompt), **to_body(options)}
+        return AsyncTokenStream(self._http, "/v1/completions", lambda: self._with_model(body))
+
+    async def chat(self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]) -> Result:
+        """Answer a conversation: messages with role and content, or one text of the user's."""
+        return await _whole(self.stream_chat(messages, **options))
+
+    def stream_chat(
+        self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]
+    ) -> AsyncTokenStream:
+        """`async for token in client.stream_chat("hello")`."""
+        body = {"messages": to_messages(messages), **to_body(options)}
+        return AsyncTokenStream(self._http, "/v1/chat/completions", lambda: self._with_model(body))
+
+    async def _with_model(self, body: Json) -> Json:
+        return {"model": await self.model(), **body}
+
+    async def embed(self, texts: str | Sequence[str]) -> list[Vector]:
+        """One vector for each text."""
+        inputs = [texts] if isinstance(texts, str) else list(texts)
+        if not inputs:
+            return []
+        answer = await self._http.json(
+            "POST", "/v1/embeddings", {"model": await self.model(), "input": inputs}
+        )
+        try:
+            items = sorted(answer["data"], key=lambda item: int(item["index"]))
+            return [np.asarray(item["embedding"], dtype=np.float32) for item in items]
+        except (KeyError, TypeError, ValueError):
+            raise ProtocolError("the coordinator's embeddings have an unknown shape") from None
+
+    # ------------------------------------------------------------ the coordinator
+
+    async def model(self) -> str:
+        """The name of the model served; asked for once."""
+        if not self._model:
+            models = await self.models()
+            if not models:
+                raise ProtocolError("the coordinator serves no model")
+            self._model = str(models[0]["id"])
+        return self._model
+
+    async def models(self) -> list[Json]:
+        answer = await self._http.json("GET", "/v1/models")
+        return list(answer.get("data") or ())
+
+    async def status(self) -> Json:
+        """Devices, plan and requests as JSON (needs an administrator's key)."""
+        return await self._http.json("GET", "/admin/status")
+
+    async def create_join_link(self) -> str:
+        """A new one-use link that pairs a device: `edge-runtime agent --join LINK`."""
+        return str((await self._http.json("POST", "/admin/join-links"))["link"])
+
+    async def revoke(self, device: str) -> None:
+        """Cut a device off, by name or id, for good."""
+        from urllib.parse import quote
+
+        await self._http.json("POST", f"/admin/devices/{quote(device, safe='')}/revoke")
+
+    async def ready(self) -> None:
+        """Return if a pipeline can serve now; raise TransportError with the reason if not."""
+        await self._http.json("GET", "/ready", retries=0)
+
+
+async def _whole(stream: AsyncTokenStream) -> Result:
+    async with stream:
+        async for _ in stream:
+            pass
+    return stream.result

@@ -1,0 +1,42 @@
+"""DeviceSpec: one device of a LocalCluster.
+
+Knows: a name and limits. Does not know: processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_runtime.config import parse_size
+from edge_runtime.errors import UsageError
+
+DEFAULT_MEMORY = "1GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """`memory` is the whole process: a size such as "512MiB", or bytes. `reachable=False`: only through the relay."""
+
+    name: str
+    memory: str | int = DEFAULT_MEMORY
+    threads: int = 1
+    reachable: bool = True
+
+    def __post_init__(self) -> None:
+        if (
+            not self.name
+            or not self.name.isprintable()
+            or "/" in self.name
+            or self.name.startswith((".", "-"))
+        ):
+            raise UsageError(f"{self.name!r} is not a device name", hint="use letters, digits and dashes")
+        if self.threads < 1:
+            raise UsageError(f"device {self.name} needs at least 1 thread")
+        try:
+            parse_size(self.memory)
+        except ValueError as problem:
+            raise UsageError(f"device {self.name}: {problem}") from None
+
+    @property
+    def memory_bytes(self) -> int:
+        return parse_size(self.memory)

@@ -1,0 +1,167 @@
+"""A stream of tokens that survives broken connections.
+
+Events of the API carry an id that says what the client has; after a break the stream is taken up again with it, from
+the coordinator's journal. Knows: chunks of completions and chats, resuming. Does not know: who asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+
+from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
+from edge_runtime.sdk.http import HttpSession, Json, closed, error_of
+from edge_runtime.sdk.results import Result, StreamToken, timings_of
+from edge_runtime.sdk.sse import ServerEvent, SseParser
+
+RESUME_SECONDS = 30.0  # of failed attempts in a row before a broken stream is given up
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 2.0
+_DONE = "[DONE]"
+
+
+class AsyncTokenStream:
+    """`async for token in stream`; afterwards `stream.result` has the whole.
+
+    Leaving the loop early and closing it (`async with`, `aclose`) cancels the generation.
+    """
+
+    def __init__(self, http: HttpSession, path: str, make_body: Callable[[], Awaitable[Json]]) -> None:
+        self._http = http
+        self._path = path
+        self._make_body = make_body
+        self._body: Json = {}
+        self._events = self._run()
+        self._last_event_id = ""
+        self._ids: list[int] = []
+        self._texts: list[str] = []
+        self._prompt_ids: tuple[int, ...] = ()
+        self._finish_reason = ""
+        self._was_told = False  # an error event came: the stream ended, nothing broke
+        self._head: Mapping[str, Any] = {}
+        self._started = time.perf_counter()
+        self._first: float | None = None
+        self._last = self._started
+        self.request_id = ""
+        self.resumed = 0  # how often a broken connection was taken up again
+
+    def __aiter__(self) -> AsyncIterator[StreamToken]:
+        return self._events
+
+    async def __aenter__(self) -> AsyncTokenStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+
+    @property
+    def result(self) -> Result:
+        """What has come so far; the whole once the stream has ended."""
+        return Result(
+            text="".join(self._texts),
+            token_ids=tuple(self._ids),
+            finish_reason=self._finish_reason,
+            timings=timings_of(self._started, self._first, self._last, len(self._ids)),
+            prompt_token_ids=self._prompt_ids,
+            request_id=self.request_id,
+            seed=int(self._head.get("seed") or 0),
+            model=str(self._head.get("model", "")),
+        )
+
+    # ------------------------------------------------------------ the connection
+
+    async def _run(self) -> AsyncGenerator[StreamToken, None]:
+        """Connect, read, and take up again what broke."""
+        self._body = {**await self._make_body(), "stream": True, "return_token_ids": True}
+        self._started = self._last = time.perf_counter()
+        broken_at: float | None = None
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                async for token in self._connection():
+                    broken_at, pause = None, _FIRST_PAUSE_SECONDS
+                    yield token
+                return
+            except TransportError:
+                now = time.monotonic()
+                broken_at = now if broken_at is None else broken_at
+                # Without a request id nothing was accepted that we could ask for again.
+                if self._was_told or not self.request_id or now - broken_at > RESUME_SECONDS:
+                    raise
+                self.resumed += 1
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+    async def _connection(self) -> AsyncGenerator[StreamToken, None]:
+        """The tokens of one connection. Raises ConnectionClosed where it ends before the stream does."""
+        async with self._request() as answer:
+            self.request_id = answer.headers.get("X-Request-Id", self.request_id)
+            parser = SseParser()
+            try:
+                async for chunk in answer.content.iter_any():
+                    for event in parser.feed(chunk):
+                        if event.data == _DONE:
+                            return
+                        for token in self._tokens(event):
+                            yield token
+            except (aiohttp.ClientError, TimeoutError) as problem:
+                raise closed(problem) from None
+        raise ConnectionClosed("the stream ended without its end mark", hint="see the coordinator's log")
+
+    def _request(self) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        if not self.request_id:
+            return self._http.response("POST", self._path, body=self._body)
+        headers = {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
+        return self._http.response("GET", f"/v1/requests/{self.request_id}/stream", headers=headers)
+
+    # ------------------------------------------------------------ the chunks
+
+    def _tokens(self, event: ServerEvent) -> list[StreamToken]:
+        try:
+            chunk = json.loads(event.data)
+        except ValueError:
+            raise ProtocolError("the coordinator sent an event that is not JSON") from None
+        if not isinstance(chunk, dict):
+            raise ProtocolError("the coordinator sent an event that is not an object")
+        if "error" in chunk:
+            self._was_told = True
+            raise error_of(500, chunk)
+        self._head = chunk
+        self._prompt_ids = tuple(chunk.get("prompt_token_ids") or self._prompt_ids)
+        tokens = [token for entry in chunk.get("choices") or () for token in self._entry(entry)]
+        # After the tokens: a break in between must ask for them again.
+        self._last_event_id = event.id or self._last_event_id
+        return tokens
+
+    def _entry(self, entry: Mapping[str, Any]) -> list[StreamToken]:
+        text = entry.get("text")
+        if text is None:
+            text = (entry.get("delta") or {}).get("content") or ""
+        self._prompt_ids = tuple(entry.get("prompt_token_ids") or self._prompt_ids)
+        self._finish_reason = entry.get("finish_reason") or self._finish_reason
+        ids = entry.get("token_ids") or ()
+        if not ids:
+            if text:  # text that was held back, without a token of its own
+                self._texts.append(text)
+            return []
+        self._last = time.perf_counter()
+        self._first = self._last if self._first is None else self._first
+        tokens = []
+        for item, identity in enumerate(ids):
+            piece = text if item == 0 else ""
+            tokens.append(StreamToken(int(identity), piece, len(self._ids)))
+            self._ids.append(int(identity))
+            self._texts.append(piece)
+        return tokens
