@@ -6,6 +6,7 @@ Knows: how ClusterStatus becomes JSON. Does not know: what devices do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 
@@ -67,12 +68,12 @@ async def revoke_device(request: web.Request) -> web.Response:
 
 async def stream_status(request: web.Request) -> web.StreamResponse:
     """One `status` event at once, then one a second while something changes."""
-    service = request.app[API].service
+    service, stopping = request.app[API].service, request.app[API].stopping
     stream = EventStream(request)
     await stream.start()
     last: object = None
     quiet_seconds = 0.0
-    while True:
+    while not stopping.is_set():
         status = status_json(service.status())
         if (news := fingerprint(status)) != last:
             last, quiet_seconds = news, 0.0
@@ -80,5 +81,8 @@ async def stream_status(request: web.Request) -> web.StreamResponse:
         elif quiet_seconds >= KEEP_ALIVE_SECONDS:
             quiet_seconds = 0.0
             await stream.write(KEEP_ALIVE)
-        await asyncio.sleep(EVENT_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EVENT_SECONDS):
+                await stopping.wait()
         quiet_seconds += EVENT_SECONDS
+    return stream.response

@@ -22,7 +22,7 @@ from coordinator.service import Service
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 REQUEST_HEADER_SECONDS = 30  # for the whole head of a request, and for an idle connection
-SHUTDOWN_SECONDS = 5.0
+SHUTDOWN_SECONDS = 2.0  # for generations under way; a stream that is cut can be resumed
 
 
 def create_app(
@@ -39,6 +39,7 @@ def create_app(
     app.middlewares.extend(
         (error_middleware, origin_middleware(allowed_hosts), auth_middleware(api_keys, routes))
     )
+    app.on_shutdown.append(_end_streams)
     app.on_response_prepare.append(add_security_headers)
     _add_routes(routes)
     if console:
@@ -46,17 +47,21 @@ def create_app(
     return app
 
 
+async def _end_streams(app: web.Application) -> None:
+    app[API].stopping.set()
+
+
 def _add_routes(routes: Routes) -> None:
-    routes.add("GET", "/health", health.health, Access.PUBLIC)
-    routes.add("GET", "/ready", health.ready, Access.PUBLIC)
-    routes.add("GET", "/metrics", metrics.metrics, Access.ADMIN)
-    routes.add("GET", "/v1/models", models.list_models, Access.KEY)
-    routes.add("GET", "/v1/models/{model:.+}", models.show_model, Access.KEY)
+    routes.add_get("/health", health.health, Access.PUBLIC)
+    routes.add_get("/ready", health.ready, Access.PUBLIC)
+    routes.add_get("/metrics", metrics.metrics, Access.ADMIN)
+    routes.add_get("/v1/models", models.list_models, Access.KEY)
+    routes.add_get("/v1/models/{model:.+}", models.show_model, Access.KEY)
     routes.add("POST", "/v1/chat/completions", handlers.create_chat, Access.KEY)
     routes.add("POST", "/v1/completions", handlers.create_completion, Access.KEY)
     routes.add("POST", "/v1/embeddings", embeddings.create_embeddings, Access.KEY)
     routes.add("GET", "/v1/requests/{request}/stream", handlers.resume_stream, Access.KEY)
-    routes.add("GET", "/admin/status", admin.show_status, Access.ADMIN)
+    routes.add_get("/admin/status", admin.show_status, Access.ADMIN)
     routes.add("GET", "/admin/events", admin.stream_status, Access.ADMIN)
     routes.add("POST", "/admin/join-links", admin.create_join_link, Access.ADMIN)
     routes.add("POST", "/admin/devices/{device}/revoke", admin.revoke_device, Access.ADMIN)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -19,6 +20,9 @@ class Api:
     service: Service
     readiness: Readiness
     metrics: Metrics
+    stopping: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # ends streams that have no end of their own
 
 
 API = web.AppKey("api", Api)

@@ -131,6 +131,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return error_response(error)
     except web.HTTPException as error:
         return _of_http(error, request)
+    except web.RequestPayloadError:
+        return error_response(ApiError("The request body could not be read.", code="bad_request"))
     except ConnectionError:
         raise
     except Exception:

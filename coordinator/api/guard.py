@@ -33,8 +33,12 @@ class Routes:
         self._access: dict[web.AbstractRoute, Access] = {}
 
     def add(self, method: str, path: str, handler: RouteHandler, access: Access) -> None:
-        for each in ("GET", "HEAD") if method == "GET" else (method,):
-            self._access[self._router.add_route(each, path, handler)] = access
+        self._access[self._router.add_route(method, path, handler)] = access
+
+    def add_get(self, path: str, handler: RouteHandler, access: Access) -> None:
+        """GET and HEAD, for answers that end by themselves."""
+        self.add("GET", path, handler, access)
+        self.add("HEAD", path, handler, access)
 
     def access_of(self, match: web.UrlMappingMatchInfo) -> Access:
         if match.http_exception is not None:  # no such route, or not with this method

@@ -26,7 +26,7 @@ def add_console(routes: Routes) -> None:
         suffix = entry.name[entry.name.rfind(".") :]
         if entry.is_file() and suffix in _TYPES:
             path = "/" if entry.name == INDEX else f"/console/{entry.name}"
-            routes.add("GET", path, _file(entry.read_bytes(), _TYPES[suffix]), Access.PUBLIC)
+            routes.add_get(path, _file(entry.read_bytes(), _TYPES[suffix]), Access.PUBLIC)
 
 
 def _file(data: bytes, content_type: str) -> RouteHandler:

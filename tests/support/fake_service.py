@@ -133,7 +133,7 @@ class FakeService:
             replace(each, state="revoked", layers=None) if {each.name, each.id} & set(self.revoked) else each
             for each in DEVICES
         )
-        plan = replace(PLAN, ready=self.ready)
+        plan = PLAN if self.ready else None
         bundle = "sha256:" + "0123456789abcdef" * 4
         return ClusterStatus(self.model, bundle, 4_500_000, devices, plan, requests, 12.5, 100.0)
 

@@ -88,13 +88,12 @@ def need_kind(model: ModelInfo, kind: str) -> None:
 
 
 def need_plan(service: Service) -> None:
-    plan = service.status().plan
-    if plan is None or not plan.ready:
-        why = "; ".join(plan.reasons[-1:]) if plan else ""
+    """Refuses at once where nothing was ever planned; a pipeline that loads or recovers is worth the service's wait."""
+    if service.status().plan is None:
         raise ApiError(
-            "No pipeline is ready" + (f": {why.rstrip('.')}." if why else " yet."),
+            "There is no pipeline to run this on yet.",
             code="not_ready",
-            hint="pair devices, or wait until they have loaded their layers; /ready says more",
+            hint="pair devices, or wait until they are measured; /ready says more",
         )
 
 
