@@ -225,9 +225,9 @@ class LocalCluster:
     def _start_coordinator(self, deadline: float) -> None:
         self._on_progress("starting the coordinator")
         arguments = ["coordinator", str(self._bundle), "--state", str(self._directory / "coordinator")]
-        arguments += ["--port", "0", "--split", self._split, "--json"]
+        arguments += ["--http-port", "0", "--join-links", "0", "--split", self._split, "--json"]
         if self._named:
-            arguments += ["--order", ",".join(self._named)]
+            arguments += ["--devices", ",".join(self._named)]
         self._coordinator = ChildProcess("the coordinator", arguments, self._directory / "coordinator.log")
         ready = self._coordinator.wait_for(lambda event: "url" in event, deadline)
         self._url, self._api_key = str(ready["url"]), str(ready["api_key"])
