@@ -79,7 +79,12 @@ def _run(arguments: Namespace) -> int:
 
     text = _calibration_text(arguments.calibration)
     key_file = arguments.signing_key
-    source = locate(arguments.checkpoint, revision=arguments.revision)
+    with Progress("fetching", unit="B") as bar:
+        source = locate(
+            arguments.checkpoint,
+            revision=arguments.revision,
+            progress=lambda what, done, total: bar.update(done, total=total, label=f"fetching {what}"),
+        )
     options = ExportOptions(
         weights=arguments.weights,
         name=arguments.name or source.name,

@@ -1,7 +1,7 @@
-"""A checkpoint by name: a local directory as it is, or a hub model downloaded into Hugging Face's own cache.
+"""A checkpoint by name: a local directory as it is, or a hub model, downloaded once.
 
-The hub's address, cache and token are those of `huggingface_hub` (HF_ENDPOINT, HF_HOME, HF_TOKEN). A download that
-stopped goes on where it stopped. Knows: names and which files are needed. Does not know: what is in them.
+The hub's address, token and home directory are those of `huggingface_hub` (HF_ENDPOINT, HF_TOKEN, HF_HOME).
+Knows: names and which files are needed. Does not know: what is in them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.errors import ExportError, UsageError
+from exporters.hub_download import DownloadProgress, fetch, list_files
 
 # No pickles, no code, no second copy of the weights in another layout.
 NEEDED_FILES = (
@@ -37,7 +38,13 @@ class LocatedCheckpoint:
     origin: str
 
 
-def locate(name: str, *, revision: str | None = None, endpoint: str | None = None) -> LocatedCheckpoint:
+def locate(
+    name: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    progress: DownloadProgress = lambda what, done, total: None,
+) -> LocatedCheckpoint:
     """A directory or a hub name like "org/model". Raises UsageError (neither) or ExportError (the download)."""
     directory = Path(name)
     if directory.is_dir():
@@ -47,19 +54,20 @@ def locate(name: str, *, revision: str | None = None, endpoint: str | None = Non
             f"{name} is neither a directory nor a hub name",
             hint="give a directory with config.json and model.safetensors, or a hub name like org/model",
         )
-    path = download(name, revision=revision, endpoint=endpoint)
+    path = _download(name, revision, endpoint, progress)
     return LocatedCheckpoint(path, name.rpartition("/")[2], f"{name}@{path.name}")
 
 
-def download(name: str, *, revision: str | None = None, endpoint: str | None = None) -> Path:
-    """Fetch the needed files, or find them in the cache; progress goes to stderr."""
-    from huggingface_hub import snapshot_download
+def _download(name: str, revision: str | None, endpoint: str | None, progress: DownloadProgress) -> Path:
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, endpoint=endpoint, allow_patterns=list(NEEDED_FILES))
-        )
+        listing = list_files(name, NEEDED_FILES, revision=revision, endpoint=endpoint)
+        root = Path(constants.HF_HOME) / "edge-runtime"
+        return fetch(name, listing, root, progress, endpoint=endpoint)
+    except ExportError:
+        raise
     except GatedRepoError:
         raise ExportError(
             f"the hub lets only accepted users download {name}",
