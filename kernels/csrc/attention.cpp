@@ -84,9 +84,10 @@ struct Shape {
   bool causal;
 };
 
-// Consecutive rows of one sequence, a few heads of one key/value head at a time. Adds up the work.
+// Consecutive rows of one sequence, a few heads at a time. A tile with few rows takes several key/value heads, so that
+// it reads whole pages, but leaves work for the other threads. Adds up the work.
 std::vector<AttentionTile> cut(const Batch& b, const Pool& p, const Shape& shape, const float* q, float* out,
-                               const float* keys, std::int64_t* work) {
+                               const float* keys, int threads, std::int64_t* work) {
   std::vector<AttentionTile> tiles;
   const int group = shape.heads / shape.kv_heads;
   const int tile_heads = std::min(group, kTileQueries);
@@ -106,14 +107,17 @@ std::vector<AttentionTile> cut(const Batch& b, const Pool& p, const Shape& shape
     for (int page = first / kPageTokens; page * kPageTokens < last; ++page)
       require(table[page] >= 0 && table[page] < p.pages, "a block table points outside the pool");
     *work += static_cast<std::int64_t>(rows) * shape.heads * (last - first) * shape.head_dim;
-    for (int h = 0; h < shape.heads; h += tile_heads - std::max(0, (h % group) + tile_heads - group)) {
-      const int heads = std::min(tile_heads, group - h % group);
-      const std::int64_t offset = r * width + static_cast<std::int64_t>(h) * shape.head_dim;
-      const float* base = keys + static_cast<std::int64_t>(h / group) * shape.head_dim;
-      tiles.push_back({q + offset, out + offset, b.positions + r, rows, heads, width, shape.head_dim, base,
-                       base + p.part_stride(), p.page_stride(), p.token_stride(), table, b.lengths[s], shape.scale,
-                       shape.window, shape.softcap, shape.causal});
-    }
+    const int whole_groups = group > tile_heads ? 1 : kTileQueries / (rows * group);
+    const int kv_step = std::clamp(whole_groups, 1, std::max(1, shape.kv_heads / std::max(1, threads)));
+    for (int kv = 0; kv < shape.kv_heads; kv += kv_step)
+      for (int h = 0; h < group; h += tile_heads) {
+        const std::int64_t offset = r * width + (static_cast<std::int64_t>(kv) * group + h) * shape.head_dim;
+        const float* base = keys + static_cast<std::int64_t>(kv) * shape.head_dim;
+        tiles.push_back({q + offset, out + offset, b.positions + r, rows, std::min(kv_step, shape.kv_heads - kv),
+                         std::min(tile_heads, group - h), width, shape.head_dim, base, base + p.part_stride(),
+                         p.page_stride(), p.token_stride(), table, b.lengths[s], shape.scale, shape.window,
+                         shape.softcap, shape.causal});
+      }
     r += rows;
   }
   return tiles;
@@ -137,7 +141,7 @@ void paged_attention(Array<const float, 2> q, Array<const float, 6> pool, int la
   const Shape shape{heads, static_cast<int>(p.kv_heads), static_cast<int>(p.head_dim), scale, window, softcap, causal};
   std::int64_t work = 0;
   const std::vector<AttentionTile> tiles =
-      cut(b, p, shape, q.data(), out.data(), pool.data() + layer * 2 * p.part_stride(), &work);
+      cut(b, p, shape, q.data(), out.data(), pool.data() + layer * 2 * p.part_stride(), threads, &work);
   const int used = std::min<int>(threads_worth(threads, work, kThreadShare), std::max<int>(1, static_cast<int>(tiles.size())));
   const std::unique_ptr<float[]> scratch(new float[static_cast<std::size_t>(used) * kAttentionScratchFloats]);
   const KernelTable& table = kernels();

@@ -1,4 +1,4 @@
-// Paged attention for one tile: rows of one sequence, query heads of one key/value head. Included after lanes_math.hpp.
+// Paged attention for one tile: rows of one sequence and some heads. Included after lanes_math.hpp.
 //
 // For each query and page, in page order: scores (sequential over head_dim, lanes are tokens), the page's maximum, own
 // exponentials, their sum in a fixed tree, then values added token by token (lanes are channels). Nothing depends on
@@ -33,15 +33,18 @@ inline void transpose_page(const float* keys, std::int64_t stride, int head_dim,
 template <int N>
 void score(const Query* queries, const float* keys, int head_dim, float* scores) {
   F low[N], high[N];
+  EDGE_UNROLL
   for (int n = 0; n < N; ++n) low[n] = high[n] = set1(0.0f);
   for (int c = 0; c < head_dim; ++c) {
     const F a = load(keys + 32 * c), b = load(keys + 32 * c + 16);
+    EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
       const F q = set1(queries[n].q[c]);
       low[n] = fma(q, a, low[n]);
       high[n] = fma(q, b, high[n]);
     }
   }
+  EDGE_UNROLL
   for (int n = 0; n < N; ++n) {
     store(scores + 32 * n, low[n]);
     store(scores + 32 * n + 16, high[n]);
@@ -86,6 +89,7 @@ void add_values(const float* values, std::int64_t stride, int head_dim, int from
   for (int c = 0; c < head_dim; c += 32) {
     const int count = head_dim - c;
     F low[N], high[N];
+    EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
       const F correction = set1(corrections[n]);
       low[n] = mul(load(sums + n * width + c), correction);
@@ -94,12 +98,14 @@ void add_values(const float* values, std::int64_t stride, int head_dim, int from
     for (int t = from; t < to; ++t) {
       const float* row = values + t * stride + c;
       const F a = load_first(row, count), b = count > 16 ? load_first(row + 16, count - 16) : set1(0.0f);
+      EDGE_UNROLL
       for (int n = 0; n < N; ++n) {
         const F weight = set1(weights[32 * n + t]);
         low[n] = fma(weight, a, low[n]);
         high[n] = fma(weight, b, high[n]);
       }
     }
+    EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
       store(sums + n * width + c, low[n]);
       if (count > 16) store(sums + n * width + c + 16, high[n]);
@@ -138,7 +144,7 @@ void attend_page(const edge::AttentionTile& tile, const Query* queries, int begi
 }
 
 void attend(const edge::AttentionTile& tile, float* scratch) {
-  const int count = tile.rows * tile.heads;
+  const int per_head = tile.rows * tile.heads, count = tile.kv_heads * per_head;
   Scratch s;
   s.width = (tile.head_dim + 15) / 16 * 16;
   s.keys = scratch;
@@ -155,10 +161,12 @@ void attend(const edge::AttentionTile& tile, float* scratch) {
     const int from = tile.causal && tile.window > 0 && until > tile.window ? until - tile.window : 0;
     first = from < first ? from : first;
     last = until > last ? until : last;
-    for (int h = 0; h < tile.heads; ++h) {
-      const std::int64_t offset = r * tile.row_stride + static_cast<std::int64_t>(h) * tile.head_dim;
-      queries[r * tile.heads + h] = {tile.q + offset, tile.out + offset, from, until};
-    }
+    for (int kv = 0; kv < tile.kv_heads; ++kv)
+      for (int h = 0; h < tile.heads; ++h) {
+        const int head = kv * tile.heads + h;
+        const std::int64_t offset = r * tile.row_stride + static_cast<std::int64_t>(head) * tile.head_dim;
+        queries[(kv * tile.rows + r) * tile.heads + h] = {tile.q + offset, tile.out + offset, from, until};
+      }
   }
   for (int n = 0; n < count; ++n) {
     s.largest[n] = -__builtin_inff();
@@ -168,13 +176,16 @@ void attend(const edge::AttentionTile& tile, float* scratch) {
 
   for (int page = first / edge::kPageTokens; page * edge::kPageTokens < last; ++page) {
     const int page_row = page * edge::kPageTokens;
-    const std::int64_t offset = tile.table[page] * tile.page_stride;
-    transpose_page(tile.keys + offset, tile.token_stride, tile.head_dim, s.keys);
-    for (int begin = 0; begin < count;) {
-      int end = begin;
-      while (end < count && queries[end].first < page_row + edge::kPageTokens && queries[end].last > page_row) ++end;
-      if (end > begin) attend_page(tile, queries, begin, end, page_row, tile.values + offset, s);
-      begin = end > begin ? end : begin + 1;
+    for (int kv = 0; kv < tile.kv_heads; ++kv) {
+      const std::int64_t offset = tile.table[page] * tile.page_stride + static_cast<std::int64_t>(kv) * tile.head_dim;
+      transpose_page(tile.keys + offset, tile.token_stride, tile.head_dim, s.keys);
+      const int until = (kv + 1) * per_head;
+      for (int begin = kv * per_head; begin < until;) {
+        int end = begin;
+        while (end < until && queries[end].first < page_row + edge::kPageTokens && queries[end].last > page_row) ++end;
+        if (end > begin) attend_page(tile, queries, begin, end, page_row, tile.values + offset, s);
+        begin = end > begin ? end : begin + 1;
+      }
     }
   }
   for (int n = 0; n < count; ++n)

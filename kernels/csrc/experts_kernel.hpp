@@ -81,15 +81,19 @@ void multiply_tile(const std::uint8_t* data, const float* scales, int blocks, co
                    float (*y)[M]) {
   const std::int64_t row_bytes = static_cast<std::int64_t>(blocks) * Format::kBlockBytes;
   F sums[N][M];
+  EDGE_UNROLL
   for (int n = 0; n < N; ++n)
+    EDGE_UNROLL
     for (int m = 0; m < M; ++m) sums[n][m] = set1(0.0f);
   const int groups = blocks / Format::kBlocks;
   for (int g = 0; g < groups; ++g)
+    EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
       const std::uint8_t* w = data + n * row_bytes + g * 64;
       const float* ws = scales + static_cast<std::int64_t>(n) * blocks + g * Format::kBlocks;
       prefetch(w + N * row_bytes);
       const typename Format::Weights weights = Format::unpack(w);
+      EDGE_UNROLL
       for (int m = 0; m < M; ++m) {
         const I dot = Format::dot(weights, x[m].codes + g * Format::kCodeBytes, x[m].corrections + g * 16);
         sums[n][m] = fma(to_float(dot), Format::expand(ws, x[m].scales + g * Format::kBlocks), sums[n][m]);
@@ -97,19 +101,23 @@ void multiply_tile(const std::uint8_t* data, const float* scales, int blocks, co
     }
   if (const int rest = blocks % Format::kBlocks) {
     const int g = groups;
+    EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
       std::uint8_t w[64] = {};
       float ws[Format::kBlocks] = {};
       __builtin_memcpy(w, data + n * row_bytes + g * 64, static_cast<unsigned>(rest * Format::kBlockBytes));
       for (int b = 0; b < rest; ++b) ws[b] = scales[static_cast<std::int64_t>(n) * blocks + g * Format::kBlocks + b];
       const typename Format::Weights weights = Format::unpack(w);
+      EDGE_UNROLL
       for (int m = 0; m < M; ++m) {
         const I dot = Format::dot(weights, x[m].codes + g * Format::kCodeBytes, x[m].corrections + g * 16);
         sums[n][m] = fma(to_float(dot), Format::expand(ws, x[m].scales + g * Format::kBlocks), sums[n][m]);
       }
     }
   }
+  EDGE_UNROLL
   for (int n = 0; n < N; ++n)
+    EDGE_UNROLL
     for (int m = 0; m < M; ++m) y[n][m] = sum_lanes(sums[n][m]);
 }
 
@@ -119,7 +127,9 @@ void multiply_block(const std::uint8_t* data, const float* scales, int blocks, i
   float results[N][M];
   multiply_tile<Format, N, M>(data + static_cast<std::int64_t>(n) * blocks * Format::kBlockBytes,
                               scales + static_cast<std::int64_t>(n) * blocks, blocks, x, results);
+  EDGE_UNROLL
   for (int m = 0; m < M; ++m)
+    EDGE_UNROLL
     for (int i = 0; i < N; ++i) y[m][n + i] = results[i][m];
 }
 
@@ -144,22 +154,31 @@ void multiply(const std::uint8_t* data, const float* scales, int blocks, int fir
 template <int N, int M>
 void multiply_fp32_block(const float* w, std::int64_t columns, const float* const* x, float* const* y, int n) {
   F sums[N][M];
+  EDGE_UNROLL
   for (int i = 0; i < N; ++i)
+    EDGE_UNROLL
     for (int m = 0; m < M; ++m) sums[i][m] = set1(0.0f);
   const std::int64_t whole = columns / 16 * 16;
   for (std::int64_t c = 0; c < whole; c += 16) {
     F inputs[M];
+    EDGE_UNROLL
     for (int m = 0; m < M; ++m) inputs[m] = load(x[m] + c);
+    EDGE_UNROLL
     for (int i = 0; i < N; ++i) {
       const F weights = load(w + i * columns + c);
+      EDGE_UNROLL
       for (int m = 0; m < M; ++m) sums[i][m] = fma(weights, inputs[m], sums[i][m]);
     }
   }
   const int rest = static_cast<int>(columns - whole);
+  EDGE_UNROLL
   for (int i = 0; rest > 0 && i < N; ++i)
+    EDGE_UNROLL
     for (int m = 0; m < M; ++m)
       sums[i][m] = fma(load_first(w + i * columns + whole, rest), load_first(x[m] + whole, rest), sums[i][m]);
+  EDGE_UNROLL
   for (int i = 0; i < N; ++i)
+    EDGE_UNROLL
     for (int m = 0; m < M; ++m) y[m][n + i] = sum_lanes(sums[i][m]);
 }
 

@@ -14,13 +14,14 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kTileQueries = 32;  // queries that share one pass over the pages
 constexpr int kBlock = 32;
 
-// Rows of one sequence and query heads of one key/value head.
+// Rows of one sequence; query heads of one key/value head, or whole groups of several.
 struct AttentionTile {
-  const float* q;             // first row, first head of the tile
-  float* out;                 // same place in the result
+  const float* q;                 // first row, first head of the tile
+  float* out;                     // same place in the result
   const std::int32_t* positions;  // of each row
   int rows;
-  int heads;                  // heads * rows <= kTileQueries
+  int kv_heads;
+  int heads;                  // query heads of each key/value head; kv_heads * rows * heads <= kTileQueries
   std::int64_t row_stride;    // floats between rows of q and out
   int head_dim;
   const float* keys;          // page 0, this layer and key/value head

@@ -5,6 +5,13 @@
 
 namespace {
 
+// Loops over a few registers must be unrolled, or compilers keep the registers in memory.
+#if defined(__clang__)
+#define EDGE_UNROLL _Pragma("unroll")
+#else
+#define EDGE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 inline float float_of_bits(std::int32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
