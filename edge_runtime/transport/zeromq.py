@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import zmq
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError, TrustError
+from edge_runtime.transport import link_meter
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
 from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
@@ -41,6 +42,7 @@ class Limits:
     window_bytes: int = WINDOW_BYTES  # received from one peer and not yet taken by the application
     unaccepted: int = 1024
     connections_per_key: int = 8
+    connections: int = 4096
 
 
 DEFAULT_LIMITS = Limits()
@@ -58,6 +60,7 @@ class _AcceptedWire:
         self.routing_id = routing_id
         self.user_id = user_id
         self.fd = fd
+        self.meter = link_meter.LinkMeter(asyncio.get_running_loop().time())
         self.public_key = bytes.fromhex(user_id)
         peer = Peer(device_id(self.public_key), self.public_key)
         self.channel = Channel(peer, self, remote=_peer_address(fd), window_bytes=window_bytes)
@@ -114,6 +117,8 @@ class ZeromqListener:
             ) from error
         self.address = raw.getsockopt_string(zmq.LAST_ENDPOINT)
         self._socket = LoopSocket(raw, on_list=self._on_list, on_event=self._on_event, on_idle=self._on_idle)
+        self._loop = asyncio.get_running_loop()
+        self._next_check = self._loop.call_later(link_meter.CHECK_SECONDS, self._check_links)
         self._unsubscribe = admission.subscribe(self._on_revoked)
 
     async def accept(self) -> Channel:
@@ -133,6 +138,7 @@ class ZeromqListener:
         for wire in list(self._wires.values()):
             await wire.channel.close()
         self._unsubscribe()
+        self._next_check.cancel()
         self._socket.close()
         self._zap.unregister(self._domain)
         with contextlib.suppress(asyncio.QueueFull):
@@ -171,6 +177,7 @@ class ZeromqListener:
         elif not self._admission.is_allowed(wire.public_key):
             wire.channel.abort("the device was revoked")
         else:
+            wire.meter.handed_over(sum(map(len, parts)), len(parts))
             _deliver(wire.channel, parts[1:])
 
     def _on_stranger(self, routing_id: bytes, user_id: str, parts: list[zmq.Frame]) -> None:
@@ -186,6 +193,7 @@ class ZeromqListener:
         if (
             not self._admission.is_allowed(wire.public_key)
             or same_key >= self._limits.connections_per_key
+            or len(self._wires) >= self._limits.connections
             or self._accepted.full()
         ):
             log.warning(
@@ -211,6 +219,15 @@ class ZeromqListener:
         for wire in gone:
             self.forget(wire)
             wire.channel.lost("the other side has gone")
+
+    def _check_links(self) -> None:
+        """Cut the links that made libzmq hold more than any honest peer does."""
+        self._next_check = self._loop.call_later(link_meter.CHECK_SECONDS, self._check_links)
+        now = self._loop.time()
+        for wire in list(self._wires.values()):
+            if wire.meter.holds_too_much(link_meter.received_bytes(wire.fd), now):
+                log.warning("cut the link to device %s: it never ends its list", wire.channel.peer.device_id)
+                wire.channel.abort("the other side never ends its list")
 
     def _on_revoked(self, public_key: bytes) -> None:
         for wire in list(self._wires.values()):

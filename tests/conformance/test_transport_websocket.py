@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
@@ -19,6 +19,7 @@ from edge_runtime.trust.identity import SigningKey
 SERVER, DEVICE = SigningKey.generate(), SigningKey.generate()
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=16), st.integers(1, 64))
 def test_lists_survive_being_messages(frames: list[bytes], chunk_bytes: int) -> None:
     reader = websocket.ListReader()
@@ -31,6 +32,7 @@ def test_lists_survive_being_messages(frames: list[bytes], chunk_bytes: int) -> 
     assert (results[-1][0], [bytes(frame) for frame in results[-1][1]]) == (b"D", frames)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=5))
 def test_other_bytes_are_protocol_errors_and_nothing_else(messages: list[bytes]) -> None:
     reader = websocket.ListReader()

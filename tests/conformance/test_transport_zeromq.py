@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import pytest
 import zmq
 
+from benchmarks.shaping_proxy import Shape, ShapingProxy
 from edge_runtime.errors import ConnectionClosed, TransportError
-from edge_runtime.transport import zeromq
+from edge_runtime.transport import link_meter, zeromq
 from edge_runtime.transport.channel import CLOSE, CREDIT, DATA, OPEN, WINDOW_LISTS, WIRE_VERSION
 from edge_runtime.trust.admission import Admission, AnyKey, zmq_runtime
 from edge_runtime.trust.identity import KeyPair
@@ -34,7 +35,7 @@ async def listener() -> AsyncIterator[zeromq.ZeromqListener]:
 
 @contextmanager
 def raw_dealer(
-    listener: zeromq.ZeromqListener, key: KeyPair, routing_id: bytes
+    listener: zeromq.ZeromqListener, key: KeyPair, routing_id: bytes, address: str = ""
 ) -> Iterator[zmq.Socket[bytes]]:
     """A paired device that says what it likes."""
     context, _handler = zmq_runtime()
@@ -45,7 +46,7 @@ def raw_dealer(
         dealer.setsockopt(zmq.CURVE_SERVERKEY, SERVER.public)
         dealer.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
         dealer.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
-        dealer.connect(listener.address)
+        dealer.connect(address or listener.address)
         yield dealer
 
 
@@ -158,6 +159,35 @@ async def test_a_frame_over_the_limit_ends_the_link_and_nothing_else() -> None:
     with pytest.raises(ConnectionClosed):
         await far.receive()
     await still_serves(listener)
+    await listener.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="only Linux counts the bytes of a link")
+async def test_a_list_that_never_ends_ends_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libzmq keeps the frames of an unfinished list, and no setting of it limits how many."""
+    monkeypatch.setattr(link_meter, "MAX_HELD_BYTES", 8 << 20)
+    monkeypatch.setattr(link_meter, "CHECK_SECONDS", 0.02)
+    listener = await zeromq.listen("tcp://127.0.0.1:0", SERVER, Admission([VICTIM.public, THIEF.public]))
+    near = await zeromq.connect(listener.address, VICTIM, SERVER.public)
+    honest = await listener.accept()
+    port = int(listener.address.rpartition(":")[2])
+    async with ShapingProxy("127.0.0.1", port, Shape(bytes_per_second=30e6)) as slow:
+        with raw_dealer(listener, THIEF, b"id", slow.address) as thief:
+            thief.send_multipart([OPEN, WIRE_VERSION])
+            await answer(thief)
+            far = await listener.accept()
+            thief.send_multipart([DATA, *[bytes(1 << 20)] * 15])  # so slowly that its end is not in sight
+            async with asyncio.timeout(5):
+                with pytest.raises(ConnectionClosed, match="never ends"):
+                    await far.receive()
+    for _ in range(20):  # more than may be held, and all of it handed over
+        await near.send([bytes(1 << 20)])
+        await honest.receive()
+    for _ in range(10):
+        await asyncio.sleep(0.01)  # the meter looks
+    await near.send([b"still here"])
+    assert bytes((await honest.receive())[0]) == b"still here"
+    await near.close()
     await listener.close()
 
 

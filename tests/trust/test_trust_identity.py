@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import TrustError
@@ -64,11 +64,13 @@ def test_the_device_id_is_the_hash_of_the_public_key() -> None:
     assert fingerprint(pair.public).replace("-", "") == pair.device_id
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 def test_keys_survive_being_written_down(key: bytes) -> None:
     assert key_from_text(key_to_text(key)) == key
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_other_text_is_not_a_key(text: str) -> None:
     with contextlib.suppress(TrustError):

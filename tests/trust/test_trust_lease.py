@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import EdgeRuntimeError, TrustError
@@ -52,6 +52,7 @@ def test_a_lease_that_is_not_for_us_or_not_by_the_coordinator_is_refused(lease: 
     assert reader.accept(sign_lease(SIGNER, BODY)) == BODY
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_changed_byte_is_believed(data: st.DataObject) -> None:
     lease = sign_lease(SIGNER, BODY)
