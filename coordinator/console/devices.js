@@ -16,15 +16,18 @@ export class DeviceList {
   update(status) {
     const list = byId("devices");
     const stages = new Map((status.plan?.stages ?? []).map(([name], index) => [name, index]));
-    for (const device of status.devices) {
+    const place = (device) => stages.get(device.name) ?? stages.size; // pipeline first, in its order
+    const devices = [...status.devices].sort((a, b) => place(a) - place(b) || (a.name < b.name ? -1 : 1));
+    for (const device of devices) {
       let card = this.cards.get(device.id);
       if (!card) {
         card = new DeviceCard(device, this.onRevoke);
         this.cards.set(device.id, card);
-        list.append(card.element);
       }
       card.update(device, stages.get(device.name));
     }
+    const wanted = devices.map((device) => this.cards.get(device.id).element);
+    if (wanted.some((element, index) => element !== list.children[index])) list.append(...wanted); // moving drops focus
     const known = new Set(status.devices.map((device) => device.id));
     for (const [id, card] of this.cards) {
       if (!known.has(id)) { card.element.remove(); this.cards.delete(id); }
