@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import zmq
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError, TrustError
-from edge_runtime.transport import link_meter
+from edge_runtime.transport import link_meter, tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
 from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
@@ -63,7 +61,7 @@ class _AcceptedWire:
         self.meter = link_meter.LinkMeter(asyncio.get_running_loop().time())
         self.public_key = bytes.fromhex(user_id)
         peer = Peer(device_id(self.public_key), self.public_key)
-        self.channel = Channel(peer, self, remote=_peer_address(fd), window_bytes=window_bytes)
+        self.channel = Channel(peer, self, remote=tcp.peer_address(fd), window_bytes=window_bytes)
         self._listener = listener
 
     def write(self, parts: Sequence[Frame]) -> None:
@@ -71,7 +69,7 @@ class _AcceptedWire:
 
     def cut(self) -> None:
         self._listener.forget(self)
-        _shut_down(self.fd, self.channel.remote)
+        tcp.shut_down(self.fd, self.channel.remote)
 
     async def finish(self) -> None:
         """The peer hangs up when it reads that we closed; a peer that does not is cut after a moment."""
@@ -85,7 +83,7 @@ class ZeromqListener:
     """Serves every admitted peer from one ROUTER socket, on the event loop it was made on."""
 
     def __init__(self, address: str, key: KeyPair, admission: Gate, name: str, limits: Limits) -> None:
-        endpoint = _endpoint(address)
+        endpoint = tcp.endpoint(address)
         context, self._zap = zmq_runtime()
         self._admission = admission
         self._limits = limits
@@ -164,7 +162,7 @@ class ZeromqListener:
 
     def cut_if_still_up(self, fd: int, remote: str) -> None:
         if fd not in self._by_fd:
-            _shut_down(fd, remote)
+            tcp.shut_down(fd, remote)
 
     def _on_list(self, parts: list[zmq.Frame]) -> None:
         routing_id = parts[0].bytes
@@ -343,7 +341,7 @@ async def connect(
     """Dial `tcp://HOST:PORT`, whose key must be `server_public_key`. One try, no longer than `timeout_seconds`."""
     try:
         async with asyncio.timeout(timeout_seconds):
-            wire = _DialledWire(await _resolve(address), key, server_public_key)
+            wire = _DialledWire(await tcp.resolve(address), key, server_public_key)
             try:
                 await wire.opened
             except BaseException:
@@ -375,56 +373,3 @@ def _deliver(channel: Channel, parts: list[zmq.Frame]) -> None:
     except ProtocolError as error:
         log.warning("cut the link to device %s: %s", channel.peer.device_id, error.message)
         channel.abort(error.message)
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    text = address.removeprefix("tcp://")
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if "://" in text or not host or not port.isdecimal() or int(port) > 65535:
-        raise TransportError(f"{address!r} is not an address", hint="write tcp://HOST:PORT")
-    return host, int(port)
-
-
-def _endpoint(address: str) -> str:
-    host, port = _host_and_port(address)
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-async def _resolve(address: str) -> str:
-    """libzmq is silent about names it can't resolve, so they are resolved here."""
-    host, port = _host_and_port(address)
-    with contextlib.suppress(ValueError):
-        return _endpoint(f"{ipaddress.ip_address(host)}:{port}")
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise TransportError(
-            f"the name {host!r} has no address: {error.strerror}", hint="check the address"
-        ) from error
-    return _endpoint(f"{found[0][4][0]}:{port}")
-
-
-def _peer_address(fd: int) -> str:
-    """`HOST:PORT` at the other end of a descriptor of libzmq's, "" if it has gone."""
-    try:
-        with socket.socket(fileno=os.dup(fd)) as link:
-            host, port = link.getpeername()[:2]
-    except (OSError, ValueError, TypeError):
-        return ""
-    return f"{host}:{port}"
-
-
-def _shut_down(fd: int, remote: str) -> None:
-    """Shut one peer's TCP link. libzmq has no call for it; it sees the end of the link as if the peer had left.
-
-    The descriptor may have been closed and given to somebody else meanwhile, hence the look at whom it leads to, on a
-    duplicate that can't change between the look and the cut.
-    """
-    try:
-        with socket.socket(fileno=os.dup(fd)) as link:
-            host, port = link.getpeername()[:2]
-            if f"{host}:{port}" == remote:
-                link.shutdown(socket.SHUT_RDWR)
-    except (OSError, ValueError, TypeError):
-        return  # it has gone already
