@@ -1,10 +1,15 @@
 // Logarithm and exponential in float64 from + - * / alone, in a fixed order (docs/noise.md): the same bits everywhere.
 #pragma once
 
+//
+// Everything has internal linkage, since the file is also compiled for instruction sets that not every processor has.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+
 #include <cstdint>
-#include <cstring>
 
 namespace edge {
+namespace {
 
 constexpr double kLn2High = 0x1.62e42fee00000p-1;
 constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
@@ -15,13 +20,13 @@ constexpr double kNegligible = -708.0;
 
 inline std::uint64_t bits_of(double x) {
   std::uint64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  __builtin_memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
 inline double double_of(std::uint64_t bits) {
   double x;
-  std::memcpy(&x, &bits, sizeof x);
+  __builtin_memcpy(&x, &bits, sizeof x);
   return x;
 }
 
@@ -47,11 +52,13 @@ inline double fixed_exp(double x) {
   constexpr double kFactorials[14] = {1,     1,      2,       6,        24,        120,        720,
                                       5040,  40320,  362880,  3628800,  39916800,  479001600,  6227020800.0};
   const double kept = x < kNegligible ? 0.0 : x;
-  const double n = (kept * kLog2E + kRounder64) - kRounder64;
+  const double shifted = kept * kLog2E + kRounder64;  // its low bits are n
+  const double n = shifted - kRounder64;
   const double r = (kept - n * kLn2High) - n * kLn2Low;
   double series = 1.0 / kFactorials[13];
+#pragma GCC unroll 16
   for (int term = 12; term >= 0; --term) series = series * r + 1.0 / kFactorials[term];
-  const double power = double_of(static_cast<std::uint64_t>(static_cast<std::int64_t>(n) + 1023) << 52);
+  const double power = double_of((bits_of(shifted) + 1023) << 52);
   return x < kNegligible ? 0.0 : series * power;
 }
 
@@ -80,9 +87,12 @@ inline Words threefry(std::uint32_t k0, std::uint32_t k1, std::uint32_t c0, std:
 inline double uniform(std::uint64_t seed, std::uint32_t position, std::uint32_t id) {
   const Words w = threefry(static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32), position, id);
   const std::uint64_t k = (static_cast<std::uint64_t>(w.first) << 20) | (w.second >> 12);
-  return static_cast<double>(2 * k + 1) * 0x1p-53;
+  return (double_of(0x3FF0000000000000u | k) - 1.0) + 0x1p-53;  // both steps are exact
 }
 
 inline double gumbel(double u) { return -fixed_log(-fixed_log(u)); }
 
+}  // namespace
 }  // namespace edge
+
+#pragma GCC diagnostic pop

@@ -73,6 +73,11 @@ struct KernelTable {
 
   void (*silu_multiply)(const float* gate, const float* up, float* out, int count);
   void (*accumulate)(float* y, const float* x, float factor, int count);  // y = fma(factor, x, y)
+
+  // docs/noise.md: y = exp(x), and the uniforms of ids at a position
+  void (*exp_all)(const double* x, double* y, std::int64_t count);
+  void (*uniform_all)(std::uint64_t seed, std::uint32_t position, const std::uint32_t* ids, double* u,
+                      std::int64_t count);
 };
 
 extern const KernelTable kScalarKernels;

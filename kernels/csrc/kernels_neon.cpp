@@ -4,8 +4,10 @@
 
 #include "attention_kernel.hpp"
 #include "experts_kernel.hpp"
+#include "sampling_kernel.hpp"
 
 const edge::KernelTable edge::kNeonKernels = {
     "neon",        attend,         quantize_int8, quantize_int4, multiply<Int8>,
     multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
+    exp_all,        uniform_all,
 };

@@ -8,6 +8,7 @@
 
 #include "arrays.hpp"
 #include "fixed_math.hpp"
+#include "isa.hpp"
 
 namespace edge {
 namespace {
@@ -32,7 +33,7 @@ class Candidates {
  public:
   Candidates(const double* logits, std::size_t size, double largest, double temperature) : d_(size), weights_(size) {
     for (std::size_t i = 0; i < size; ++i) d_[i] = (logits[i] - largest) / temperature;
-    for (std::size_t i = 0; i < size; ++i) weights_[i] = fixed_exp(d_[i]);
+    kernels().exp_all(d_.data(), weights_.data(), static_cast<std::int64_t>(size));
     kept_.reserve(size);
     for (std::size_t i = 0; i < size; ++i)
       if (weights_[i] > 0.0) kept_.push_back(static_cast<std::uint32_t>(i));
@@ -75,15 +76,20 @@ class Candidates {
     double best = d_[most_likely] + gumbel(uniform(seed, position, most_likely));
     double reach = fixed_exp(-best) * (1.0 + 1e-9);
     std::uint32_t choice = most_likely;
-    for (const std::uint32_t id : kept_) {
-      if (id == most_likely) continue;
-      const double u = uniform(seed, position, id);
-      if (1.0 - u > weights_[id] * reach) continue;
-      const double value = d_[id] + gumbel(u);
-      if (value > best || (value == best && id < choice)) {
-        best = value;
-        choice = id;
-        reach = fixed_exp(-best) * (1.0 + 1e-9);
+    constexpr std::size_t kBlockIds = 512;
+    double uniforms[kBlockIds];
+    for (std::size_t first = 0; first < kept_.size(); first += kBlockIds) {
+      const std::size_t count = std::min(kBlockIds, kept_.size() - first);
+      kernels().uniform_all(seed, position, kept_.data() + first, uniforms, static_cast<std::int64_t>(count));
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::uint32_t id = kept_[first + i];
+        if (1.0 - uniforms[i] > weights_[id] * reach) continue;
+        const double value = d_[id] + gumbel(uniforms[i]);
+        if (value > best || (value == best && id < choice)) {
+          best = value;
+          choice = id;
+          reach = fixed_exp(-best) * (1.0 + 1e-9);
+        }
       }
     }
     return choice;
@@ -121,8 +127,11 @@ std::pair<double, std::vector<std::pair<std::uint32_t, double>>> log_probabiliti
   const double largest = l[checked_argmax(logits)];
   require(chosen < logits.size(), "the chosen id lies outside the vocabulary");
   nb::gil_scoped_release released;
+  std::vector<double> weights(logits.size());
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = l[i] - largest;
+  kernels().exp_all(weights.data(), weights.data(), static_cast<std::int64_t>(weights.size()));
   double total = 0.0;
-  for (std::size_t i = 0; i < logits.size(); ++i) total += fixed_exp(l[i] - largest);
+  for (const double weight : weights) total += weight;
   const double normalizer = fixed_log(total);
   std::vector<std::uint32_t> ids(logits.size());
   for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::uint32_t>(i);
