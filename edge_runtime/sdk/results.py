@@ -14,7 +14,7 @@ class Timings:
 
     ttft_seconds: float  # until the first token
     total_seconds: float
-    tokens_per_second: float  # of the tokens after the first; 0 where there are none
+    tokens_per_second: float  # all tokens over all seconds: tokens may arrive in bursts, the whole can't lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,5 @@ class Result:
 def timings_of(started: float, first: float | None, last: float, count: int) -> Timings:
     """From the clock at the start, at the first token and at the last one."""
     first = last if first is None else first
-    decoding = last - first
-    rate = (count - 1) / decoding if count > 1 and decoding > 0 else 0.0
-    return Timings(first - started, last - started, rate)
+    total = last - started
+    return Timings(first - started, total, count / total if total > 0 else 0.0)
