@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
-import aiohttp
 import pytest
 
 from edge_runtime.errors import RequestFailed
 from tests.support.api_server import ADMIN_KEY, OTHER_KEY
-from tests.support.fake_service import FakeService
+from tests.support.fake_service import GENERATOR, FakeService
 
 CHAT = {
     "model": "tiny",
@@ -225,12 +225,14 @@ async def test_one_failing_choice_stops_the_others(start):
     assert not service.running
 
 
-async def test_a_stream_that_is_not_read_is_held_back(start):
-    """The queue between generation and socket is bounded: a reader that sleeps stops its generation."""
-    service = FakeService()
+async def test_a_reader_that_takes_nothing_holds_its_generation_back_and_then_ends_it(start, monkeypatch):
+    monkeypatch.setattr("coordinator.api.sse.WRITE_SECONDS", 0.1)
+    tokens = 200_000  # tens of megabytes of chunks: more than any socket buffer takes
+    service = FakeService(model=replace(GENERATOR, max_context_tokens=2 * tokens))
     server = await start(service)
-    async with server.http.post(
-        f"{server.url}/v1/completions", json=COMPLETION | {"max_tokens": 100}
-    ) as response:
-        assert isinstance(response.content, aiohttp.StreamReader)
-        assert texts_of(await response.read())[0] == ("abcdefghijklmnopqrstuvwxyz" * 4)[:100]
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+    writer.write(post_bytes(server.port, COMPLETION | {"max_tokens": tokens}))
+    async with asyncio.timeout(30):
+        await service.all_closed.wait()
+    assert service.generated < tokens / 2
+    writer.transport.abort()

@@ -55,6 +55,7 @@ class FakeService:
     closed: list[RequestId] = field(default_factory=list)
     all_closed: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    generated: int = 0  # tokens of all generations
     probes: int = 0
     revoked: list[str] = field(default_factory=list)
     links: int = 0
@@ -96,6 +97,7 @@ class FakeService:
             token = ord("a") + (request.sampling.seed + index) % 26
             piece = texts.push(token, is_last=index == request.max_tokens - 1)
             finish = "stop" if piece.is_stop else "length" if index == request.max_tokens - 1 else ""
+            self.generated += 1
             yield TokenEvent(index, token, piece.text, _logprob(request, token), finish)
             if finish:
                 return
