@@ -11,32 +11,20 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from coordinator import events as ev
 from coordinator.decisions import Limits, decide
 from coordinator.journal.base import Journal
-from coordinator.planning.model import DeviceProfile, Plan, Split
-from coordinator.sessions.port import Open, PipelineLost, PooledVector
+from coordinator.planning.model import Plan, Split
+from coordinator.sessions.port import Open, PipelineLost
 from coordinator.state import ClusterState, Pipeline, apply
-from edge_runtime.errors import EdgeRuntimeError, PlanError, ProtocolError, RequestFailed
+from edge_runtime.errors import EdgeRuntimeError, PlanError, RequestFailed
 from edge_runtime.protocol.messages import (
-    Gap,
-    Heartbeat,
     Hello,
     LoadStage,
     Message,
     PeerLease,
-    Pooled,
-    ProfileReport,
     ProfileRequest,
     Refused,
-    Relay,
-    SessionFailed,
-    StageFailed,
-    StageProgress,
-    StageReady,
-    Tokens,
     UnloadStage,
 )
 
@@ -64,13 +52,12 @@ Planner = Callable[[ClusterState, float], Plan]
 
 
 class ControlLoop:
-    """Implements LinkHandler: links tell it things, and never wait for it."""
+    """Whoever has news calls `tell`, and never waits for it."""
 
     def __init__(
         self,
         *,
         bundle: str,
-        hidden_size: int,
         split: Split,
         limits: Limits,
         journal: Journal,
@@ -83,7 +70,6 @@ class ControlLoop:
         self.sessions: SessionHost | None = None
         self.serving = asyncio.Event()  # a pipeline is live
         self._bundle = bundle
-        self._hidden_size = hidden_size
         self._split = split
         self._limits = limits
         self._journal = journal
@@ -223,104 +209,6 @@ class ControlLoop:
     def members(self, lease: int) -> Sequence[str]:
         pipeline = self.state.pipeline
         return pipeline.members if pipeline is not None and pipeline.lease == lease else ()
-
-    # ------------------------------------------------------------ LinkHandler
-
-    def now(self) -> float:
-        return self._clock()
-
-    def refusal(self, device_id: str, hello: Hello) -> Refused | None:
-        return self._trust.refusal(device_id, hello)
-
-    def joined(self, device_id: str, connection: int, hello: Hello) -> None:
-        name = self._trust.name(device_id, hello.device_name)
-        log.info("device %s (%s) is here", name, device_id)
-        self.tell(
-            ev.DeviceJoined(
-                device_id,
-                name,
-                hello.boot_id,
-                connection,
-                hello.data_address,
-                hello.memory_budget_bytes,
-                self._clock(),
-            )
-        )
-
-    def measured(self, device_id: str, connection: int, rtt_seconds: float, bytes_per_second: float) -> None:
-        self.tell(ev.LinkMeasured(device_id, connection, rtt_seconds, bytes_per_second))
-
-    def seen(self, device_id: str, connection: int) -> None:
-        self.tell(ev.DeviceSeen(device_id, connection, self._clock()))
-
-    def left(self, device_id: str, connection: int, reason: str) -> None:
-        self.tell(ev.DeviceLost(device_id, connection, reason, self._clock()))
-
-    def received(
-        self, device_id: str, connection: int, message: Message, payloads: Sequence[memoryview]
-    ) -> None:
-        match message:
-            case Heartbeat():
-                pass  # any message is a sign of life; `seen` tells of them all
-            case ProfileReport():
-                self._profile_arrived(device_id, connection, message)
-            case StageProgress():
-                self.tell(ev.StageProgressed(device_id, message.lease, self._clock()))
-            case StageReady():
-                self.tell(ev.StageLoaded(device_id, message, self._clock()))
-            case StageFailed():
-                self._stage_failed(device_id, message)
-            case Tokens() | Gap() | SessionFailed() | Pooled():
-                self._route(device_id, message, payloads)
-            case Relay():
-                if self.links is not None:
-                    self.links.relay(device_id, message, payloads)
-            case _:
-                raise ProtocolError(f"{type(message).__name__} is nothing an agent says to a coordinator")
-
-    def _profile_arrived(self, device_id: str, connection: int, report: ProfileReport) -> None:
-        device = self.state.devices.get(device_id)
-        if device is None or report.bundle != self._bundle:
-            return
-        seconds = (report.layer_decode_seconds, report.layer_prefill_row_seconds, report.head_seconds)
-        if min(seconds) < 0 or report.memory_free_bytes < 0:
-            raise ProtocolError("its profile has negative times or sizes")
-        profile = DeviceProfile(
-            device_id,
-            device.name,
-            report.memory_free_bytes,
-            *seconds,
-            report.numeric_class,
-            report.row_invariant,
-        )
-        self.tell(ev.ProfileArrived(device_id, connection, profile, self._clock()))
-
-    def _stage_failed(self, device_id: str, failed: StageFailed) -> None:
-        reason = f"{failed.reason} ({failed.hint})" if failed.hint else failed.reason
-        if failed.lease == 0:
-            self.tell(ev.DeviceFailed(device_id, reason, self._clock()))
-        else:
-            self.tell(ev.StageBroke(device_id, failed.lease, reason, self._clock()))
-
-    def _route(
-        self, device_id: str, message: Tokens | Gap | SessionFailed | Pooled, payloads: Sequence[memoryview]
-    ) -> None:
-        """Results only from the tail, complaints only from members; what is of another lease is late."""
-        members = self.members(message.lease)
-        if self.sessions is None or device_id not in members:
-            return
-        if isinstance(message, Gap | SessionFailed):
-            self.sessions.deliver_to_number(message.session, message)
-            return
-        if device_id != members[-1]:
-            raise ProtocolError("it sends results, and is not the tail of the pipeline")
-        if isinstance(message, Tokens):
-            self.sessions.deliver_to_number(message.session, message)
-            return
-        if len(payloads) != 1 or payloads[0].nbytes != 4 * self._hidden_size:
-            raise ProtocolError(f"a pooled vector has {4 * self._hidden_size} bytes")
-        vector = np.frombuffer(payloads[0], np.float32).copy()
-        self.sessions.deliver_to_number(message.session, PooledVector(message, vector))
 
 
 def why_not_serving(state: ClusterState) -> EdgeRuntimeError:

@@ -1,0 +1,150 @@
+"""What agents say, turned into events for the loop and messages for sessions.
+
+Knows: which message may come from whom, and what it is news of. Does not know: what is done about it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coordinator import events as ev
+from coordinator.control_loop import ControlLoop, Trust
+from coordinator.planning.model import DeviceProfile
+from coordinator.sessions.port import PooledVector
+from edge_runtime.errors import ProtocolError
+from edge_runtime.protocol.messages import (
+    Gap,
+    Heartbeat,
+    Hello,
+    Message,
+    Pooled,
+    ProfileReport,
+    Refused,
+    Relay,
+    SessionFailed,
+    StageFailed,
+    StageProgress,
+    StageReady,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    from coordinator.links import AgentLinks
+    from coordinator.sessions.host import SessionHost
+
+log = logging.getLogger(__name__)
+
+
+class AgentNews:
+    """Implements LinkHandler: links tell it things, and never wait."""
+
+    def __init__(
+        self, loop: ControlLoop, trust: Trust, *, bundle: str, hidden_size: int, clock: Callable[[], float]
+    ) -> None:
+        self.links: AgentLinks | None = None
+        self.sessions: SessionHost | None = None
+        self._loop = loop
+        self._trust = trust
+        self._bundle = bundle
+        self._hidden_size = hidden_size
+        self._clock = clock
+
+    def now(self) -> float:
+        return self._clock()
+
+    def refusal(self, device_id: str, hello: Hello) -> Refused | None:
+        return self._trust.refusal(device_id, hello)
+
+    def joined(self, device_id: str, connection: int, hello: Hello) -> None:
+        name = self._trust.name(device_id, hello.device_name)
+        log.info("device %s (%s) is here", name, device_id)
+        self._loop.tell(
+            ev.DeviceJoined(
+                device_id,
+                name,
+                hello.boot_id,
+                connection,
+                hello.data_address,
+                hello.memory_budget_bytes,
+                self._clock(),
+            )
+        )
+
+    def measured(self, device_id: str, connection: int, rtt_seconds: float, bytes_per_second: float) -> None:
+        self._loop.tell(ev.LinkMeasured(device_id, connection, rtt_seconds, bytes_per_second))
+
+    def seen(self, device_id: str, connection: int) -> None:
+        self._loop.tell(ev.DeviceSeen(device_id, connection, self._clock()))
+
+    def left(self, device_id: str, connection: int, reason: str) -> None:
+        self._loop.tell(ev.DeviceLost(device_id, connection, reason, self._clock()))
+
+    def received(
+        self, device_id: str, connection: int, message: Message, payloads: Sequence[memoryview]
+    ) -> None:
+        match message:
+            case Heartbeat():
+                pass  # any message is a sign of life; `seen` tells of them all
+            case ProfileReport():
+                self._profile_arrived(device_id, connection, message)
+            case StageProgress():
+                self._loop.tell(ev.StageProgressed(device_id, message.lease, self._clock()))
+            case StageReady():
+                self._loop.tell(ev.StageLoaded(device_id, message, self._clock()))
+            case StageFailed():
+                self._stage_failed(device_id, message)
+            case Tokens() | Gap() | SessionFailed() | Pooled():
+                self._route(device_id, message, payloads)
+            case Relay():
+                if self.links is not None:
+                    self.links.relay(device_id, message, payloads)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is nothing an agent says to a coordinator")
+
+    def _profile_arrived(self, device_id: str, connection: int, report: ProfileReport) -> None:
+        device = self._loop.state.devices.get(device_id)
+        if device is None or report.bundle != self._bundle:
+            return
+        seconds = (report.layer_decode_seconds, report.layer_prefill_row_seconds, report.head_seconds)
+        if min(seconds) < 0 or report.memory_free_bytes < 0:
+            raise ProtocolError("its profile has negative times or sizes")
+        profile = DeviceProfile(
+            device_id,
+            device.name,
+            report.memory_free_bytes,
+            *seconds,
+            report.numeric_class,
+            report.row_invariant,
+        )
+        self._loop.tell(ev.ProfileArrived(device_id, connection, profile, self._clock()))
+
+    def _stage_failed(self, device_id: str, failed: StageFailed) -> None:
+        reason = f"{failed.reason} ({failed.hint})" if failed.hint else failed.reason
+        if failed.lease == 0:
+            self._loop.tell(ev.DeviceFailed(device_id, reason, self._clock()))
+        else:
+            self._loop.tell(ev.StageBroke(device_id, failed.lease, reason, self._clock()))
+
+    def _route(
+        self, device_id: str, message: Tokens | Gap | SessionFailed | Pooled, payloads: Sequence[memoryview]
+    ) -> None:
+        """Results only from the tail, complaints only from members; what is of another lease is late."""
+        members = self._loop.members(message.lease)
+        if self.sessions is None or device_id not in members:
+            return
+        if isinstance(message, Gap | SessionFailed):
+            self.sessions.deliver_to_number(message.session, message)
+            return
+        if device_id != members[-1]:
+            raise ProtocolError("it sends results, and is not the tail of the pipeline")
+        if isinstance(message, Tokens):
+            self.sessions.deliver_to_number(message.session, message)
+            return
+        if len(payloads) != 1 or payloads[0].nbytes != 4 * self._hidden_size:
+            raise ProtocolError(f"a pooled vector has {4 * self._hidden_size} bytes")
+        vector = np.frombuffer(payloads[0], np.float32).copy()
+        self.sessions.deliver_to_number(message.session, PooledVector(message, vector))
