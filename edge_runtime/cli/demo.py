@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from edge_runtime.sdk.options import GenerateOptions
     from edge_runtime.sdk.results import Result
 
-PROMPT = "def read_lines(path):\n"
-OPTIONS: GenerateOptions = {"max_tokens": 160, "temperature": 0.6, "top_p": 0.95, "seed": 7}
+PROMPT = 'import os\nimport sys\n\n\nclass Queue:\n    """A queue of paths."""\n\n    def __init__(self'
+OPTIONS: GenerateOptions = {
+    "max_tokens": 160,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "repetition_penalty": 1.1,
+    "seed": 1,
+}
 WARM_UP_TOKENS = 16
 
 
@@ -68,13 +74,13 @@ def _generate(cluster: LocalCluster, arguments: Namespace, say: Callable[[str], 
     client = cluster.client()
     # Its first pages, connections and kernels are touched once, before anything is measured.
     client.generate(arguments.prompt, max_tokens=WARM_UP_TOKENS, temperature=0)
-    say(arguments.prompt.rstrip("\n"))
     stream = client.stream(arguments.prompt, **OPTIONS)
-    if not arguments.json:
-        return print_stream(stream)
-    answer = print_stream(stream, quiet=True)
-    say(answer.text)
-    return answer
+    if arguments.json:
+        answer = print_stream(stream, quiet=True)
+        say(arguments.prompt + answer.text)
+        return answer
+    result(arguments.prompt, end="")
+    return print_stream(stream)
 
 
 def _progress(line: str) -> None:
