@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.bundle import SLICE_DIRECTORY, Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Span
 from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.segments import MAX_OWN_POOL_THREADS
 from edge_runtime.errors import ExportError
 from exporters.checkpoint import Floats
+from exporters.head_scores import head_logits
 from exporters.reference_pass import next_tokens
 from exporters.scores import ScoreBuilder, Scores
 
 DEFAULT_TOKENS = 2048
 _SEQUENCE_TOKENS = 512
-_LOGIT_ROWS = 32  # rows whose logits are in memory at a time
 
 Sequences = tuple[tuple[int, ...], ...]
 
@@ -70,44 +72,40 @@ def bundle_scores(bundle: Bundle, sequences: Sequences, advance: Callable[[], No
     """What a generator's bundle says about each row. `advance` is called after each layer."""
     ids = [token for sequence in sequences for token in sequence]
     starts = np.cumsum([0, *(len(sequence) for sequence in sequences)]).tolist()
-    targets = next_tokens(ids, starts)
-    hidden = _inner_layers(bundle, sequences, advance)
-    results: list[Scores] = []
-    with _Layer(bundle, bundle.manifest.num_layers - 1, sequences) as stage:
-        for index, sequence in enumerate(sequences):
-            for base in range(0, len(sequence), _LOGIT_ROWS):
-                piece = sequence[base : base + _LOGIT_ROWS]
-                rows = slice(starts[index] + base, starts[index] + base + len(piece))
-                span = Span(SessionId(index + 1), base, piece, logit_rows=len(piece))
-                builder = ScoreBuilder(targets[rows])
-                builder.add(0, stage.run(Batch((span,), None if hidden is None else hidden[rows])))
-                results.append(builder.scores())
-    advance()
-    return Scores(
-        np.concatenate([score.top for score in results]),
-        np.concatenate([score.logprob for score in results]),
-        np.concatenate([score.scored for score in results]),
-    )
+    hidden = _through_layers(_without_head(bundle), bundle.manifest.num_layers, sequences, advance)
+    builder = ScoreBuilder(next_tokens(ids, starts))
+    for first_id, logits in head_logits(bundle, hidden, _threads()):
+        builder.add(first_id, logits)
+    return builder.scores()
 
 
 def bundle_vectors(
     bundle: Bundle, sequences: Sequences, advance: Callable[[], None] = lambda: None
 ) -> Floats:
     """An encoder's vectors, one per sequence."""
-    hidden = _inner_layers(bundle, sequences, advance)
-    with _Layer(bundle, bundle.manifest.num_layers - 1, sequences) as stage:
-        vectors = _run_whole(stage, sequences, hidden, causal=False)
-    advance()
-    return vectors
+    return _through_layers(bundle, bundle.manifest.num_layers, sequences, advance)
 
 
-def _inner_layers(bundle: Bundle, sequences: Sequences, advance: Callable[[], None]) -> Floats | None:
-    """All rows after the last layer but one; None for a model of one layer."""
+def _threads() -> int:
+    """Few enough for pools of their own: a shared pool would stay with the process that exports."""
+    return min(os.cpu_count() or 1, MAX_OWN_POOL_THREADS)
+
+
+def _without_head(bundle: Bundle) -> Bundle:
+    """The same bundle with its last layer twice: none of the real layers is the tail, so none loads the head."""
+    manifest = bundle.manifest
+    longer = replace(manifest, layers=(*manifest.layers, manifest.layers[-1]))
+    return Bundle(bundle.path, b"", b"", longer, bundle.path / SLICE_DIRECTORY)
+
+
+def _through_layers(bundle: Bundle, count: int, sequences: Sequences, advance: Callable[[], None]) -> Floats:
+    """All rows after `count` layers, one of which is in memory at a time."""
     hidden: Floats | None = None
-    for layer in range(bundle.manifest.num_layers - 1):
+    for layer in range(count):
         with _Layer(bundle, layer, sequences) as stage:
             hidden = _run_whole(stage, sequences, hidden, causal=bundle.manifest.model.kind == "generator")
         advance()
+    assert hidden is not None, "a model has layers"
     return hidden
 
 
@@ -129,7 +127,7 @@ class _Layer:
         pages = sum(-(-len(sequence) // 32) for sequence in sequences) + 1
         budget_bytes = 32 * pages * bundle.manifest.model.kv_bytes_per_token_per_layer
         self._stage = OnnxStage.load(
-            bundle, LayerRange(layer, layer), threads=os.cpu_count() or 1, kv_budget_bytes=budget_bytes
+            bundle, LayerRange(layer, layer), threads=_threads(), kv_budget_bytes=budget_bytes
         )
         for index, sequence in enumerate(sequences):
             self._stage.open(SessionId(index + 1), len(sequence))

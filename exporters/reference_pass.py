@@ -20,7 +20,7 @@ from edge_runtime.bundle.operations import Operation
 from edge_runtime.engine import reference_operations as ops
 from exporters.architectures.plan import BlockPlan, ModelPlan
 from exporters.checkpoint import Floats
-from exporters.scores import ScoreBuilder, Scores
+from exporters.scores import LOGIT_COLUMNS, ScoreBuilder, Scores
 from exporters.sources import Expert, Sources
 
 SAMPLE_ROWS = 256  # inputs of a linear kept to judge a quantized weight by
@@ -179,10 +179,11 @@ class ReferencePass:
         observed[head.weights["weight"]] = Observed.of(x)
         builder = ScoreBuilder(next_tokens(self._ids, self._starts))
         for first, rows in self._sources.tensors[head.weights["weight"]].chunks():
-            logits = x @ rows.T
-            for operation in after:
-                logits = _elementwise(operation, [logits])
-            builder.add(first, logits)
+            for start in range(0, len(rows), LOGIT_COLUMNS):
+                logits = x @ rows[start : start + LOGIT_COLUMNS].T
+                for operation in after:
+                    logits = _elementwise(operation, [logits])
+                builder.add(first + start, logits)
         self.scores = builder.scores()
 
 

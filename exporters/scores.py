@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from exporters.checkpoint import Floats
 
+LOGIT_COLUMNS = 4096  # of the vocabulary whose logits are in memory at a time
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
