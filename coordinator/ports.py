@@ -6,12 +6,15 @@ Knows: the ports chosen last time, and this machine's own address. Does not know
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 from edge_runtime.errors import TransportError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -38,7 +41,10 @@ class RememberedPorts:
             try:
                 return await listen(remembered)
             except TransportError:
-                pass  # taken: devices that know the old one have to be told, which the log says
+                log.warning(
+                    "port %d of last time is taken: devices that were paired for it will not find this coordinator",
+                    remembered,
+                )
         return await listen(wanted)
 
     def remember(self, **ports: int) -> None:

@@ -74,18 +74,7 @@ class CoordinatorRuntime:
         keys = Keys.load_or_create(config.state_directory)
         self.registry = Registry(self._journal, keys, wall_clock=time.time)
         await self.registry.load()
-        listener = await zeromq.listen(
-            f"tcp://{_bracketed(config.host)}:{config.port}",
-            keys.link,
-            self.registry.admission,
-            name="agents",
-        )
-        stack.push_async_callback(listener.close)
-        enroll_listener = await listen_for_devices(
-            f"tcp://{_bracketed(config.host)}:{config.enroll_port}", keys.link
-        )
-        stack.push_async_callback(enroll_listener.close)
-        self.port, self.enroll_port = _port(listener.address), _port(enroll_listener.address)
+        listener, enroll_listener = await self._listen(keys)
         self._tasks = await stack.enter_async_context(_StoppableTasks())
         self._wire_up(listener, keys)
         enrollment = EnrollmentServer(

@@ -346,7 +346,7 @@ async def test_a_device_that_cannot_load_is_left_out_with_its_reason(tmp_path):
 async def test_a_restarted_coordinator_goes_on_with_what_it_accepted(tmp_path):
     journal = MemoryJournal()
     async with world(tmp_path, journal=journal) as w:
-        agents = await w.serve("a", "b")
+        agents, port = await w.serve("a", "b"), w.runtime.port
         w.cluster.pace.allow(3)
         seen: list[TokenEvent] = []
         running = asyncio.ensure_future(collect(w.runtime.generate(request()), seen))
@@ -354,6 +354,7 @@ async def test_a_restarted_coordinator_goes_on_with_what_it_accepted(tmp_path):
     with pytest.raises(RequestFailed, match="stopped"):
         await running
     async with world(tmp_path, journal=journal) as w:
+        assert w.runtime.port == port  # paired devices know no other
         for old in agents:
             agent = FakeAgent(w.cluster, old.name)
             agent.key, agent.device_id = old.key, old.device_id
