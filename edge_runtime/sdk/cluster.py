@@ -265,10 +265,11 @@ class LocalCluster:
             if agent.is_running and (device is None or device["state"] not in _SETTLED):
                 said = "joining" if device is None else f"{device['state']}: {device['reason']}"
                 return f"{name} is {said}".rstrip(": ")
-        if plan is None or not plan["ready"]:
-            reasons = (plan or {}).get("reasons") or ("no plan yet",)
-            return f"the plan is not ready: {reasons[0]}"
-        return ""
+        if plan is not None and plan["ready"]:
+            return ""
+        reasons = (plan or {}).get("reasons") or ("there is no plan yet",)
+        states_said = "; ".join(f"{name}: {d['reason']}" for name, d in states.items() if d["reason"])
+        return f"{reasons[0]} ({states_said})" if states_said else str(reasons[0])
 
     def _check_processes(self) -> None:
         if self._given_up.is_set():

@@ -21,6 +21,7 @@ from edge_runtime.errors import EdgeRuntimeError, EngineError
 STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _TAIL_LINES = 15
+_EXIT_SECONDS = 2.0  # from the end of its output to the end of the process
 
 Event = dict[str, Any]
 
@@ -77,6 +78,7 @@ class ChildProcess:
             except queue.Empty:
                 continue
             if event is None:
+                self._wait(_EXIT_SECONDS)
                 raise self.failure("ended")
             on_event(event)
             if wanted(event):
@@ -106,6 +108,13 @@ class ChildProcess:
             return ""
         return "\n".join("  " + line for line in lines[-_TAIL_LINES:])
 
+    def _wait(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def terminate(self) -> None:
         """Ask it to stop; `close` waits for it."""
         if self.is_running:
@@ -115,9 +124,7 @@ class ChildProcess:
         """Stop it and free its pipes. Idempotent."""
         self.terminate()
         left = STOP_SECONDS if deadline is None else max(0.1, deadline - time.monotonic())
-        try:
-            self._process.wait(left)
-        except subprocess.TimeoutExpired:
+        if not self._wait(left):
             self._process.kill()
             self._process.wait()
         self._reader.join()
