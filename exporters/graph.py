@@ -135,7 +135,7 @@ class _Graph:
         inputs = [self.current[value] for value in operation.inputs]
         value = operation.outputs[0]
         # ONNX names a tensor once: a value that replaces one read before (the residual stream) gets a name of its own
-        output = f"{value}.out" if value in self.current else value
+        output = f"{self.current[value]}.out" if value in self.current else value
         _EMITTERS[operation.kind](self, operation, inputs, output)
         self.current[value] = output
 
