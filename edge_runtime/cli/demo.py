@@ -128,8 +128,8 @@ def demo_json(answer: Result, status: dict[str, Any], pids: dict[str, int]) -> d
 
 
 def _stay(cluster: LocalCluster) -> None:
-    note(f"the cluster goes on serving at {cluster.url}; Ctrl-C ends it")
     try:
+        note(f"the cluster goes on serving at {cluster.url}; Ctrl-C ends it")
         signal.pause()
     except KeyboardInterrupt:
         note("\nstopping")
