@@ -9,10 +9,10 @@ Knows: TCP counters (on Linux; elsewhere nothing is measured). Does not know: wh
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 
+from edge_runtime.transport import tcp
 from edge_runtime.transport.base import MAX_LIST_BYTES
 from edge_runtime.transport.channel import WINDOW_BYTES
 
@@ -31,11 +31,13 @@ def received_bytes(fd: int) -> int | None:
     """All bytes a TCP link has received so far; None where that can't be known."""
     if not hasattr(socket, "TCP_INFO"):
         return None
-    try:
-        with socket.socket(fileno=os.dup(fd)) as link:
+    with tcp.duplicate(fd) as link:
+        if link is None:
+            return None
+        try:
             info = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    except OSError:
-        return None
+        except OSError:
+            return None
     if len(info) < _TCP_INFO_BYTES:
         return None
     return int(_BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_OFFSET)[0])

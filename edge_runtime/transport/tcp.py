@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+from collections.abc import Iterator
 
 from edge_runtime.errors import TransportError
 
@@ -44,12 +45,8 @@ async def resolve(address: str) -> str:
 
 def peer_address(fd: int) -> str:
     """`HOST:PORT` at the other end of a descriptor of libzmq's, "" if it has gone."""
-    try:
-        with socket.socket(fileno=os.dup(fd)) as link:
-            host, port = link.getpeername()[:2]
-    except (OSError, ValueError, TypeError):
-        return ""
-    return f"{host}:{port}"
+    with duplicate(fd) as link:
+        return "" if link is None else _peer_of(link)
 
 
 def shut_down(fd: int, remote: str) -> None:
@@ -58,10 +55,32 @@ def shut_down(fd: int, remote: str) -> None:
     The descriptor may have been closed and given to somebody else meanwhile, hence the look at whom it leads to, on a
     duplicate that can't change between the look and the cut.
     """
+    with duplicate(fd) as link, contextlib.suppress(OSError):
+        if link is not None and _peer_of(link) == remote:
+            link.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def duplicate(fd: int) -> Iterator[socket.socket | None]:
+    """A socket of our own on the same link; None where `fd` is closed, or not a socket (any more)."""
     try:
-        with socket.socket(fileno=os.dup(fd)) as link:
-            host, port = link.getpeername()[:2]
-            if f"{host}:{port}" == remote:
-                link.shutdown(socket.SHUT_RDWR)
+        own = os.dup(fd)
+    except OSError:
+        yield None
+        return
+    try:
+        link = socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        yield None
+        return
+    with link:
+        yield link
+
+
+def _peer_of(link: socket.socket) -> str:
+    try:
+        host, port = link.getpeername()[:2]
     except (OSError, ValueError, TypeError):
-        return  # it has gone already
+        return ""
+    return f"{host}:{port}"

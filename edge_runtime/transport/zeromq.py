@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ROUTING_ID_BYTES = 16
 _CLOSE_GRACE_SECONDS = 1.0
+# A server too busy to finish a handshake in a second breaks it off just as one that does not understand it.
+_HANDSHAKE_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,9 @@ class _DialledWire:
             raw.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             raw.setsockopt(zmq.RECONNECT_IVL, -1)
             raw.setsockopt(
+                zmq.HANDSHAKE_IVL, 0
+            )  # `connect` has its own time-out, and says so when it is over
+            raw.setsockopt(
                 zmq.ROUTING_ID, b"\x01" + os.urandom(ROUTING_ID_BYTES - 1)
             )  # a first zero byte is libzmq's
             raw.setsockopt(zmq.CURVE_SERVERKEY, server_public_key)
@@ -338,15 +343,23 @@ class _DialledWire:
 async def connect(
     address: str, key: KeyPair, server_public_key: bytes, *, timeout_seconds: float = 5.0
 ) -> Channel:
-    """Dial `tcp://HOST:PORT`, whose key must be `server_public_key`. One try, no longer than `timeout_seconds`."""
+    """Dial `tcp://HOST:PORT`, whose key must be `server_public_key`. Takes no longer than `timeout_seconds`."""
     try:
         async with asyncio.timeout(timeout_seconds):
-            wire = _DialledWire(await tcp.resolve(address), key, server_public_key)
-            try:
-                await wire.opened
-            except BaseException:
-                wire.cut()
-                raise
+            endpoint = await tcp.resolve(address)
+            for tries_left in reversed(range(_HANDSHAKE_TRIES)):
+                wire = _DialledWire(endpoint, key, server_public_key)
+                try:
+                    await wire.opened
+                    break
+                except BaseException as error:
+                    wire.cut()
+                    if (
+                        not isinstance(error, TrustError)
+                        or error.code != "wrong_server_key"
+                        or not tries_left
+                    ):
+                        raise
     except TimeoutError as error:
         raise TransportError(
             f"{address} did not finish the handshake in {timeout_seconds:g} s",

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _RESTART_SECONDS = 0.05
 _MAX_SOCKETS = 8192
+_LOG_EVERY_SECONDS = 1.0
 
 
 class Gate(Protocol):
@@ -94,6 +95,7 @@ class ZapHandler:
         self._context = context
         self._gates: dict[bytes, Gate] = {}
         self._numbers = itertools.count(1)
+        self._last_logged = -_LOG_EVERY_SECONDS
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="zap", daemon=True)
         self._thread.start()
@@ -126,8 +128,21 @@ class ZapHandler:
             # The one place where everything is caught: an error in a gate must not admit, nor silence the handler.
             log.exception("a handshake could not be decided and was refused")
         if admitted is None:
+            self._log_refusal(request)
             return [b"1.0", request_id, b"400", b"this key is not admitted", b"", b""]
         return [b"1.0", request_id, b"200", b"OK", admitted.hex().encode(), b""]
+
+    def _log_refusal(self, request: list[bytes]) -> None:
+        """For whoever wonders why a device does not appear. A stranger who keeps knocking must not fill the log."""
+        now = time.monotonic()
+        if now - self._last_logged < _LOG_EVERY_SECONDS:
+            return
+        self._last_logged = now
+        remote = request[3].decode("ascii", "replace") if len(request) > 3 else "somewhere"
+        key = request[6] if len(request) == 7 else b""
+        log.warning(
+            "refused device %s from %s: its key is not admitted here", device_id(key) if key else "?", remote
+        )
 
     def _supervise(self) -> None:
         while not self._context.closed:

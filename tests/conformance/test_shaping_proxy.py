@@ -39,12 +39,12 @@ async def test_delay_and_rate_hold(links: Links) -> None:
     await far.receive()
     await far.send([b"pong"])
     await near.receive()
-    assert 0.1 <= time.perf_counter() - started < 0.5
+    assert 0.1 <= time.perf_counter() - started < 5.0
     await proxy.change(delay_seconds=0.0, bytes_per_second=1e6)
     started = time.perf_counter()
     await near.send([bytes(300_000)])
     await far.receive()
-    assert 0.25 <= time.perf_counter() - started < 1.0
+    assert 0.25 <= time.perf_counter() - started < 5.0
 
 
 async def test_a_silent_link_goes_on_where_it_stopped(links: Links) -> None:

@@ -449,5 +449,6 @@ async def test_nobody_listens_is_an_error_at_once(carrier: Carrier) -> None:
         return
     listener = await carrier.listen()
     await listener.close()
-    with pytest.raises(TransportError):
+    # libzmq frees the port a moment later, and admits nobody until then.
+    with pytest.raises((TransportError, TrustError)):
         await carrier.dial(carrier.new_key())

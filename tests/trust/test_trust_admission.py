@@ -32,11 +32,19 @@ async def knock(listener: zeromq.ZeromqListener, key: KeyPair) -> None:
     await connection.close()
 
 
-async def test_a_friend_is_let_in_and_a_stranger_hears_no(listener: zeromq.ZeromqListener) -> None:
+async def test_a_friend_is_let_in_and_a_stranger_hears_no(
+    listener: zeromq.ZeromqListener, handler: ZapHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler._last_logged = float("-inf")
     await knock(listener, FRIEND)
+    assert not caplog.records
     with pytest.raises(TrustError) as caught:
         await knock(listener, STRANGER)
     assert caught.value.code == "not_admitted"
+    assert f"refused device {STRANGER.device_id} from 127.0.0.1" in caplog.text
+    with pytest.raises(TrustError):
+        await knock(listener, STRANGER)
+    assert len(caplog.records) == 1
     await knock(listener, FRIEND)
 
 
