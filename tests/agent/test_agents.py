@@ -265,6 +265,23 @@ async def test_a_bundle_that_is_not_there_is_no_reason_to_end(bundle: Bundle, tm
         await cluster.serve(["phone"], [])
 
 
+async def test_a_tampered_slice_fails_the_stage_by_its_name(bundle: Bundle, tmp_path: Path) -> None:
+    def flip_last_bit(name: str, data: bytes) -> bytes:
+        return data if name != "layers.1" else data[:-1] + bytes([data[-1] ^ 1])
+
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start("phone")
+        coordinator.tamper = flip_last_bit
+        await coordinator.load(["phone"], [])
+        message, _ = await coordinator.links["phone"].expect(StageFailed)
+        assert isinstance(message, StageFailed)
+        assert message.code == "tampered"
+        assert "layers.1" in message.reason
+        coordinator.tamper = lambda name, data: data
+        await cluster.serve(["phone"], [])  # the sender was mended: nothing bad was kept
+
+
 async def test_an_agent_dials_again_with_the_same_boot_id(bundle: Bundle, tmp_path: Path) -> None:
     async with cluster_of(bundle, tmp_path) as cluster:
         coordinator = cluster.coordinator

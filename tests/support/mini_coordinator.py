@@ -103,6 +103,7 @@ class MiniCoordinator:
         self.invitations: set[str] = set()
         self.joined = asyncio.Event()
         self.refuse: Callable[[Hello], Refused | None] = lambda hello: None
+        self.tamper: Callable[[str, bytes], bytes] = lambda name, data: data
         self.relayed = 0
         self.numbers = iter(range(1, 10_000))
         self._slices = SliceServer(bundle, self.signing.secret)
@@ -175,7 +176,7 @@ class MiniCoordinator:
         match message:
             case SliceRequest():
                 chunk, data = await self._slices.answer(message)
-                await link.connection.send(encode(chunk, [data]))
+                await link.connection.send(encode(chunk, [self.tamper(message.slice, data)]))
             case Heartbeat():
                 link.beats.put_nowait(message)
             case Ping():
