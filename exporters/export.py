@@ -57,6 +57,7 @@ class ExportOptions:
     calibration_text: str = ""  # "": the package's own
     calibration_tokens: int = DEFAULT_TOKENS
     max_error: float = 0.0  # a weight whose output is further off stays fp32; 0: the format's default
+    search_scales: bool = True  # False: plain rounding, for weights whose values don't matter (benchmarks)
     signing_key: BundleSigningKey | None = None  # None: a new one, forgotten afterwards
 
 
@@ -226,6 +227,7 @@ class _Export:
                 importance=None if seen is None else seen.importance,
                 meter=None if seen is None else ErrorMeter(seen.sample),
                 max_error=self._max_error,
+                search=self.options.search_scales,
             )
             self.tensors[plan.name] = written.tensor
             if written.tensor.format != format:

@@ -70,13 +70,14 @@ def write_tensor(
     importance: Floats | None = None,
     meter: Meter | None = None,
     max_error: float = math.inf,
+    search: bool = True,
 ) -> Written:
     """Append the tensor to the slice, a few rows of float32 in memory at a time; as fp32 if the error is too large."""
     if format == "fp32":
         return Written(Tensor("fp32", source.shape, {"data": _stream(out, source)}))
     quantized = []
     for _, rows in source.chunks():
-        quantized.append(quantize(rows, format, importance=importance))
+        quantized.append(quantize(rows, format, importance=importance, search=search))
         if meter is not None:
             meter.add(rows, dequantize(quantized[-1], format, rows.shape[1]))
     error = meter.relative_error if meter is not None else 0.0

@@ -30,10 +30,13 @@ class QuantizedMatrix:
     scales: F32  # [N, B]
 
 
-def quantize(weights: F32, format: str, *, importance: F32 | None = None) -> QuantizedMatrix:
+def quantize(
+    weights: F32, format: str, *, importance: F32 | None = None, search: bool = True
+) -> QuantizedMatrix:
     """Quantize float32 [N, K] to "int8" or "int4", with the scales that give the least squared error found.
 
     `importance` float32 [K] weighs the error of each input channel: the mean square of the activations it meets.
+    Without `search` one scale is tried per block: twenty times faster and a little worse.
     """
     bits = _bits(format)
     if weights.ndim != 2 or weights.size == 0:
@@ -50,7 +53,12 @@ def quantize(weights: F32, format: str, *, importance: F32 | None = None) -> Qua
     step = max(1, _CHUNK_WEIGHTS // (blocks * BLOCK))
     for first in range(0, rows, step):
         chunk = slice(first, first + step)
-        codes[chunk], scales[chunk] = _quantize_blocks(_padded(weights[chunk], blocks), error_weights, bits)
+        codes[chunk], scales[chunk] = _quantize_blocks(
+            _padded(weights[chunk], blocks),
+            error_weights,
+            bits,
+            _divisors(bits) if search else (-float(1 << (bits - 1)),),
+        )
     data = codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
     return QuantizedMatrix(np.ascontiguousarray(data), scales)
 
@@ -85,7 +93,9 @@ def _padded(rows: NDArray[np.floating], blocks: int) -> F32:
     return padded.reshape(rows.shape[0], blocks, BLOCK)
 
 
-def _quantize_blocks(blocks: F32, error_weights: F32, bits: int) -> tuple[U8, F32]:
+def _quantize_blocks(
+    blocks: F32, error_weights: F32, bits: int, divisors: tuple[float, ...]
+) -> tuple[U8, F32]:
     """Codes and scales of [N, B, 32]: try divisors of the largest weight, refit each by least squares, keep the best.
 
     Codes reach one step further down (-8) than up (7), so the largest weight is put on the negative side by the sign of
@@ -97,7 +107,7 @@ def _quantize_blocks(blocks: F32, error_weights: F32, bits: int) -> tuple[U8, F3
     best_codes = np.zeros(blocks.shape, np.float32)
     best_scales = np.zeros(blocks.shape[:-1], np.float32)
     best_gain = np.zeros(blocks.shape[:-1], np.float32)  # squared error removed, against all codes zero
-    for divisor in _divisors(bits):
+    for divisor in divisors:
         inverse = np.divide(np.float32(divisor), largest, out=np.zeros_like(largest), where=largest != 0)
         for _ in range(2):  # the refitted scale rounds some weights differently: once more around
             codes = np.clip(np.rint(blocks * inverse), low, high)
