@@ -142,8 +142,9 @@ class Channel:
     def deliver(self, kind: bytes, frames: list[memoryview]) -> None:
         """One list from the wire. Raises ProtocolError for what the other side may not do; the owner then cuts it."""
         if self._closed_reason:
-            return
-        if kind == DATA:
+            if kind == CLOSE:
+                self._wire.cut()  # both sides closed at once: nothing more will come
+        elif kind == DATA:
             self._deliver_data(frames)
         elif kind == CREDIT and len(frames) == 1 and frames[0].nbytes == _CREDIT_BODY.size:
             self._credited(*_CREDIT_BODY.unpack(frames[0]))

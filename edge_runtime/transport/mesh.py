@@ -105,9 +105,9 @@ class Mesh:
             return
         self._closed = True
         self._relay.lost("the mesh was closed")
-        for route in self._routes.values():
-            if route.channel is not None:
-                await route.channel.close()
+        await asyncio.gather(
+            *[route.channel.close() for route in self._routes.values() if route.channel is not None]
+        )
         if self._listener is not None:
             await self._listener.close()
         for task in self._tasks:

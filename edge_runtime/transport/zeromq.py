@@ -21,7 +21,7 @@ import zmq
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError, TrustError
 from edge_runtime.transport import link_meter, tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
-from edge_runtime.transport.channel import OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
+from edge_runtime.transport.channel import CLOSE, OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
 from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
 from edge_runtime.trust.admission import Gate, zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
@@ -76,6 +76,7 @@ class _AcceptedWire:
     async def finish(self) -> None:
         """The peer hangs up when it reads that we closed; a peer that does not is cut after a moment."""
         if self._listener.forget(self):
+            self._listener.hanging_up.add(self.fd)
             asyncio.get_running_loop().call_later(
                 _CLOSE_GRACE_SECONDS, self._listener.cut_if_still_up, self.fd, self.channel.remote
             )
@@ -93,6 +94,10 @@ class ZeromqListener:
         self._wires: dict[bytes, _AcceptedWire] = {}
         self._by_fd: dict[int, _AcceptedWire] = {}
         self._gone: list[_AcceptedWire] = []
+        self.hanging_up: set[int] = (
+            set()
+        )  # descriptors of links that were closed here, until the peer hangs up
+        self._all_hung_up = asyncio.Event()
         self._accepted: asyncio.Queue[Channel | None] = asyncio.Queue(limits.unaccepted)
         raw = context.socket(zmq.ROUTER)
         try:
@@ -137,6 +142,13 @@ class ZeromqListener:
             return
         for wire in list(self._wires.values()):
             await wire.channel.close()
+        if self.hanging_up:
+            self._all_hung_up.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_GRACE_SECONDS):
+                    await self._all_hung_up.wait()
+        if self._socket.closed:
+            return  # somebody else closed it meanwhile
         self._unsubscribe()
         self._next_check.cancel()
         self._socket.close()
@@ -163,6 +175,7 @@ class ZeromqListener:
         return True
 
     def cut_if_still_up(self, fd: int, remote: str) -> None:
+        self.hanging_up.discard(fd)
         if fd not in self._by_fd:
             tcp.shut_down(fd, remote)
 
@@ -182,9 +195,11 @@ class ZeromqListener:
 
     def _on_stranger(self, routing_id: bytes, user_id: str, parts: list[zmq.Frame]) -> None:
         """A connection starts with OPEN; anything else is left over from one that was closed or cut."""
+        fd = int(parts[0].get(zmq.SRCFD))
+        if fd in self.hanging_up and parts[1].bytes == CLOSE:
+            tcp.shut_down(fd, tcp.peer_address(fd))  # both sides closed at once: nothing more will come
         if [part.bytes for part in parts[1:3]] != [OPEN, WIRE_VERSION] or len(parts) != 3:
             return
-        fd = int(parts[0].get(zmq.SRCFD))
         self._socket.read_events()  # the loss of an earlier link with this descriptor comes before this list
         if fd in self._by_fd:
             self._gone.append(self._by_fd.pop(fd))
@@ -210,8 +225,13 @@ class ZeromqListener:
         self._accepted.put_nowait(wire.channel)
 
     def _on_event(self, event: int, value: int) -> None:
-        if event == zmq.EVENT_DISCONNECTED and value in self._by_fd:
+        if event != zmq.EVENT_DISCONNECTED:
+            return
+        if value in self._by_fd:
             self._gone.append(self._by_fd.pop(value))
+        self.hanging_up.discard(value)
+        if not self.hanging_up:
+            self._all_hung_up.set()
 
     def _on_idle(self) -> None:
         """Everything that arrived was delivered: now the links that broke meanwhile may end."""
@@ -256,6 +276,7 @@ class _DialledWire:
     def __init__(self, endpoint: str, key: KeyPair, server_public_key: bytes) -> None:
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.channel = Channel(Peer(device_id(server_public_key), server_public_key), self, remote=endpoint)
+        self._hung_up = asyncio.Event()
         self._connected = False
         self._gone = ""
         context, _zap = zmq_runtime()
@@ -292,10 +313,17 @@ class _DialledWire:
             raise ConnectionClosed("the other side has gone") from error
 
     def cut(self) -> None:
+        self._hung_up.set()
         self._socket.close()
 
     async def finish(self) -> None:
-        self._socket.close()
+        """The listener hangs up when it has read everything. Hanging up first could make TCP throw the rest away."""
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_GRACE_SECONDS):
+                    await self._hung_up.wait()
+        finally:
+            self.cut()
 
     def _on_list(self, parts: list[zmq.Frame]) -> None:
         if self.opened.done():

@@ -364,6 +364,12 @@ class TestClosing:
         with pytest.raises(ConnectionClosed):
             await receiver.receive()
 
+    async def test_both_sides_may_close_at_once(self, links: Links) -> None:
+        started = asyncio.get_running_loop().time()
+        await links[0].send([b"x"])
+        await asyncio.gather(*[link.close() for link in links])
+        assert asyncio.get_running_loop().time() - started < 0.9
+
     async def test_a_closed_listener_wakes_accept_and_its_links(self, carrier: Carrier) -> None:
         async with AsyncExitStack() as stack:
             listener = await carrier.listen()
