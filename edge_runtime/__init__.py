@@ -5,13 +5,15 @@
     with LocalCluster("demo", devices=[DeviceSpec(name="phone"), DeviceSpec(name="laptop")]) as cluster:
         print(cluster.client().generate("def fibonacci(n):", max_tokens=64).text)
 
-Names are loaded when they are first used: `import edge_runtime` alone costs nothing.
+Names are loaded when they are first used: `import edge_runtime` alone costs nothing. Nothing here reports usage to anyone.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+from edge_runtime import _telemetry as _telemetry  # first: before anything can import onnxruntime
 
 if TYPE_CHECKING:
     from edge_runtime.errors import EdgeRuntimeError
