@@ -2,7 +2,8 @@
 
     from edge_runtime import LocalCluster, DeviceSpec
 
-    with LocalCluster("demo", devices=[DeviceSpec(name="phone"), DeviceSpec(name="laptop")]) as cluster:
+    devices = [DeviceSpec(name="phone"), DeviceSpec(name="laptop")]
+    with LocalCluster("demo", devices=devices) as cluster:
         print(cluster.client().generate("def fibonacci(n):", max_tokens=64).text)
 
 Names are loaded when they are first used: `import edge_runtime` alone costs nothing. Nothing here reports usage to anyone.

@@ -10,7 +10,8 @@ PROGRAM = """
 import os, sys
 import edge_runtime.engine.segments
 import onnxruntime
-opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+opened = [os.readlink(link) for link in links if os.path.exists(link)]
 print([path for path in opened if "onnxruntime" in path and path.endswith((".db", ".ses"))])
 """
 
