@@ -6,7 +6,7 @@
     with LocalCluster("demo", devices=devices) as cluster:
         print(cluster.client().generate("def fibonacci(n):", max_tokens=64).text)
 
-Names are loaded when they are first used: `import edge_runtime` alone costs nothing. Nothing here reports usage to anyone.
+Names are loaded when they are first used: `import edge_runtime` alone costs nothing. Nothing reports usage to anyone.
 """
 
 from __future__ import annotations
