@@ -24,6 +24,9 @@ class AgentConfig:
     join: str = ""  # a join link; "" where the device is paired already
     data_host: str = ""  # where peers dial this device; "" for the address that reaches the coordinator
     data_port: int = 0  # 0: any; NO_DATA_PORT: none, everything goes through the coordinator's relay
+    advertised_address: str = (
+        ""  # HOST:PORT that peers dial where it is not the one listened at (forwarded port)
+    )
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -34,6 +37,10 @@ class AgentConfig:
             ),
             (self.memory_budget_bytes >= MIN_MEMORY_BYTES, "an agent needs at least 64 MiB of memory"),
             (self.threads >= 1, "an agent computes with at least 1 thread"),
+            (
+                not self.advertised_address or self.data_port != NO_DATA_PORT,
+                "a device without a data port has no address to advertise",
+            ),
             (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),
         )
         for holds, message in checks:

@@ -180,6 +180,8 @@ class Agent:
         )
 
     def _hello(self, address: str) -> Hello:
+        if self._config.advertised_address:
+            address = f"tcp://{self._config.advertised_address}"
         return Hello(
             protocol_version=PROTOCOL_VERSION,
             software_version=installed_version("edge-runtime"),

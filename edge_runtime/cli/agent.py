@@ -47,6 +47,12 @@ def _configure(parser: ArgumentParser) -> None:
         metavar="HOST:PORT|none",
         help="where other devices dial this one (default: any free port); none: only through the coordinator",
     )
+    parser.add_argument(
+        "--advertise",
+        default="",
+        metavar="HOST:PORT",
+        help="where other devices dial this one, if a forwarded port leads to its data address",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per change of status on stdout")
 
 
@@ -81,6 +87,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         join=arguments.join,
         data_host=host,
         data_port=port,
+        advertised_address=_advertised(arguments.advertise),
         log_level=settings.general.log_level,
     )
 
@@ -99,6 +106,12 @@ def _data_address(text: str) -> tuple[str, int]:
             hint="write HOST:PORT (port 0: any) or none",
         )
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _advertised(text: str) -> str:
+    if text and _data_address(text)[1] < 1:
+        raise UsageError(f"{text!r} is not an address that leads here", hint="write HOST:PORT")
+    return text
 
 
 async def _until_stopped(run: Callable[[], Coroutine[Any, Any, None]]) -> int:

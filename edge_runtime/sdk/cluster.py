@@ -242,7 +242,10 @@ class LocalCluster:
                 arguments += ["--join", client.create_join_link()]
         self._on_progress(f"starting device {spec.name}")
         log_path = self._directory / f"agent-{spec.name}.log"
-        self._agents[spec.name] = ChildProcess(f"device {spec.name}", arguments, log_path)
+        self._agents[spec.name] = self._agent_process(spec.name, arguments, log_path)
+
+    def _agent_process(self, name: str, arguments: list[str], log_path: Path) -> ChildProcess:
+        return ChildProcess(f"device {name}", arguments, log_path)
 
     def _bring_up(self, spec: DeviceSpec, wait: bool) -> None:
         deadline = time.monotonic() + self._timeout_seconds

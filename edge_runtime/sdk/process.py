@@ -26,17 +26,25 @@ _EXIT_SECONDS = 2.0  # from the end of its output to the end of the process
 Event = dict[str, Any]
 
 
-class ChildProcess:
-    """`python -m edge_runtime.cli` with these arguments, in a session of its own (Ctrl-C is the parent's business)."""
+COMMANDS = ("-m", "edge_runtime.sdk.child")
 
-    def __init__(self, name: str, arguments: Sequence[str], log_path: Path) -> None:
+
+class ChildProcess:
+    """`python -m edge_runtime.cli` with these arguments, in a session of its own (Ctrl-C is the parent's business).
+
+    `program`: what Python runs instead, if it watches its parent the same way.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], log_path: Path, *, program: Sequence[str] = COMMANDS
+    ) -> None:
         self.name = name
         self._log_path = log_path
         self._lines: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 # -P: a folder called `coordinator` in the caller's directory must not be taken for ours.
-                [sys.executable, "-P", "-m", "edge_runtime.sdk.child", *arguments],
+                [sys.executable, "-P", *program, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -16,7 +16,7 @@ import pytest
 from edge_runtime.agent.config import NO_DATA_PORT
 from edge_runtime.agent.status import Failed, Loading, Serving
 from edge_runtime.bundle import Bundle
-from edge_runtime.cli.agent import _data_address, _StatusPrinter
+from edge_runtime.cli.agent import _advertised, _data_address, _StatusPrinter
 from edge_runtime.cli.main import main
 from edge_runtime.errors import UsageError
 from edge_runtime.protocol.messages import Refused, StageFailed, StageReady
@@ -154,3 +154,13 @@ async def test_a_final_refusal_ends_the_process_with_its_reason(
     assert agent.returncode == code
     assert refused.reason in err.decode()
     assert f"hint: {refused.hint}" in err.decode()
+
+
+@pytest.mark.parametrize("text", ["none", "host", "host:0", "host:99999", ":7"])
+def test_what_leads_nowhere_is_not_advertised(text: str) -> None:
+    with pytest.raises(UsageError):
+        _advertised(text)
+
+
+def test_an_advertised_address_is_told_as_it_is() -> None:
+    assert (_advertised(""), _advertised("10.0.0.7:4000")) == ("", "10.0.0.7:4000")

@@ -57,6 +57,7 @@ def config(tmp_path: Path, **changes: object) -> AgentConfig:
         {"threads": 0},
         {"data_port": 65536},
         {"data_port": NO_DATA_PORT - 1},
+        {"data_port": NO_DATA_PORT, "advertised_address": "10.0.0.7:4000"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, bad: dict[str, object]) -> None:
