@@ -16,6 +16,7 @@ from edge_runtime.engine.reference import ReferenceStage
 from exporters.export import ExportOptions, ExportReport, export_bundle
 from tests.support import tiny_checkpoints
 from tests.support.stages import Pipeline, span
+from tests.support.transformers_oracle import NEW_TOKENS, PROMPT, oracle
 
 pytestmark = [
     pytest.mark.export,
@@ -24,8 +25,6 @@ pytestmark = [
 ]
 
 TinyCheckpoint = Callable[[str], Path]
-PROMPT = (np.random.default_rng(7).integers(0, 256, 48)).tolist()
-NEW_TOKENS = 64
 OPTIONS = ExportOptions(weights="fp32", calibration_tokens=96)
 RELATIVE = 1e-3
 
@@ -47,28 +46,6 @@ def exported(
         return reports[family]
 
     return export
-
-
-def oracle(checkpoint: Path) -> tuple[np.ndarray, list[int]]:
-    """transformers' logits on the prompt and its 64 greedy tokens."""
-    import torch
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    ids = torch.tensor([PROMPT])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0].numpy()
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
-    return logits, made[0, len(PROMPT) :].tolist()
 
 
 def greedy(pipeline: Pipeline) -> tuple[np.ndarray, list[int]]:
