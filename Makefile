@@ -14,16 +14,17 @@ help:  ## list the targets
 setup: $(NATIVE)  ## virtual environment, pinned packages, native kernels
 
 $(INSTALLED): constraints.txt pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt scikit-build-core nanobind ninja
-	$(PYTHON) -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev,bench]'
-	touch $@
+	@echo 'setting up $(VENV): pinned packages and the native kernels, a minute or two' >&2
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PYTHON) -m pip install -qq --constraint constraints.txt scikit-build-core nanobind ninja
+	@$(PYTHON) -m pip install -qq --no-build-isolation --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
 
 # The kernels once more when their sources change; --no-deps, so that it takes seconds.
 $(NATIVE): $(INSTALLED) $(CSRC)
-	test $(INSTALLED) -nt $@ || \
-	  $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	touch $@
+	@test $(INSTALLED) -nt $@ || { echo 'building the native kernels' >&2; \
+	  $(PYTHON) -m pip install -qq --no-build-isolation --no-deps --editable .; }
+	@touch $@
 
 demo: setup  ## one model over three devices on this machine: plan, speed, generated code, console
 	$(VENV)/bin/edge-runtime demo $(DEMO_FLAGS)

@@ -2,9 +2,9 @@
 
 A message is a frozen dataclass. On the wire it is one msgpack frame `[protocol_version, tag, field, ...]` in field
 order, followed by raw payload frames (rows, slice bytes) whose dtype and shape come from the receiver's own plan, never
-from the sender. An unknown tag, a wrong field count, type, range or size is a ProtocolError; nothing is ever resolved by
-name from received bytes. `codec.py` derives the checks from the annotations here; the limits below bound every list and
-string.
+from the sender. An unknown tag, a wrong field count, type, range or size is a ProtocolError; nothing is ever resolved
+by name from received bytes. `codec.py` derives the checks from the annotations here; the limits below bound every list
+and string.
 
 Knows: what is said. Does not know: how it travels, or what the receiver does about it.
 """
