@@ -9,6 +9,7 @@ Knows: bytes and time. Does not know: what is carried.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -16,6 +17,7 @@ from types import TracebackType
 _CHUNK_BYTES = 16 << 10
 _QUEUE_BYTES = 256 << 10
 _UNLIMITED_BYTES_PER_SECOND = 1e9
+_LOOP_TICK_SECONDS = 0.0015
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,24 @@ class _Direction:
             due, chunk = await self._queue.get()
             if rate := self._proxy.shape.bytes_per_second:
                 due = free_at = max(free_at, due) + len(chunk) / rate
-            await asyncio.sleep(max(0.0, due - loop.time()))
+            await _until(due)
             await self._proxy.while_silent()
             self._writer.write(chunk)
             await self._writer.drain()
             self._proxy.forwarded_bytes += len(chunk)
             self._queued_bytes -= len(chunk)
             self._taken.set()
+
+
+async def _until(due: float) -> None:
+    """The event loop counts in whole milliseconds, which is much of a short delay: the thread sleeps the last of them."""
+    loop = asyncio.get_running_loop()
+    early = due - loop.time() - _LOOP_TICK_SECONDS
+    if early > 0:
+        await asyncio.sleep(early)
+    left = due - loop.time()
+    if left > 0:
+        time.sleep(left)  # noqa: ASYNC251
 
 
 async def _first_of(*works: Coroutine[None, None, None]) -> None:

@@ -1,7 +1,8 @@
-"""llama.cpp timed through its C API. Runs inside the peers' environment; prints one JSON object.
+"""llama.cpp timed through its C API. Runs inside the peers' environment and stays loaded; JSON lines in and out.
 
-`python llamacpp.py MODEL.gguf --threads 2 --prompt 512 --generate 32 [--rpc 2 --rpc-threads 1]`. With `--rpc N`, N of
-llama.cpp's own RPC servers are started on loopback and hold all layers.
+`python llamacpp.py MODEL.gguf --threads 2 [--rpc 2]` greets with one object; then each line `{"what": "decode",
+"prompt": 16, "tokens": 64}` or `{"what": "prefill", "prompt": 512}` is answered with `{"seconds": …}`. With `--rpc
+N`, N of llama.cpp's own RPC servers are started on loopback, each with `--threads` threads, and hold all layers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import json
 import multiprocessing
 import socket
-import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -127,50 +128,42 @@ class Timer:
         return time.perf_counter() - begin
 
     def decode_seconds(self, prompt: list[int], count: int) -> float:
-        """Median seconds of one token."""
+        """Seconds that `count` tokens took after the prompt, chosen greedily."""
         self.clear()
-        token, times = self.run(prompt), []
+        token = self.run(prompt)
+        begin = time.perf_counter()
         for _ in range(count):
-            begin = time.perf_counter()
             token = self.run([token])
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+        return time.perf_counter() - begin
+
+
+def answer(timer: Timer, question: dict, rng: np.random.Generator) -> dict:
+    ids = [int(i) for i in rng.integers(3, timer.vocab_size, question["prompt"])]
+    if question["what"] == "prefill":
+        return {"seconds": timer.prefill_seconds(ids)}
+    return {"seconds": timer.decode_seconds(ids, question["tokens"])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--generate", type=int, default=32)
-    parser.add_argument("--decode-prompt", type=int, default=16)
+    parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rpc", type=int, default=0)
-    parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     llama_cpp.llama_backend_init()
     ports = start_rpc_servers(arguments.rpc, arguments.threads)
     model = load(arguments.model, ports)
-    timer = Timer(model, arguments.threads, arguments.prompt + arguments.generate + 64)
-    ids = [int(i) for i in np.random.default_rng(1).integers(3, timer.vocab_size, arguments.prompt)]
-    timer.run(ids[:8])
-    decode = [
-        timer.decode_seconds(ids[: arguments.decode_prompt], arguments.generate)
-        for _ in range(arguments.repeat)
-    ]
-    prefill = (
-        [timer.prefill_seconds(ids) for _ in range(arguments.repeat)] if arguments.prompt > 16 else [0.0]
-    )
-    print(
-        json.dumps(
-            {
-                "program": f"llama-cpp-python {llama_cpp.__version__}",
-                "threads": arguments.threads,
-                "rpc_servers": arguments.rpc,
-                "decode_tokens_per_second": 1 / statistics.median(decode),
-                "prefill_tokens_per_second": len(ids) / max(statistics.median(prefill), 1e-9),
-            }
-        )
-    )
+    timer = Timer(model, arguments.threads, arguments.context)
+    rng = np.random.default_rng(1)
+    timer.run(list(range(3, 11)))  # pages the weights in
+    tell({"program": f"llama-cpp-python {llama_cpp.__version__}", "rpc_servers": arguments.rpc})
+    for line in sys.stdin:
+        tell(answer(timer, json.loads(line), rng))
+
+
+def tell(value: dict) -> None:
+    print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

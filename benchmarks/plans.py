@@ -1,0 +1,76 @@
+"""What the planner predicts and what comes: one cluster per plan, the coordinator's own prediction beside HTTP's clock.
+
+Knows: a list of plans over small devices. Does not know: how predictions are made.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.clusters import device, running
+from benchmarks.models import Model
+from benchmarks.report import say
+from benchmarks.streams import Prompts, stream
+from edge_runtime import DeviceSpec
+
+RUNS = 3
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    name: str
+    predicted: float  # tokens/s of one session
+    measured: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+    def __str__(self) -> str:
+        return f"plan {self.name:44} predicted {self.predicted:6.2f}, measured {self.measured:6.2f}, {self.error:+.1%}"
+
+
+def plan_errors(plans: Sequence[PlanResult]) -> list[float]:
+    return [abs(plan.error) for plan in plans]
+
+
+async def measure_plans(model: Model, prompts: Prompts) -> list[PlanResult]:
+    """Plans that differ in devices, threads, cuts and links, each in a cluster of its own."""
+    results = []
+    for name, devices, split in _plans(model):
+        async with running(model, devices, split=split) as cluster:
+            plan = await cluster.plan()
+            speeds = []
+            for _ in range(RUNS + 1):
+                found = await stream(
+                    cluster.client, prompts.new(model.decode_prompt_tokens), model.decode_tokens
+                )
+                speeds.append(found.decode_tokens_per_second)
+        results.append(PlanResult(name, plan["predicted_tokens_per_second"], statistics.median(speeds[1:])))
+        say(str(results[-1]))
+    return results
+
+
+def _plans(model: Model) -> list[tuple[str, list[DeviceSpec], str | list[tuple[int, int]]]]:
+    last = model.shape.layers - 1
+    quarter, half = (last + 1) // 4, (last + 1) // 2
+
+    def one(name: str, *, reachable: bool = True) -> DeviceSpec:
+        return device(model, name, 1, reachable=reachable)
+
+    two = device(model, "wide", 2)
+    return [
+        ("one device, 2 threads", [two], "auto"),
+        ("the planner's choice of 1, 1 and 2 threads", [one("a"), one("b"), two], "auto"),
+        ("two devices, a quarter and the rest", [one("a"), one("b")], [(0, quarter - 1), (quarter, last)]),
+        (
+            "two devices, all but a quarter and the rest",
+            [one("a"), one("b")],
+            [(0, last - quarter), (last - quarter + 1, last)],
+        ),
+        ("two devices, 2 threads and 1", [two, one("a")], [(0, half - 1), (half, last)]),
+        ("three devices, evenly", [one("a"), one("b"), one("c")], "even"),
+        ("two devices, through the relay", [one("a", reachable=False), one("b", reachable=False)], "even"),
+    ]
