@@ -30,6 +30,12 @@ class Model:
     prefix_tokens: int
     prefix_new_tokens: int
     long_prompt_tokens: int
+    load_session_tokens: int  # at most, of a session that decodes beside a long prefill
+    load_alone_tokens: int  # of each session before that prefill begins
+    load_requests: int  # of the open loop
+    load_per_second: float
+    load_prompt_tokens: int
+    load_new_tokens: int
     memory: str  # of a device that holds everything
     balanced: tuple[tuple[int, int], tuple[int, int]]  # layers of two equal devices: the head counts as two
 
@@ -103,6 +109,12 @@ LARGE = Model(
     prefix_tokens=1024,
     prefix_new_tokens=32,
     long_prompt_tokens=2048,
+    load_session_tokens=2000,
+    load_alone_tokens=100,
+    load_requests=60,
+    load_per_second=0.5,
+    load_prompt_tokens=64,
+    load_new_tokens=32,
     memory="3GiB",
     balanced=((0, 8), (9, 15)),
 )
@@ -115,6 +127,12 @@ TINY = Model(
     prefix_tokens=128,
     prefix_new_tokens=32,
     long_prompt_tokens=256,
+    load_session_tokens=4000,
+    load_alone_tokens=20,
+    load_requests=12,
+    load_per_second=8.0,
+    load_prompt_tokens=24,
+    load_new_tokens=12,
     memory="512MiB",
     balanced=((0, 1), (2, 3)),
 )

@@ -141,7 +141,7 @@ class _Direction:
         await self._taken.wait()
 
     async def _write(self) -> None:
-        loop, free_at = asyncio.get_running_loop(), 0.0  # free_at: when the wire has carried what went before
+        free_at = 0.0  # when the wire has carried what went before
         while True:
             due, chunk = await self._queue.get()
             if rate := self._proxy.shape.bytes_per_second:
@@ -156,7 +156,7 @@ class _Direction:
 
 
 async def _until(due: float) -> None:
-    """The event loop counts in whole milliseconds, which is much of a short delay: the thread sleeps the last of them."""
+    """The event loop counts in whole milliseconds, much of a short delay: the thread sleeps the last of them."""
     loop = asyncio.get_running_loop()
     early = due - loop.time() - _LOOP_TICK_SECONDS
     if early > 0:

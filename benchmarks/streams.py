@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,10 +26,17 @@ class Stream:
     started: float
     token_times: list[float] = field(default_factory=list)
     ended: float = 0.0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)  # set by every token
 
     @property
     def ttft_seconds(self) -> float:
         return self.token_times[0] - self.started
+
+    async def until(self, tokens: int) -> None:
+        """Wait until so many tokens have come."""
+        while len(self.token_times) < tokens:
+            self.arrived.clear()
+            await self.arrived.wait()
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -37,9 +45,7 @@ class Stream:
 
     @property
     def gaps(self) -> list[float]:
-        return [
-            later - earlier for earlier, later in zip(self.token_times, self.token_times[1:], strict=False)
-        ]
+        return [later - earlier for earlier, later in pairwise(self.token_times)]
 
 
 class Prompts:
@@ -62,6 +68,7 @@ async def stream(
     async with client.stream(list(prompt), max_tokens=tokens, temperature=0, ignore_eos=True) as tokens_in:
         async for _ in tokens_in:
             found.token_times.append(time.monotonic())
+            found.arrived.set()
     found.ended = time.monotonic()
     return found
 
