@@ -59,8 +59,12 @@ class Stage(Protocol):
         """Reserved by open sessions, in whole pages: capacity minus this is what `open` can still give."""
         ...
 
-    def open(self, session: SessionId, max_rows: int) -> None:
-        """Reserve KV for `max_rows`. Raises CapacityError."""
+    def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
+        """Reserve KV for `max_rows`. Raises CapacityError.
+
+        `page_names`: what the leading pages of this session are to be called once they are full. Returns the ids of
+        the rows that are here already, in pages of these names from other sessions; () where nothing is kept.
+        """
         ...
 
     def run(self, batch: Batch) -> Rows:
@@ -73,6 +77,16 @@ class Stage(Protocol):
 
     def drop(self, session: SessionId, from_row: int = 0) -> None:
         """Forget rows from `from_row` on; 0 closes the session and frees its pages. Unknown sessions are ignored."""
+        ...
+
+    def keep(
+        self, session: SessionId, first_page: int, page_names: Sequence[bytes], ids: Sequence[int]
+    ) -> None:
+        """Name full pages from `first_page` on, as far as they hold rows of exactly these ids. Before `drop`."""
+        ...
+
+    def give_back(self, *, all_pages: bool = False) -> None:
+        """Free named pages that no session has used since before the last call, or all that none uses now."""
         ...
 
     def close(self) -> None: ...

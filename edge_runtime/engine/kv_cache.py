@@ -1,7 +1,7 @@
 """Keys and values of all sessions of a stage, in one reservation of virtual memory.
 
-Pages are committed by the operating system when first written, and given back when a session drops them, so
-resident memory follows what sessions hold.
+Pages are committed by the operating system when first written, and given back when nobody needs them, so resident
+memory follows what sessions hold and what is kept for the next one with the same prefix.
 Knows: the memory and its layout. Does not know: attention, spans, or where the budget comes from.
 """
 
@@ -54,20 +54,38 @@ class KvCache:
 
     @property
     def committed_bytes(self) -> int:
-        """Of pages sessions hold now: what this cache adds to the resident memory of the process."""
-        return sum(len(self.table.get(s).pages) for s in self.table.sessions()) * self.shape.page_bytes
+        """Of pages that hold something: what this cache adds to the resident memory of the process."""
+        return self.table.used_pages * self.shape.page_bytes
 
-    def open(self, session: SessionId, max_rows: int) -> None:
-        self.table.open(session, max_rows)
+    def open(self, session: SessionId, max_rows: int, names: Sequence[bytes] = ()) -> list[int]:
+        """The ids of the rows that are here already, in pages of these names."""
+        return self.table.open(session, max_rows, names)
 
     def append(self, session: SessionId, base_row: int, count: int) -> None:
-        self._release(self.table.append(session, base_row, count))
+        moves = self.table.append(session, base_row, count)
+        self._release(moves.clear)
+        for source, target in moves.copy:
+            self.pool[target] = self.pool[source]
+
+    def ran(self, session: SessionId, base_row: int, ids: Sequence[int]) -> None:
+        """The rows were computed in every layer: from now on others may use the pages they fill."""
+        self._release(self.table.ran(session, base_row, ids))
+
+    def keep(self, session: SessionId, first_page: int, names: Sequence[bytes], ids: Sequence[int]) -> None:
+        self._release(self.table.keep(session, first_page, names, ids))
 
     def truncate(self, session: SessionId, rows: int) -> None:
         self._release(self.table.truncate(session, rows))
 
     def drop(self, session: SessionId) -> None:
         self._release(self.table.close(session))
+
+    def grow_older(self) -> None:
+        """Give back what nobody has used since before the last call."""
+        self._release(self.table.grow_older())
+
+    def give_up_resting(self) -> None:
+        self._release(self.table.give_up_resting())
 
     def block_tables(self, sessions: Sequence[SessionId]) -> NDArray[np.int32]:
         """[len(sessions), most pages of one of them], padded with 0."""
@@ -81,6 +99,7 @@ class KvCache:
         """Drop everything. The address space goes when the last view of `pool` does."""
         for session in self.table.sessions():
             self.drop(session)
+        self.give_up_resting()
 
     def _release(self, pages: Iterable[int]) -> None:
         """Give whole operating-system pages back; runs of neighbours go together. They read as zeros afterwards."""

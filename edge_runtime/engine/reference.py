@@ -6,7 +6,7 @@ Knows: blocks, values, sessions' keys and values. Does not know: compiled segmen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -52,10 +52,20 @@ class ReferenceStage:
     def kv_used_tokens(self) -> int:
         return self._table.reserved_tokens
 
-    def open(self, session: SessionId, max_rows: int) -> None:
+    def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
+        """Nothing is ever kept for another session: what others reuse is compared with this."""
         check_open(self._shape, session, max_rows)
         self._table.open(session, max_rows)
         self._kv[session] = {}
+        return ()
+
+    def keep(
+        self, session: SessionId, first_page: int, page_names: Sequence[bytes], ids: Sequence[int]
+    ) -> None:
+        return None
+
+    def give_back(self, *, all_pages: bool = False) -> None:
+        return None
 
     def drop(self, session: SessionId, from_row: int = 0) -> None:
         if session not in self._table:

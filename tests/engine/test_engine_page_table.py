@@ -1,6 +1,11 @@
-"""Pages: none in two sessions, none lost, reservations kept, whatever order sessions come and go in."""
+"""Pages: none lost, none both free and in use, none written under another session's eyes, whatever order things come in.
+
+The model keeps what a real page would hold: row r of a session is a function of its ids 0..r.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -8,86 +13,265 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edge_runtime.core import SessionId
-from edge_runtime.engine.page_table import PAGE_TOKENS, PageTable, pages_for
+from edge_runtime.engine.page_table import PAGE_TOKENS, Moves, PageTable, pages_for
 from edge_runtime.errors import CapacityError, EngineError
 
 NUM_PAGES = 12
+MOST_PAGES = 5  # of a session
+
+
+def row_value(ids: list[int], row: int) -> int:
+    return hash(tuple(ids[: row + 1]))
+
+
+def names_of(ids: list[int], pages: int) -> list[bytes]:
+    return [repr(ids[: (page + 1) * PAGE_TOKENS]).encode() for page in range(pages)]
+
+
+class Open:
+    """What a session should hold: `ids` of its rows, `plan` what the coordinator feeds it."""
+
+    def __init__(self, max_rows: int, plan: list[int], named_rows: int) -> None:
+        self.max_rows = max_rows
+        self.plan = plan
+        self.named_rows = named_rows  # below, rows that were never run follow the plan
+        self.ids: list[int] = []
+        self.longest = 0  # rows it ever held
 
 
 class Pages(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table = PageTable(NUM_PAGES)
-        self.model: dict[SessionId, tuple[int, int]] = {}  # session -> (max_rows, rows)
+        self.content: list[list[int | None]] = [[None] * PAGE_TOKENS for _ in range(NUM_PAGES)]
+        self.model: dict[SessionId, Open] = {}
         self.next = 0
 
     def reserved(self) -> int:
-        return sum(pages_for(max_rows) for max_rows, _ in self.model.values())
+        return sum(pages_for(held.max_rows) for held in self.model.values())
 
-    @rule(max_rows=st.integers(1, 5 * PAGE_TOKENS))
-    def open(self, max_rows: int) -> None:
+    def pick(self, data: st.DataObject) -> tuple[SessionId, Open]:
+        session = data.draw(st.sampled_from(sorted(self.model)))
+        return session, self.model[session]
+
+    def clear(self, pages: list[int] | tuple[int, ...]) -> None:
+        for page in pages:
+            self.content[page] = [None] * PAGE_TOKENS
+
+    @rule(
+        pattern=st.lists(st.integers(0, 1), min_size=MOST_PAGES, max_size=MOST_PAGES),
+        max_rows=st.integers(1, MOST_PAGES * PAGE_TOKENS),
+        named=st.integers(0, MOST_PAGES),
+    )
+    def open(self, pattern: list[int], max_rows: int, named: int) -> None:
+        """Plans are made of few patterns, so that they often begin alike."""
+        plan = [page for page in pattern for _ in range(PAGE_TOKENS)][:max_rows]
+        names = names_of(plan, min(named, len(plan) // PAGE_TOKENS))
         session = SessionId(self.next)
         self.next += 1
         if self.reserved() + pages_for(max_rows) > NUM_PAGES:
             with pytest.raises(CapacityError):
-                self.table.open(session, max_rows)
+                self.table.open(session, max_rows, names)
             assert session not in self.table
-        else:
-            self.table.open(session, max_rows)
-            self.model[session] = (max_rows, 0)
+            return
+        held = Open(max_rows, plan, len(names) * PAGE_TOKENS)
+        held.ids = self.table.open(session, max_rows, names)
+        held.longest = len(held.ids)
+        assert held.ids == plan[: len(held.ids)]
+        assert len(held.ids) < max_rows, "the last row must be run"
+        self.model[session] = held
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), count=st.integers(1, 70))
-    def append(self, data: st.DataObject, count: int) -> None:
-        session = data.draw(st.sampled_from(sorted(self.model)))
-        max_rows, rows = self.model[session]
-        base = data.draw(st.integers(0, rows))
+    @rule(data=st.data(), count=st.integers(1, 70), fails=st.sampled_from([False, False, False, True]))
+    def append(self, data: st.DataObject, count: int, fails: bool) -> None:
+        session, held = self.pick(data)
+        base = data.draw(st.one_of(st.just(len(held.ids)), st.integers(0, len(held.ids))))
         before = list(self.table.get(session).pages)
-        if base + count > max_rows:
+        if base + count > held.max_rows:
             with pytest.raises(CapacityError):
                 self.table.append(session, base, count)
             assert self.table.get(session).pages == before
             return
-        freed = self.table.append(session, base, count)
-        self.model[session] = (max_rows, base + count)
-        assert set(freed) <= set(before)
-        assert not set(freed) & set(self.table.get(session).pages)
+        ids = held.plan[base : base + count]
+        if data.draw(st.booleans()) and (base < held.longest or base >= held.named_rows):
+            ids = [token + 7 for token in ids]  # a new parent: the rows are other ones from here on
+            held.named_rows = min(held.named_rows, base)
+        moves = self.table.append(session, base, count)
+        self.carry_out(moves)
+        held.ids[base:] = ids
+        pages = self.table.get(session).pages
+        copied = {target for _, target in moves.copy}
+        for page in set(pages) - set(before) - copied:
+            assert self.content[page] == [None] * PAGE_TOKENS, "it holds what another session left"
+        for row in range(base, base + count):
+            page = pages[row // PAGE_TOKENS]
+            assert self.table._users[page] == 1, "written while another session uses it"
+            assert page not in self.table.prefixes, "written while it has a name"
+            self.content[page][row % PAGE_TOKENS] = row_value(held.ids, row)
+        if fails:
+            self.clear(self.table.truncate(session, base))
+            del held.ids[base:]
+        else:
+            held.longest = max(held.longest, len(held.ids))
+            self.clear(self.table.ran(session, base, ids))
+
+    def carry_out(self, moves: Moves) -> None:
+        self.clear(moves.clear)
+        for source, target in moves.copy:
+            self.content[target] = list(self.content[source])
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
-        session = data.draw(st.sampled_from(sorted(self.model)))
-        max_rows, rows = self.model[session]
-        keep = data.draw(st.integers(0, rows))
-        self.table.truncate(session, keep)
-        self.model[session] = (max_rows, keep)
+        session, held = self.pick(data)
+        keep = data.draw(st.integers(0, len(held.ids)))
+        self.clear(self.table.truncate(session, keep))
+        del held.ids[keep:]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), is_right=st.booleans(), first=st.integers(0, 2), pages=st.integers(0, MOST_PAGES))
+    def keep(self, data: st.DataObject, is_right: bool, first: int, pages: int) -> None:
+        """What the coordinator believes the rows to be may be more than this stage holds, or other rows."""
+        session, held = self.pick(data)
+        believed = list(self.table.get(session).ids) if is_right else [9] * MOST_PAGES * PAGE_TOKENS
+        believed += [9] * (MOST_PAGES * PAGE_TOKENS - len(believed))
+        names = names_of(believed, MOST_PAGES)[first : first + pages]
+        ids = believed[first * PAGE_TOKENS : (first + len(names)) * PAGE_TOKENS]
+        self.clear(self.table.keep(session, first, names, ids))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
-        session = data.draw(st.sampled_from(sorted(self.model)))
-        pages = list(self.table.get(session).pages)
-        assert self.table.close(session) == pages
+        session, _ = self.pick(data)
+        self.clear(self.table.close(session))
         assert self.table.close(session) == []
         del self.model[session]
 
+    @rule(all_of_them=st.booleans())
+    def give_back(self, all_of_them: bool) -> None:
+        self.clear(self.table.give_up_resting() if all_of_them else self.table.grow_older())
+        assert not (all_of_them and self.table.prefixes.resting)
+
     @invariant()
-    def no_page_twice_and_none_lost(self) -> None:
-        held = [page for session in self.model for page in self.table.get(session).pages]
-        assert sorted(held + self.table._free) == list(range(NUM_PAGES))
+    def no_page_is_lost_or_in_two_states(self) -> None:
+        used = Counter(page for session in self.model for page in self.table.get(session).pages)
+        resting = self.table.prefixes.resting
+        assert used == self.table._users
+        assert sorted([*used, *resting, *self.table._free]) == list(range(NUM_PAGES))
+        assert self.table.used_pages == len(used) + len(resting)
+        assert all(page in self.table.prefixes for page in resting)
+        assert all(page in self.table.prefixes for page, users in used.items() if users > 1)
+
+    @invariant()
+    def every_session_sees_its_own_rows(self) -> None:
+        for session, held in self.model.items():
+            pages = self.table.get(session).pages
+            seen = [self.content[pages[row // 32]][row % 32] for row in range(len(held.ids))]
+            assert seen == [row_value(held.ids, row) for row in range(len(held.ids))]
+
+    @invariant()
+    def a_name_means_the_rows_it_was_given_for(self) -> None:
+        for name in self.table.prefixes.names:
+            page = self.table.prefixes.find(name)
+            assert page is not None
+            ids = eval(name)
+            start = len(ids) - PAGE_TOKENS
+            assert list(self.table.prefixes.ids(page)) == ids[start:]
+            assert self.content[page] == [row_value(ids, row) for row in range(start, len(ids))]
+
+    @invariant()
+    def free_pages_hold_nothing(self) -> None:
+        assert not any(value is not None for page in self.table._free for value in self.content[page])
 
     @invariant()
     def accounts_agree(self) -> None:
         assert self.table.reserved_tokens == self.reserved() * PAGE_TOKENS <= self.table.capacity_tokens
-        assert self.table.held_tokens == sum(rows for _, rows in self.model.values())
-        for session, (max_rows, rows) in self.model.items():
-            held = self.table.get(session)
-            assert (held.max_rows, held.rows) == (max_rows, rows)
-            assert len(held.pages) == pages_for(rows) <= pages_for(max_rows)
+        assert self.table.held_tokens == sum(len(held.ids) for held in self.model.values())
+        for session, held in self.model.items():
+            mine = self.table.get(session)
+            assert (mine.max_rows, mine.rows) == (held.max_rows, len(held.ids))
+            assert len(mine.pages) == pages_for(mine.rows) <= pages_for(mine.max_rows)
 
 
-Pages.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+Pages.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestPages = Pages.TestCase
+
+
+def run(table: PageTable, session: int, ids: list[int], base_row: int = 0) -> None:
+    table.append(SessionId(session), base_row, len(ids))
+    table.ran(SessionId(session), base_row, ids)
+
+
+IDS = list(range(100))
+NAMES = names_of(IDS, 3)
+
+
+def test_a_second_session_finds_the_pages_of_the_first() -> None:
+    table = PageTable(8)
+    assert table.open(SessionId(1), 100, NAMES) == []
+    run(table, 1, IDS[:99])
+    assert table.open(SessionId(2), 100, NAMES) == IDS[:96]
+    assert table.get(SessionId(2)).pages == table.get(SessionId(1)).pages[:3]
+    assert table.used_pages == 4
+
+
+def test_a_page_is_kept_after_its_session_and_given_up_when_room_is_needed() -> None:
+    table = PageTable(4)
+    table.open(SessionId(1), 100, NAMES)
+    run(table, 1, IDS[:99])
+    table.close(SessionId(1))
+    assert (table.used_pages, table.reserved_tokens) == (3, 0)
+    table.open(SessionId(2), 64)
+    run(table, 2, [5] * 64)  # one page is free, one is taken: the last of the chain
+    assert [table.prefixes.find(name) is not None for name in NAMES] == [True, True, False]
+    table.close(SessionId(2))
+    assert table.open(SessionId(3), 100, NAMES) == IDS[:64]
+
+
+def test_half_a_page_or_an_uncomputed_one_never_gets_a_name() -> None:
+    table = PageTable(4)
+    table.open(SessionId(1), 100, NAMES)
+    run(table, 1, IDS[:40])
+    table.append(SessionId(1), 40, 30)  # and then the engine fails, or the session is cancelled
+    table.close(SessionId(1))
+    assert table.prefixes.names == (NAMES[0],)
+
+
+def test_a_session_that_needs_less_gives_the_rest_back() -> None:
+    """Another stage of the pipeline holds fewer pages: rows start below those found here."""
+    table = PageTable(8)
+    table.open(SessionId(1), 100, NAMES)
+    run(table, 1, IDS[:99])
+    table.open(SessionId(2), 100, NAMES)
+    run(table, 2, IDS[32:99], base_row=32)
+    assert table.get(SessionId(2)).pages[:3] == table.get(SessionId(1)).pages[:3]
+    assert table.used_pages == 5  # the last one of each is its own
+
+
+def test_two_sessions_that_computed_the_same_page_share_one_of_them() -> None:
+    table = PageTable(8)
+    for session in (1, 2):
+        table.open(SessionId(session), 64, NAMES[:1])
+    for session in (1, 2):
+        table.append(SessionId(session), 0, 32)
+    assert table.ran(SessionId(1), 0, IDS[:32]) == []
+    assert table.ran(SessionId(2), 0, IDS[:32]) == [1]
+    assert table.get(SessionId(2)).pages == [0]
+
+
+def test_unused_pages_go_after_two_rounds() -> None:
+    table = PageTable(4)
+    table.open(SessionId(1), 64, NAMES[:1])
+    run(table, 1, IDS[:33])
+    table.grow_older()
+    table.close(SessionId(1))
+    assert table.grow_older() == []
+    table.open(SessionId(2), 64, NAMES[:1])
+    assert table.grow_older() == []  # in use
+    table.close(SessionId(2))
+    assert table.grow_older() == []
+    assert table.grow_older() == [0]
+    assert table.used_pages == 0
 
 
 def test_capacity_error_names_both_numbers() -> None:
