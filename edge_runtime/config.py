@@ -128,6 +128,9 @@ class AgentConfig:
     name: str = _setting("", _text, "name of this device ('' for the host name)")
     memory_bytes: int = _setting(0, parse_size, "memory of the whole process (0: half of what is free)")
     threads: int = _setting(0, _count, "compute threads (0: one per core)")
+    executor: str = _setting(
+        "auto", _one_of("auto", "native", "onnx"), "who computes: native kernels or ONNX Runtime"
+    )
 
 
 @dataclass(frozen=True, slots=True)

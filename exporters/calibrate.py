@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from edge_runtime.bundle.bundle import SLICE_DIRECTORY, Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Span
-from edge_runtime.engine.onnx import OnnxStage
-from edge_runtime.engine.segments import MAX_OWN_POOL_THREADS
+from edge_runtime.engine.cpu import CpuStage
+from edge_runtime.engine.onnx import MAX_OWN_POOL_THREADS
 from edge_runtime.errors import ExportError
 from exporters.checkpoint import Floats
 from exporters.head_scores import head_logits
@@ -109,7 +109,7 @@ def _through_layers(bundle: Bundle, count: int, sequences: Sequences, advance: C
     return hidden
 
 
-def _run_whole(stage: OnnxStage, sequences: Sequences, hidden: Floats | None, *, causal: bool) -> Floats:
+def _run_whole(stage: CpuStage, sequences: Sequences, hidden: Floats | None, *, causal: bool) -> Floats:
     outputs = []
     start = 0
     for index, sequence in enumerate(sequences):
@@ -126,13 +126,13 @@ class _Layer:
     def __init__(self, bundle: Bundle, layer: int, sequences: Sequence[Sequence[int]]) -> None:
         pages = sum(-(-len(sequence) // 32) for sequence in sequences) + 1
         budget_bytes = 32 * pages * bundle.manifest.model.kv_bytes_per_token_per_layer
-        self._stage = OnnxStage.load(
+        self._stage = CpuStage.load(
             bundle, LayerRange(layer, layer), threads=_threads(), kv_budget_bytes=budget_bytes
         )
         for index, sequence in enumerate(sequences):
             self._stage.open(SessionId(index + 1), len(sequence))
 
-    def __enter__(self) -> OnnxStage:
+    def __enter__(self) -> CpuStage:
         return self._stage
 
     def __exit__(self, *exc: object) -> None:

@@ -16,7 +16,8 @@ import onnxruntime as ort
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Part, Tensor
-from edge_runtime.engine.segments import forget_pages, session_options
+from edge_runtime.engine.onnx import session_options
+from edge_runtime.engine.resident import forget_pages
 from exporters.checkpoint import Floats
 from exporters.graph import compile_segments
 from exporters.scores import LOGIT_COLUMNS

@@ -13,6 +13,7 @@ from edge_runtime.errors import ConfigError
 MIN_MEMORY_BYTES = 64 << 20
 NO_DATA_PORT = -1
 MAX_NAME_CHARACTERS = 64
+EXECUTORS = ("auto", "native", "onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class AgentConfig:
         ""  # HOST:PORT that peers dial where it is not the one listened at (forwarded port)
     )
     log_level: str = "info"
+    executor: str = "auto"  # native, onnx, or auto: native where it is fast
 
     def __post_init__(self) -> None:
         checks = (
@@ -41,6 +43,7 @@ class AgentConfig:
                 not self.advertised_address or self.data_port != NO_DATA_PORT,
                 "a device without a data port has no address to advertise",
             ),
+            (self.executor in EXECUTORS, f"an executor is one of {', '.join(EXECUTORS)}"),
             (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),
         )
         for holds, message in checks:

@@ -23,7 +23,7 @@ from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
 from edge_runtime.agent.control_link import ControlLink
 from edge_runtime.agent.data_address import data_address
 from edge_runtime.agent.device_profile import DeviceProfiler, MeasurementCache
-from edge_runtime.agent.loader import MakeStage, StageLoader, make_onnx_stage
+from edge_runtime.agent.loader import MakeStage, StageLoader, cpu_stages
 from edge_runtime.agent.memory import MemoryBudget, resident_bytes
 from edge_runtime.agent.pairing_file import load_pairing, save_pairing
 from edge_runtime.agent.peer_outbox import PeerOutbox
@@ -92,11 +92,11 @@ class Agent:
         config: AgentConfig,
         *,
         on_status: Callable[[Status], None] = lambda status: None,
-        make_stage: MakeStage = make_onnx_stage,
+        make_stage: MakeStage | None = None,
     ) -> None:
         self._config = config
         self._on_status = on_status
-        self._make_stage = make_stage
+        self._make_stage = make_stage or cpu_stages(config.executor)
         self._state = PipelineState()
         self._boot_id = secrets.token_hex(8)
         self._hidden_size = 0  # of the stage that is loaded
@@ -111,7 +111,7 @@ class Agent:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = KeyPair.load_or_create(directory / KEY_FILE)
         pairing = await self._pair(key)
-        await asyncio.to_thread(_import_engine)
+        await asyncio.to_thread(_import_engine, self._config.executor)
         self._budget = MemoryBudget(self._config.memory_budget_bytes, resident_bytes())
         self._loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[None] = self._loop.create_future()
@@ -174,7 +174,9 @@ class Agent:
         fetcher = SliceFetcher(BundleStore(directory), self._slices, {pairing.signing_key}, self._disk)
         threads = self._config.threads
         cache = MeasurementCache(directory / PROFILE_FILE)
-        self._profiler = DeviceProfiler(fetcher, self._worker, self._budget, threads, cache)
+        self._profiler = DeviceProfiler(
+            fetcher, self._worker, self._budget, self._config.executor, threads, cache
+        )
         self._loader = StageLoader(
             fetcher, self._worker, self._budget, threads, self._profiler.is_row_invariant, self._make_stage
         )
@@ -386,10 +388,12 @@ def _frame_of(rows: Rows) -> memoryview:
     return np.ascontiguousarray(rows, np.dtype("<f4")).data.cast("B")
 
 
-def _import_engine() -> None:
+def _import_engine(executor: str) -> None:
     """Before memory is measured: the libraries are part of the process that the budget is for."""
-    import edge_runtime.engine.onnx
     import edge_runtime.engine.probe  # noqa: F401
+    from edge_runtime.engine.executors import import_executor
+
+    import_executor(executor)
 
 
 def _first(problems: BaseExceptionGroup[EdgeRuntimeError]) -> EdgeRuntimeError:

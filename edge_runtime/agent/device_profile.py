@@ -71,19 +71,21 @@ class DeviceProfiler:
         fetcher: SliceFetcher,
         worker: StageWorker,
         budget: MemoryBudget,
+        executor: str,
         threads: int,
         cache: MeasurementCache,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
         self._budget = budget
+        self._executor = executor  # native, onnx or auto
         self._threads = threads
         self._cache = cache
 
     async def report(self, digest: str, progress: Progress) -> ProfileReport:
         """Fetch what has to be measured, unless it was. Raises the EdgeRuntimeError that says why it can't be."""
         partial = await self._fetcher.manifest(digest)
-        found = self._cache.get(digest, _numeric_class(partial.manifest), self._threads)
+        found = self._cache.get(digest, self._numeric_class(partial.manifest), self._threads)
         if found is None:
             layers, kv_bytes = self._what_fits(partial.manifest)
             blocks = partial.manifest.blocks(layers.first, layers.last)
@@ -107,6 +109,11 @@ class DeviceProfiler:
         found = self._cache.get(str(bundle.digest), stage.numeric_class, self._threads)
         return found.row_invariant if found is not None else self._probe(bundle, stage).row_invariant
 
+    def _numeric_class(self, manifest: Manifest) -> str:
+        from edge_runtime.engine.executors import chosen_executor, numeric_class_of
+
+        return numeric_class_of(chosen_executor(self._executor), manifest.model.weights)
+
     def _what_fits(self, manifest: Manifest) -> tuple[LayerRange, int]:
         """The last layer with the head; a middle layer alone on a device too small for the head."""
         last, middle = manifest.num_layers - 1, (manifest.num_layers - 1) // 2
@@ -121,19 +128,21 @@ class DeviceProfiler:
 
     def _measure(self, bundle: Bundle, layers: LayerRange, kv_bytes: int) -> Measurement:
         """On the compute thread, so that no step runs beside it."""
-        from edge_runtime.engine.onnx import OnnxStage
+        from edge_runtime.engine.cpu import CpuStage
 
-        stage = OnnxStage.load(bundle, layers, threads=self._threads, kv_budget_bytes=kv_bytes)
+        stage = CpuStage.load(
+            bundle, layers, threads=self._threads, kv_budget_bytes=kv_bytes, executor=self._executor
+        )
         try:
             return self._probe(bundle, stage)
         finally:
             stage.close()
 
     def _probe(self, bundle: Bundle, stage: Stage) -> Measurement:
-        from edge_runtime.engine.onnx import OnnxStage
+        from edge_runtime.engine.cpu import CpuStage
         from edge_runtime.engine.probe import probe
 
-        if not isinstance(stage, OnnxStage):
+        if not isinstance(stage, CpuStage):
             return Measurement(stage.numeric_class, True, "", 0.0, 0.0, 0.0)
         result = probe(stage)
         manifest = bundle.manifest
@@ -158,14 +167,6 @@ class DeviceProfiler:
         if stage.layers.last == manifest.num_layers - 1:  # with the head, where rows could differ too
             self._cache.put(str(bundle.digest), self._threads, found)
         return found
-
-
-def _numeric_class(manifest: Manifest) -> str:
-    import onnxruntime
-
-    from edge_runtime.engine.numeric_class import numeric_class
-
-    return numeric_class("onnx", onnxruntime.__version__, manifest.model.weights)
 
 
 def _head_by_size(manifest: Manifest, layer_seconds: float) -> float:

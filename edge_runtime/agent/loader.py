@@ -30,15 +30,22 @@ class MakeStage(Protocol):
         ...
 
 
-def make_onnx_stage(
-    bundle: Bundle, layers: LayerRange, *, kv_bytes: int, threads: int, reuse: Stage | None
-) -> Stage:
-    from edge_runtime.engine.onnx import OnnxStage
+def cpu_stages(executor: str) -> MakeStage:
+    """Stages on this device's processor; `executor` is native, onnx or auto."""
 
-    kept = reuse if isinstance(reuse, OnnxStage) else None
-    if reuse is not None and kept is None:
-        reuse.close()
-    return OnnxStage.load(bundle, layers, threads=threads, kv_budget_bytes=kv_bytes, reuse=kept)
+    def make(
+        bundle: Bundle, layers: LayerRange, *, kv_bytes: int, threads: int, reuse: Stage | None
+    ) -> Stage:
+        from edge_runtime.engine.cpu import CpuStage
+
+        kept = reuse if isinstance(reuse, CpuStage) else None
+        if reuse is not None and kept is None:
+            reuse.close()
+        return CpuStage.load(
+            bundle, layers, threads=threads, kv_budget_bytes=kv_bytes, executor=executor, reuse=kept
+        )
+
+    return make
 
 
 class StageLoader:
@@ -51,7 +58,7 @@ class StageLoader:
         budget: MemoryBudget,
         threads: int,
         is_row_invariant: Callable[[Bundle, Stage], bool],
-        make_stage: MakeStage = make_onnx_stage,
+        make_stage: MakeStage,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker

@@ -39,6 +39,11 @@ def _configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: one per core)")
     parser.add_argument(
+        "--executor",
+        choices=("auto", "native", "onnx"),
+        help="who computes: our own kernels, ONNX Runtime, or auto: native where it is fast (default)",
+    )
+    parser.add_argument(
         "--state", type=Path, metavar="DIR", help="where the key, the pairing and fetched bundles are"
     )
     parser.add_argument(
@@ -64,6 +69,7 @@ def _run(arguments: Namespace) -> int:
             "agent.name": arguments.name,
             "agent.memory_bytes": arguments.memory,
             "agent.threads": arguments.threads,
+            "agent.executor": arguments.executor,
             "general.state_directory": None if arguments.state is None else str(arguments.state),
         }
     )
@@ -89,6 +95,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         data_port=port,
         advertised_address=_advertised(arguments.advertise),
         log_level=settings.general.log_level,
+        executor=settings.agent.executor,
     )
 
 

@@ -196,13 +196,13 @@ def _bundle(subject: _Subject) -> Iterator[Finding]:
 def _row_invariance(subject: _Subject) -> Iterator[Finding]:
     from edge_runtime.bundle import Bundle
     from edge_runtime.core import LayerRange
-    from edge_runtime.engine.onnx import OnnxStage
+    from edge_runtime.engine.cpu import CpuStage
     from edge_runtime.engine.probe import probe
     from edge_runtime.sdk.cluster import demo_bundle
 
     bundle = Bundle.open(subject.bundle or demo_bundle())
     last = bundle.manifest.num_layers - 1
-    stage = OnnxStage.load(bundle, LayerRange(last, last), threads=1, kv_budget_bytes=PROBE_KV_BYTES)
+    stage = CpuStage.load(bundle, LayerRange(last, last), threads=1, kv_budget_bytes=PROBE_KV_BYTES)
     try:
         found = probe(stage, budget_seconds=PROBE_SECONDS)
     finally:

@@ -16,8 +16,9 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block
 from edge_runtime.engine.base import Span
 from edge_runtime.engine.cut_operations import CutStep, RopeTables, RunContext, cut_step
+from edge_runtime.engine.executors import SegmentStep, load_segment
 from edge_runtime.engine.kv_cache import KvCache
-from edge_runtime.engine.segments import SegmentStep, forget_pages
+from edge_runtime.engine.resident import forget_pages
 from edge_runtime.engine.spans import lay_out
 from edge_runtime.errors import EngineError
 
@@ -27,13 +28,13 @@ Float32 = NDArray[np.float32]
 class LoadedBlock:
     """The embedding, one layer, or the head."""
 
-    def __init__(self, bundle: Bundle, block: Block, threads: int) -> None:
+    def __init__(self, bundle: Bundle, block: Block, executor: str, threads: int) -> None:
         self.name = block.name
         self.threads = threads
         self.is_causal = all(o.attributes.get("causal", True) for o in block.operations)
         self.attention_count = sum(operation.kind == "attention" for operation in block.operations)
         try:
-            self._steps = _compile(bundle, block, threads)
+            self._steps = _compile(bundle, block, executor, threads)
         except (ValueError, TypeError, KeyError) as error:  # a manifest whose numbers contradict each other
             raise EngineError(
                 f"block {block.name} can't be loaded: {error}", hint="export the bundle again"
@@ -46,22 +47,22 @@ class LoadedBlock:
             context = replace(context, kv_layer=kv_layer)
         for step in self._steps:
             inputs = [values[name] for name in step.inputs]
-            results = step.run(inputs) if isinstance(step, SegmentStep) else step.run(inputs, context)
+            results = step.run(inputs, context) if isinstance(step, CutStep) else step.run(inputs)
             values.update(zip(step.outputs, results, strict=True))
         return values["hidden"]
 
 
-def _compile(bundle: Bundle, block: Block, threads: int) -> list[SegmentStep | CutStep]:
+def _compile(bundle: Bundle, block: Block, executor: str, threads: int) -> list[SegmentStep | CutStep]:
     """Segments cover the maximal runs of uncut operations, in order: the bundle's checks made sure."""
     segments = {segment.first_operation: segment for segment in block.segments}
     steps: list[SegmentStep | CutStep] = []
     kv_index = 0
     for index, operation in enumerate(block.operations):
         if operation.is_cut:
-            steps.append(cut_step(bundle, operation, kv_index))
+            steps.append(cut_step(bundle, operation, kv_index, threads))
             kv_index += operation.kind == "attention"
         elif index in segments:
-            steps.append(SegmentStep(bundle, block, segments[index], threads))
+            steps.append(load_segment(executor, bundle, block, segments[index], threads))
     return steps
 
 

@@ -64,9 +64,10 @@ class EmbeddingStep:
 
 
 class AttentionStep:
-    def __init__(self, bundle: Bundle, operation: Operation, kv_index: int) -> None:
+    def __init__(self, bundle: Bundle, operation: Operation, kv_index: int, threads: int) -> None:
         self.inputs, self.outputs = operation.inputs, operation.outputs
         attributes = operation.attributes
+        self._threads = threads
         self._kv_index = kv_index  # among the attention operations of its block
         self._heads = int(attributes["heads"])
         self._kv_heads = int(attributes["kv_heads"])
@@ -112,6 +113,7 @@ class AttentionStep:
             window=self._window,
             softcap=self._softcap,
             causal=self._causal,
+            threads=self._threads,
         )
         return [attended]
 
@@ -119,9 +121,10 @@ class AttentionStep:
 class ExpertsStep:
     """Experts are read where they are mapped: only those chosen ever become resident."""
 
-    def __init__(self, bundle: Bundle, operation: Operation) -> None:
+    def __init__(self, bundle: Bundle, operation: Operation, threads: int) -> None:
         self.inputs, self.outputs = operation.inputs, operation.outputs
         attributes = operation.attributes
+        self._threads = threads
         self._top_k = int(attributes["top_k"])
         self._normalize = bool(attributes["normalize"])
         self._softmax_after = bool(attributes["softmax_after"])
@@ -133,7 +136,9 @@ class ExpertsStep:
         ids, gates = route(
             logits, top_k=self._top_k, normalize=self._normalize, softmax_after=self._softmax_after
         )
-        return [run_experts(rows, ids, gates, self._weights, activation=self._activation)]
+        return [
+            run_experts(rows, ids, gates, self._weights, activation=self._activation, threads=self._threads)
+        ]
 
 
 class PoolStep:
@@ -159,13 +164,13 @@ class PoolStep:
 CutStep = EmbeddingStep | AttentionStep | ExpertsStep | PoolStep
 
 
-def cut_step(bundle: Bundle, operation: Operation, kv_index: int) -> CutStep:
+def cut_step(bundle: Bundle, operation: Operation, kv_index: int, threads: int) -> CutStep:
     if operation.kind == "embedding":
         return EmbeddingStep(bundle, operation)
     if operation.kind == "attention":
-        return AttentionStep(bundle, operation, kv_index)
+        return AttentionStep(bundle, operation, kv_index, threads)
     if operation.kind == "experts":
-        return ExpertsStep(bundle, operation)
+        return ExpertsStep(bundle, operation, threads)
     if operation.kind == "pool":
         return PoolStep(operation)
     raise EngineError(f"{operation.name}: {operation.kind} is not a cut operation")

@@ -21,18 +21,20 @@ _FEATURES = (
 )
 
 
-def numeric_class(executor: str, executor_version: str, weights: str) -> str:
-    """`executor-version/machine+features/isa of our kernels/w:weights/kv:fp32/wire:fp32/k:kernel version`."""
+def onnx_class(onnxruntime_version: str, weights: str) -> str:
+    """`onnx-version/machine+features/isa of our kernels/w:weights/kv:fp32/wire:fp32/k:kernel version`."""
     processor = "+".join((platform.machine().lower(), *processor_features()))
-    parts = (
-        f"{executor}-{executor_version}",
-        processor,
-        edge_kernels.isa(),
-        f"w:{weights}",
-        "kv:fp32",
-        "wire:fp32",
-        f"k:{version('edge-runtime')}",  # the kernels ship with the package
-    )
+    return _class(f"onnx-{onnxruntime_version}", processor, edge_kernels.isa(), weights)
+
+
+def native_class(weights: str) -> str:
+    """`native/any/any/w:weights/…/k:kernel version`: our kernels compute the same bits on every processor."""
+    return _class("native", "any", "any", weights)
+
+
+def _class(executor: str, processor: str, isa: str, weights: str) -> str:
+    kernels = f"k:{version('edge-runtime')}"  # they ship with the package
+    parts = (executor, processor, isa, f"w:{weights}", "kv:fp32", "wire:fp32", kernels)
     return "/".join(parts).replace(" ", "")
 
 

@@ -1,195 +1,99 @@
-"""The CPU executor: compiled segments with our own attention and experts between them.
+"""Segments on ONNX Runtime: the uncut operations between cut ones, each a session over a bundle's slices.
 
-A row's result depends on its own session's history alone, bit for bit, whatever else is in the batch.
-Knows: blocks, KV memory, ragged batches. Does not know: links, leases, sampling, other stages.
+The graphs hold no weights. Sessions read them from the mapped slices while loading, repack the matrices for the
+processor, and need the slices no more: their resident pages are given back.
+Knows: ONNX Runtime and its memory and threads. Does not know: what the operations mean, sessions of users, batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.bundle.manifest import Block, ModelInfo
-from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import Batch, Rows
-from edge_runtime.engine.blocks import LoadedBlock, run_context
-from edge_runtime.engine.cut_operations import RopeTables
-from edge_runtime.engine.kv_cache import KvCache, KvShape
-from edge_runtime.engine.numeric_class import numeric_class
-from edge_runtime.engine.page_table import PAGE_TOKENS
-from edge_runtime.engine.rope import rope_tables
-from edge_runtime.engine.segments import return_free_memory
-from edge_runtime.engine.spans import StageShape, check_batch, check_open
-from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
+from edge_runtime.bundle.manifest import Block, Segment
+from edge_runtime.errors import EngineError
 
-_NO_ROWS = np.zeros((0, 0), np.float32)
+log = logging.getLogger(__name__)
 
+Float32 = NDArray[np.float32]
 
-class OnnxStage:
-    """A Stage on ONNX Runtime. Make one with `load`. `run` releases the GIL while it computes."""
+# Up to so many threads, sessions have sleeping pools of their own: as fast as one shared pool that spins (5.2 and
+# 5.1 ms a step at 2 threads), twice as fast where others compete for the cores, and no time is burnt between steps.
+# A shared pool can't be told not to spin, but with more threads a pool for each of hundreds of sessions would be
+# thousands.
+MAX_OWN_POOL_THREADS = 4
 
-    def __init__(
-        self, bundle: Bundle, layers: LayerRange, blocks: dict[str, LoadedBlock], cache: KvCache
-    ) -> None:
-        manifest = bundle.manifest
-        self.layers = layers
-        self.numeric_class = numeric_class("onnx", ort.__version__, manifest.model.weights)
-        self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
-        self.bundle_digest = bundle.digest
-        self._shape = StageShape(manifest.model, layers, manifest.num_layers)
-        self._blocks = blocks
-        self._cache = cache
-        self.ropes = _ropes(bundle, cache)
-        self._closed = False
-
-    @classmethod
-    def load(
-        cls,
-        bundle: Bundle,
-        layers: LayerRange,
-        *,
-        threads: int,
-        kv_budget_bytes: int,
-        reuse: OnnxStage | None = None,
-    ) -> OnnxStage:
-        """Load the blocks of `layers`. `reuse` is closed, and its blocks are kept where they are wanted again.
-
-        Raises EngineError (a graph that can't be compiled, layers that don't exist) or CapacityError (a budget that
-        does not hold one page of KV).
-        """
-        if threads < 1:
-            raise EngineError(f"a stage computes with at least 1 thread, not {threads}")
-        StageShape(bundle.manifest.model, layers, bundle.manifest.num_layers)  # layers exist
-        wanted = bundle.manifest.blocks(layers.first, layers.last)
-        cache = _make_cache(wanted, kv_budget_bytes, layers)
-        kept = reuse.release_blocks(bundle.digest, threads) if reuse is not None else {}
-        # Forget what is not wanted before loading more: the two need not fit together.
-        kept = {block.name: kept[block.name] for block in wanted if block.name in kept}
-        blocks = {
-            block.name: kept[block.name] if block.name in kept else LoadedBlock(bundle, block, threads)
-            for block in wanted
-        }
-        return_free_memory()
-        return cls(bundle, layers, blocks, cache)
-
-    @property
-    def model(self) -> ModelInfo:
-        return self._shape.model
-
-    @property
-    def blocks(self) -> Mapping[str, LoadedBlock]:
-        """By name, in order; for probes."""
-        return self._blocks
-
-    @property
-    def kv_shape(self) -> KvShape:
-        return self._cache.shape
-
-    @property
-    def kv_capacity_tokens(self) -> int:
-        return self._cache.table.capacity_tokens
-
-    @property
-    def kv_used_tokens(self) -> int:
-        """Reserved by open sessions, in whole pages."""
-        return self._cache.table.reserved_tokens
-
-    @property
-    def kv_committed_bytes(self) -> int:
-        return self._cache.committed_bytes
-
-    def open(self, session: SessionId, max_rows: int) -> None:
-        self._check_usable()
-        check_open(self._shape, session, max_rows)
-        self._cache.open(session, max_rows)
-
-    def drop(self, session: SessionId, from_row: int = 0) -> None:
-        if session not in self._cache.table:
-            return
-        if from_row > 0:
-            self._cache.truncate(session, from_row)
-        else:
-            self._cache.drop(session)
-
-    def rows(self, session: SessionId) -> int:
-        """How many rows of the session this stage holds."""
-        return self._cache.table.get(session).rows
-
-    def close(self) -> None:
-        self._cache.close()
-        self._blocks = {}
-        self._closed = True
-
-    def release_blocks(self, digest: str, threads: int) -> dict[str, LoadedBlock]:
-        """Close this stage and hand over its blocks, where they are of that bundle and that number of threads."""
-        kept = {name: block for name, block in self._blocks.items() if block.threads == threads}
-        self.close()
-        return kept if digest == self.bundle_digest else {}
-
-    def run(self, batch: Batch) -> Rows:
-        self._check_usable()
-        if not batch.spans:
-            raise EngineError("a batch without spans")
-        check_batch(batch, self._shape, self._cache.table)
-        for span in batch.spans:
-            self._cache.append(span.session, span.base_row, len(span.ids))
-        try:
-            return self._run_blocks(batch)
-        except Exception as error:
-            # The sessions hold rows that were not computed: forget them, and they can be sent again.
-            for span in batch.spans:
-                self._cache.truncate(span.session, span.base_row)
-            if isinstance(error, EdgeRuntimeError):
-                raise
-            raise EngineError(f"layers {self.layers} could not run a batch: {error}") from error
-
-    def _run_blocks(self, batch: Batch) -> Rows:
-        context = run_context(batch.spans, self._cache, self.ropes)
-        wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
-        hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
-        kv_layer = 0
-        for name, block in self._blocks.items():
-            if name == "head" and wants_logits:
-                hidden = hidden[
-                    context.layout.logit_rows
-                ]  # the head is the costliest block: only rows asked for
-                if not len(hidden):
-                    return np.zeros((0, self._shape.model.vocab_size), np.float32)
-            hidden = block.run(hidden, context, kv_layer)
-            kv_layer += block.attention_count
-        return hidden
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise EngineError(f"the stage of layers {self.layers} is closed")
+_shared_pool_threads = 0  # of the process, 0: not made yet
 
 
-def kv_shape(blocks: tuple[Block, ...]) -> KvShape:
-    """Of all attention operations together; they must agree on heads, since they share one pool."""
-    operations = [o for block in blocks for o in block.operations if o.kind == "attention"]
-    shapes = {(int(o.attributes["kv_heads"]), int(o.attributes["head_dim"])) for o in operations}
-    if len(shapes) != 1:
-        raise EngineError(f"attention with {len(shapes)} different KV shapes in one stage is not supported")
-    kv_heads, head_dim = shapes.pop()
-    return KvShape(len(operations), kv_heads, head_dim)
+def session_options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    if _shares_pool(threads):
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Rows come in every number: an arena would keep the largest batch's memory, and patterns would never repeat.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    return options
 
 
-def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange) -> KvCache:
-    shape = kv_shape(blocks)
-    pages = shape.pages_in(budget_bytes)
-    if pages == 0:
-        raise CapacityError(
-            f"layers {layers} need at least {shape.page_bytes} bytes of KV memory; {budget_bytes} are left",
-            hint="give this device more memory, or fewer layers",
+def _shares_pool(threads: int) -> bool:
+    """The shared pool is made once per process, and from then on ONNX Runtime lets no session have its own."""
+    global _shared_pool_threads
+    if _shared_pool_threads == 0 and threads > MAX_OWN_POOL_THREADS:
+        ort.set_global_thread_pool_sizes(threads, 1)
+        _shared_pool_threads = threads
+    if _shared_pool_threads not in (0, threads):
+        log.warning(
+            "this process shares a pool of %d threads; %d cannot be had now", _shared_pool_threads, threads
         )
-    return KvCache(shape, pages)
+    return _shared_pool_threads > 0
 
 
-def _ropes(bundle: Bundle, cache: KvCache) -> RopeTables:
-    """Tables up to the longest session that can be open here."""
-    capacity = cache.table.num_pages * PAGE_TOKENS
-    positions = min(bundle.manifest.model.max_context_tokens, capacity)
-    return {name: rope_tables(rope, positions) for name, rope in bundle.manifest.ropes.items()}
+class OnnxSegment:
+    """One segment, ready to run on any number of rows. Values are matched by position, not by name."""
+
+    def __init__(self, bundle: Bundle, block: Block, segment: Segment, threads: int) -> None:
+        self.inputs = segment.inputs
+        self.outputs = segment.outputs
+        name = f"{block.name} operations {segment.first_operation}-{segment.last_operation}"
+        slices = {key: bundle.slice_bytes(key) for key in block.slices}
+        filled = {key: view for key, view in slices.items() if len(view)}
+        options = session_options(threads)
+        options.add_external_initializers_from_files_in_memory(
+            list(filled), list(filled.values()), [len(view) for view in filled.values()]
+        )
+        graph = bundle.part(segment.graph).tobytes()
+        try:
+            self._session = ort.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+            raise EngineError(
+                f"ONNX Runtime could not load {name}: {_first_line(error)}",
+                hint="export the bundle again, or update onnxruntime on this device",
+            ) from error
+        self._names = [value.name for value in self._session.get_inputs()]
+        found = (len(self._names), len(self._session.get_outputs()))
+        if found != (len(segment.inputs), len(segment.outputs)):
+            raise EngineError(
+                f"the graph of {name} takes {found[0]} values and gives {found[1]}; "
+                f"the manifest says {len(segment.inputs)} and {len(segment.outputs)}"
+            )
+
+    def run(self, values: Sequence[Float32]) -> list[Float32]:
+        # Plain `run` with a dict: binding costs five times as much for graphs this small.
+        result: list[Float32] = self._session.run(None, dict(zip(self._names, values, strict=True)))
+        return result
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from edge_runtime.core import SamplingParams, SessionId
 from edge_runtime.engine.base import Span
 from edge_runtime.engine.blocks import LoadedBlock, run_context
+from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.kv_cache import KvCache, KvShape
-from edge_runtime.engine.onnx import OnnxStage
 from edge_runtime.engine.page_table import pages_for
 from edge_runtime.engine.sampler import Sampler
 
@@ -56,7 +56,7 @@ class ProbeResult:
 
 
 def probe(
-    stage: OnnxStage, *, budget_seconds: float = 2.0, seed: int = 0, clock: Clock = time.perf_counter
+    stage: CpuStage, *, budget_seconds: float = 2.0, seed: int = 0, clock: Clock = time.perf_counter
 ) -> ProbeResult:
     """Half the budget goes to invariance, half to timings. The stage's sessions are not touched."""
     start = clock()
@@ -74,7 +74,7 @@ def probe(
 class _LayerProbe:
     """One layer of a stage with KV memory of its own."""
 
-    def __init__(self, stage: OnnxStage, rng: np.random.Generator) -> None:
+    def __init__(self, stage: CpuStage, rng: np.random.Generator) -> None:
         name = f"layers.{stage.layers.first}"
         self.block: LoadedBlock = stage.blocks[name]
         self.vocab_size = stage.model.vocab_size

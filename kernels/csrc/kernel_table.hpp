@@ -55,6 +55,45 @@ struct QuantizedRowOut {
   float* scales;
 };
 
+constexpr int kTileOutputs = 16;
+constexpr int kPanelRows = 16;
+
+// Rows of a panel, quantized for `linear`. A block's codes, corrections and scales of all `stride` rows lie together.
+// Block b of row r: codes at (b * stride + r) * 32, the others at b * stride + r. A correction is minus the zero point
+// times the sum of the block's codes.
+struct PanelRows {
+  const std::int8_t* codes;
+  const std::int32_t* corrections;
+  const float* scales;
+  std::int64_t stride;  // rows of the panel, at most kPanelRows
+};
+
+struct PanelRowOut {
+  std::int8_t* codes;
+  std::int32_t* corrections;
+  float* scales;
+  std::int64_t stride;
+};
+
+// Where a tile's results go: row m at y + m * stride, `outputs` of them, each times `unit` plus its bias.
+struct TileOut {
+  float* y;
+  std::int64_t stride;
+  int outputs;
+  float unit;
+  const float* bias;  // or null
+};
+
+enum class RowKind { rms_norm, layer_norm, add, mul, silu_mul, silu, gelu, gelu_tanh, tanh, scale, softcap };
+
+struct RowOperation {
+  RowKind kind;
+  int count;  // floats of a row
+  float parameter;
+  const float* weight;
+  const float* bias;  // or null
+};
+
 struct KernelTable {
   const char* name;
   void (*attend)(const AttentionTile&, float* scratch);  // scratch: kAttentionScratchFloats, 64-byte aligned
@@ -73,6 +112,12 @@ struct KernelTable {
 
   void (*silu_multiply)(const float* gate, const float* up, float* out, int count);
   void (*accumulate)(float* y, const float* x, float factor, int count);  // y = fma(factor, x, y)
+
+  // A tile is `blocks` blocks of 16 outputs (packed_matrix.hpp), then their half-precision scales.
+  void (*linear_int8)(const std::uint8_t* tile, int blocks, const PanelRows& x, const TileOut& out);
+  void (*linear_int4)(const std::uint8_t* tile, int blocks, const PanelRows& x, const TileOut& out);
+  void (*quantize_row)(const float* x, int columns, int zero_point, const PanelRowOut& out);
+  void (*row_operation)(const RowOperation& operation, const float* a, const float* b, float* out);
 
   // docs/noise.md: y = exp(x), and the uniforms of ids at a position
   void (*exp_all)(const double* x, double* y, std::int64_t count);

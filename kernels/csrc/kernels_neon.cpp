@@ -4,10 +4,15 @@
 
 #include "attention_kernel.hpp"
 #include "experts_kernel.hpp"
+#include "linear_lanes_neon.hpp"
+// (after its lanes)
+#include "linear_kernel.hpp"
+#include "row_kernel.hpp"
 #include "sampling_kernel.hpp"
 
 const edge::KernelTable edge::kNeonKernels = {
     "neon",        attend,         quantize_int8, quantize_int4, multiply<Int8>,
     multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
+    linear<PartInt8>, linear<PartInt4>, quantize_row, row_operation,
     exp_all,        uniform_all,
 };

@@ -13,6 +13,7 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &edge::set_isa);
   edge::bind_attention(m);
   edge::bind_experts(m);
+  edge::bind_program(m);
   edge::bind_rows(m);
   edge::bind_sampling(m);
 }

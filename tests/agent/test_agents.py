@@ -18,7 +18,7 @@ from edge_runtime.agent.memory import MemoryBudget, resident_bytes
 from edge_runtime.agent.status import Connected, Paired, Serving, Status
 from edge_runtime.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams
-from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.sampler import Sampler
 from edge_runtime.errors import ConfigError, TrustError, VersionError
 from edge_runtime.protocol.messages import (
@@ -105,8 +105,8 @@ async def cluster_of(bundle: Bundle, directory: Path) -> AsyncIterator[Cluster]:
 def one_device_loop(bundle: Bundle, ids: Sequence[int], max_rows: int, sampling: SamplingParams) -> list[int]:
     """The same model in one stage, one row after the other, without any of the agent's machinery."""
 
-    def make(bundle: Bundle, layers: LayerRange) -> OnnxStage:
-        return OnnxStage.load(bundle, layers, threads=1, kv_budget_bytes=64 << 20)
+    def make(bundle: Bundle, layers: LayerRange) -> CpuStage:
+        return CpuStage.load(bundle, layers, threads=1, kv_budget_bytes=64 << 20)
 
     pipeline = Pipeline.load(bundle, make)
     pipeline.open(1, max_rows)
@@ -189,7 +189,7 @@ async def test_a_new_plan_goes_on_from_the_journalled_ids(bundle: Bundle, tmp_pa
 
 
 async def test_an_encoder_over_two_devices_gives_the_vector_of_one(encoder: Bundle, tmp_path: Path) -> None:
-    stage = OnnxStage.load(encoder, LayerRange(0, 2), threads=1, kv_budget_bytes=64 << 20)
+    stage = CpuStage.load(encoder, LayerRange(0, 2), threads=1, kv_budget_bytes=64 << 20)
     pipeline = Pipeline([stage])
     pipeline.open(1, len(PROMPT))
     whole = replace(span(1, 0, PROMPT, 0), causal=False)

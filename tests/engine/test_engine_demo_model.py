@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import Rows
-from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.probe import probe
 from edge_runtime.engine.reference import ReferenceStage
 from exporters.export import ExportOptions, export_bundle
@@ -24,8 +25,14 @@ PROMPT = (
 )
 
 
-def onnx(bundle: Bundle, layers: LayerRange) -> OnnxStage:
-    return OnnxStage.load(bundle, layers, threads=1, kv_budget_bytes=8 << 20)
+Load = Callable[[Bundle, LayerRange], CpuStage]
+
+
+@pytest.fixture(scope="module", params=["native", "onnx"])
+def load(request: pytest.FixtureRequest) -> Load:
+    return lambda bundle, layers: CpuStage.load(
+        bundle, layers, threads=1, kv_budget_bytes=8 << 20, executor=request.param
+    )
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8"])
@@ -52,10 +59,10 @@ def greedy(pipeline: Pipeline, session: int, prompt: list[int], count: int) -> t
     return ids, np.stack(logits)
 
 
-def test_agrees_with_the_reference(bundle: Bundle) -> None:
+def test_agrees_with_the_reference(load: Load, bundle: Bundle) -> None:
     ids = prompt_ids(bundle)
     results = []
-    for make in (onnx, ReferenceStage):
+    for make in (load, ReferenceStage):
         pipeline = Pipeline.load(bundle, make)
         pipeline.open(1, len(ids))
         results.append(pipeline.run(span(1, 0, ids)))
@@ -68,17 +75,17 @@ def test_agrees_with_the_reference(bundle: Bundle) -> None:
         assert np.mean(np.argmax(fast, axis=1) == np.argmax(reference, axis=1)) > 0.85
 
 
-def test_every_cut_gives_the_same_bits(bundle: Bundle) -> None:
+def test_every_cut_gives_the_same_bits(load: Load, bundle: Bundle) -> None:
     layers = bundle.manifest.num_layers
     prompt = prompt_ids(bundle)
-    whole = greedy(Pipeline.load(bundle, onnx), 1, prompt, 6)
+    whole = greedy(Pipeline.load(bundle, load), 1, prompt, 6)
     cuts = [(first,) for first in range(1, layers)] + list(combinations(range(1, layers), 2))[::3]
     for boundaries in cuts:
-        ids, logits = greedy(Pipeline.load(bundle, onnx, *boundaries), 1, prompt, 6)
+        ids, logits = greedy(Pipeline.load(bundle, load, *boundaries), 1, prompt, 6)
         assert ids == whole[0], boundaries
         assert np.array_equal(logits, whole[1]), boundaries
 
 
-def test_rows_are_invariant_here(bundle: Bundle) -> None:
-    result = probe(onnx(bundle, LayerRange(0, bundle.manifest.num_layers - 1)), budget_seconds=0.3)
+def test_rows_are_invariant_here(load: Load, bundle: Bundle) -> None:
+    result = probe(load(bundle, LayerRange(0, bundle.manifest.num_layers - 1)), budget_seconds=0.3)
     assert result.row_invariant, result.why_not

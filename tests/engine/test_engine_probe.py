@@ -12,8 +12,8 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch
 from edge_runtime.engine.blocks import LoadedBlock
-from edge_runtime.engine.numeric_class import numeric_class, processor_features
-from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.cpu import CpuStage
+from edge_runtime.engine.numeric_class import native_class, onnx_class, processor_features
 from edge_runtime.engine.probe import BATCH_SIZES, probe
 from tests.support.stages import span
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
@@ -24,8 +24,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return build_tiny_bundle(tmp_path_factory.mktemp("probe") / "bundle", TinyModel(format="int4", experts=4))
 
 
-def load(bundle: Bundle, first: int, last: int) -> OnnxStage:
-    return OnnxStage.load(bundle, LayerRange(first, last), threads=1, kv_budget_bytes=4 << 20)
+def load(bundle: Bundle, first: int, last: int) -> CpuStage:
+    return CpuStage.load(bundle, LayerRange(first, last), threads=1, kv_budget_bytes=4 << 20)
 
 
 def test_a_good_stage_is_invariant_and_timed(bundle: Bundle) -> None:
@@ -34,7 +34,7 @@ def test_a_good_stage_is_invariant_and_timed(bundle: Bundle) -> None:
     assert result.checked_rows == max(BATCH_SIZES)
     assert 0 < result.layer_prefill_row_seconds < result.layer_decode_seconds < 1
     assert 0 < result.head_seconds < 1
-    assert result.numeric_class.startswith("onnx-")
+    assert result.numeric_class == native_class("int4")
     assert "/w:int4/kv:fp32/wire:fp32/k:" in result.numeric_class
 
 
@@ -95,5 +95,6 @@ def test_the_class_names_what_decides_bits(tmp_path: Path) -> None:
     cpuinfo.write_text("Features\t: fp asimddp i8mm\n")
     assert processor_features(cpuinfo) == ("asimddp", "i8mm")
     assert processor_features(tmp_path / "absent") == ()
-    assert numeric_class("onnx", "1.31.1", "int8") != numeric_class("onnx", "1.31.1", "int4")
-    assert " " not in numeric_class("onnx", "1.31.1", "int8")
+    assert onnx_class("1.31.1", "int8") != onnx_class("1.31.1", "int4")
+    assert onnx_class("1.31.1", "int8") != native_class("int8") != native_class("int4")
+    assert " " not in onnx_class("1.31.1", "int8")

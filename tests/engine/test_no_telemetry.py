@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import os, sys
-import edge_runtime.engine.segments
+import edge_runtime.engine.onnx
 import onnxruntime
 links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
 opened = [os.readlink(link) for link in links if os.path.exists(link)]

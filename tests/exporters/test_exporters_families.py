@@ -11,7 +11,7 @@ import pytest
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import Span
-from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.reference import ReferenceStage
 from exporters.export import ExportOptions, ExportReport, export_bundle
 from tests.support import tiny_checkpoints
@@ -29,8 +29,14 @@ OPTIONS = ExportOptions(weights="fp32", calibration_tokens=96)
 RELATIVE = 1e-3
 
 
-def onnx(bundle: Bundle, layers: LayerRange) -> OnnxStage:
-    return OnnxStage.load(bundle, layers, threads=1, kv_budget_bytes=16 << 20)
+Load = Callable[[Bundle, LayerRange], CpuStage]
+
+
+@pytest.fixture(scope="module", params=["native", "onnx"])
+def load(request: pytest.FixtureRequest) -> Load:
+    return lambda bundle, layers: CpuStage.load(
+        bundle, layers, threads=1, kv_budget_bytes=16 << 20, executor=request.param
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +72,12 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("family", tiny_checkpoints.GENERATORS)
 def test_tokens_and_logits_are_those_of_transformers(
-    tiny_checkpoint: TinyCheckpoint, exported: Callable[[str], ExportReport], family: str
+    load: Load, tiny_checkpoint: TinyCheckpoint, exported: Callable[[str], ExportReport], family: str
 ) -> None:
     expected_logits, expected_ids = oracle(tiny_checkpoint(family))
     bundle = Bundle.open(exported(family).path)
     for boundaries in ((), (1, 3)):
-        logits, ids = greedy(Pipeline.load(bundle, onnx, *boundaries))
+        logits, ids = greedy(Pipeline.load(bundle, load, *boundaries))
         assert relative_difference(logits, expected_logits) < RELATIVE
         assert ids == expected_ids
     assert len(set(expected_ids)) > 3  # a stuck model would agree with anything
@@ -114,7 +120,7 @@ def test_both_dialects_give_the_same_bundle(
 
 
 def test_an_encoder_gives_the_mean_of_transformers_rows(
-    tiny_checkpoint: TinyCheckpoint, exported: Callable[[str], ExportReport]
+    load: Load, tiny_checkpoint: TinyCheckpoint, exported: Callable[[str], ExportReport]
 ) -> None:
     import torch
     import transformers
@@ -124,7 +130,7 @@ def test_an_encoder_gives_the_mean_of_transformers_rows(
         rows = model(input_ids=torch.tensor([PROMPT])).last_hidden_state[0].numpy()
     expected = rows.mean(axis=0) / np.linalg.norm(rows.mean(axis=0))
     bundle = Bundle.open(exported("bert").path)
-    pipeline = Pipeline.load(bundle, onnx, 2)
+    pipeline = Pipeline.load(bundle, load, 2)
     pipeline.open(1, len(PROMPT))
     vector = pipeline.run(Span(span(1, 0, PROMPT).session, 0, tuple(PROMPT), causal=False))[0]
     np.testing.assert_allclose(vector, expected, atol=1e-5)

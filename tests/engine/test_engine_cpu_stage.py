@@ -1,10 +1,10 @@
-"""The CPU executor: it agrees with the reference, and a row's bits depend on its own session alone."""
+"""The CPU stage on both executors: it agrees with the reference, and a row's bits depend on its own session alone."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Rows, Span
 from edge_runtime.engine.blocks import LoadedBlock
-from edge_runtime.engine.onnx import OnnxStage
+from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.reference import ReferenceStage
 from edge_runtime.errors import CapacityError, EngineError
 from tests.support.stages import Pipeline, logits_alone, span
@@ -36,8 +36,19 @@ MODELS = {
 TOLERANCE = {"fp32": 1e-5, "int8": 0.04, "int4": 0.04}
 
 
-def onnx(bundle: Bundle, layers: LayerRange) -> OnnxStage:
-    return OnnxStage.load(bundle, layers, threads=1, kv_budget_bytes=8 << 20)
+Load = Callable[[Bundle, LayerRange], CpuStage]
+
+
+@pytest.fixture(scope="module", params=["native", "onnx"])
+def executor(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def load(executor: str) -> Load:
+    return lambda bundle, layers: CpuStage.load(
+        bundle, layers, threads=1, kv_budget_bytes=8 << 20, executor=executor
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +64,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture
-def stage(bundles: dict[str, Bundle]) -> Iterator[OnnxStage]:
-    stage = onnx(bundles["dense"], LayerRange(0, 2))
+def stage(load: Load, bundles: dict[str, Bundle]) -> Iterator[CpuStage]:
+    stage = load(bundles["dense"], LayerRange(0, 2))
     yield stage
     stage.close()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_agrees_with_the_reference(bundles: dict[str, Bundle], name: str) -> None:
+def test_agrees_with_the_reference(load: Load, bundles: dict[str, Bundle], name: str) -> None:
     ids = np.random.default_rng(1).integers(0, 200, 40).tolist()
     results = []
-    for make in (onnx, ReferenceStage):
+    for make in (load, ReferenceStage):
         pipeline = Pipeline.load(bundles[name], make)
         pipeline.open(1, 40)
         results.append(
@@ -77,10 +88,10 @@ def test_agrees_with_the_reference(bundles: dict[str, Bundle], name: str) -> Non
 
 
 @pytest.fixture(scope="module")
-def pipelines(bundles: dict[str, Bundle]) -> dict[tuple[str, tuple[int, ...]], Pipeline]:
+def pipelines(load: Load, bundles: dict[str, Bundle]) -> dict[tuple[str, tuple[int, ...]], Pipeline]:
     names = ("window-softcap", "int4", "experts-int8")
     return {
-        (name, cuts): Pipeline.load(bundles[name], onnx, *cuts)
+        (name, cuts): Pipeline.load(bundles[name], load, *cuts)
         for name in names
         for cuts in ((), (1,), (2,), (1, 2))
     }
@@ -122,8 +133,8 @@ def test_rows_do_not_depend_on_batch_chunks_or_cuts(
     assert all(one.kv_used_tokens == 0 for one in pipeline.stages)
 
 
-def test_a_new_parent_replaces_the_rows_after_it(bundles: dict[str, Bundle]) -> None:
-    pipeline = Pipeline.load(bundles["experts"], onnx, 1)
+def test_a_new_parent_replaces_the_rows_after_it(load: Load, bundles: dict[str, Bundle]) -> None:
+    pipeline = Pipeline.load(bundles["experts"], load, 1)
     wanted = logits_alone(pipeline, 1, [*range(40), *range(100, 110)])
     pipeline.open(2, 60)
     pipeline.run(span(2, 0, range(60)))
@@ -132,14 +143,14 @@ def test_a_new_parent_replaces_the_rows_after_it(bundles: dict[str, Bundle]) -> 
     assert np.array_equal(pipeline.run(span(2, 35, [35, 36])), wanted[35:37])
 
 
-def test_prefill_chunks_skip_the_head(stage: OnnxStage) -> None:
+def test_prefill_chunks_skip_the_head(stage: CpuStage) -> None:
     stage.open(SessionId(1), 10)
     assert stage.run(Batch((span(1, 0, range(5), 0),), None)).shape == (0, 200)
     assert stage.run(Batch((span(1, 5, range(5), 1),), None)).shape == (1, 200)
 
 
-def test_inner_stages_take_and_give_hidden_rows(bundles: dict[str, Bundle]) -> None:
-    inner = onnx(bundles["dense"], LayerRange(1, 1))
+def test_inner_stages_take_and_give_hidden_rows(load: Load, bundles: dict[str, Bundle]) -> None:
+    inner = load(bundles["dense"], LayerRange(1, 1))
     inner.open(SessionId(1), 10)
     hidden = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     result = inner.run(Batch((span(1, 0, (1, 2, 3)),), hidden))
@@ -167,7 +178,7 @@ BAD_SPANS = {
 
 
 @pytest.mark.parametrize("what", BAD_SPANS)
-def test_a_bad_span_is_refused_and_harms_nobody(stage: OnnxStage, what: str) -> None:
+def test_a_bad_span_is_refused_and_harms_nobody(stage: CpuStage, what: str) -> None:
     bad, error, message = BAD_SPANS[what]
     for session in (1, 2):
         stage.open(SessionId(session), 10)
@@ -181,7 +192,7 @@ def test_a_bad_span_is_refused_and_harms_nobody(stage: OnnxStage, what: str) -> 
 
 
 def test_a_batch_that_fails_half_way_leaves_sessions_as_they_were(
-    stage: OnnxStage, monkeypatch: pytest.MonkeyPatch
+    stage: CpuStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.open(SessionId(1), 10)
     stage.run(Batch((span(1, 0, range(5)),), None))
@@ -196,7 +207,7 @@ def test_a_batch_that_fails_half_way_leaves_sessions_as_they_were(
 def test_sessions_too_long_for_the_model_or_the_memory_are_refused(bundles: dict[str, Bundle]) -> None:
     layers = LayerRange(0, 2)
     page = 3 * 2 * 32 * 2 * 16 * 4
-    stage = OnnxStage.load(bundles["dense"], layers, threads=1, kv_budget_bytes=4 * page)
+    stage = CpuStage.load(bundles["dense"], layers, threads=1, kv_budget_bytes=4 * page)
     assert stage.kv_capacity_tokens == 128
     with pytest.raises(CapacityError, match="wants 513 tokens; tiny was made for at most 512"):
         stage.open(SessionId(1), 513)
@@ -206,48 +217,63 @@ def test_sessions_too_long_for_the_model_or_the_memory_are_refused(bundles: dict
     stage.drop(SessionId(1))
     stage.open(SessionId(2), 40)
     with pytest.raises(CapacityError, match=f"{page} bytes of KV memory; 100 are left"):
-        OnnxStage.load(bundles["dense"], layers, threads=1, kv_budget_bytes=100)
+        CpuStage.load(bundles["dense"], layers, threads=1, kv_budget_bytes=100)
 
 
-def test_loading_another_range_keeps_the_blocks_both_have(bundles: dict[str, Bundle]) -> None:
-    first = onnx(bundles["dense"], LayerRange(0, 1))
+def test_loading_another_range_keeps_the_blocks_both_have(
+    load: Load, executor: str, bundles: dict[str, Bundle]
+) -> None:
+    first = load(bundles["dense"], LayerRange(0, 1))
     kept = first._blocks["layers.1"]
-    second = OnnxStage.load(
-        bundles["dense"], LayerRange(1, 2), threads=1, kv_budget_bytes=1 << 20, reuse=first
+    second = CpuStage.load(
+        bundles["dense"],
+        LayerRange(1, 2),
+        threads=1,
+        kv_budget_bytes=1 << 20,
+        executor=executor,
+        reuse=first,
     )
     assert second._blocks["layers.1"] is kept
     assert list(second._blocks) == ["layers.1", "layers.2", "head"]
     with pytest.raises(EngineError, match="closed"):
         first.open(SessionId(1), 1)
-    pipeline = Pipeline([onnx(bundles["dense"], LayerRange(0, 0)), second])
-    whole = Pipeline.load(bundles["dense"], onnx)
+    pipeline = Pipeline([load(bundles["dense"], LayerRange(0, 0)), second])
+    whole = Pipeline.load(bundles["dense"], load)
     assert np.array_equal(logits_alone(pipeline, 1, range(8)), logits_alone(whole, 1, range(8)))
 
 
-def logits_with(bundle: Bundle, threads: int) -> Rows:
-    stage = OnnxStage.load(bundle, LayerRange(0, 2), threads=threads, kv_budget_bytes=1 << 20)
+def logits_with(bundle: Bundle, executor: str, threads: int) -> Rows:
+    stage = CpuStage.load(
+        bundle, LayerRange(0, 2), threads=threads, kv_budget_bytes=1 << 20, executor=executor
+    )
     stage.open(SessionId(1), 40)
     return stage.run(Batch((span(1, 0, range(40)),), None))
 
 
-def test_the_number_of_threads_changes_no_bit(bundles: dict[str, Bundle]) -> None:
-    one = logits_with(bundles["int4"], 1)
-    assert np.array_equal(one, logits_with(bundles["int4"], 2))
+@pytest.mark.parametrize("name", ["int4", "experts-int8", "dense"])
+def test_the_number_of_threads_changes_no_bit(bundles: dict[str, Bundle], executor: str, name: str) -> None:
+    one = logits_with(bundles[name], executor, 1)
+    for threads in (2, 3):
+        assert np.array_equal(one, logits_with(bundles[name], executor, threads))
+
+
+def test_onnx_runtime_shares_one_pool_of_many_threads(bundles: dict[str, Bundle]) -> None:
+    one = logits_with(bundles["int4"], "onnx", 1)
     # More threads come from one pool of the process, which then all sessions must use: a process of its own.
     script = f"""
 import sys
-from tests.engine.test_engine_onnx_stage import Bundle, logits_with
+from tests.engine.test_engine_cpu_stage import Bundle, logits_with
 bundle = Bundle.open({str(bundles["int4"].path)!r})
-sys.stdout.buffer.write(logits_with(bundle, 5).tobytes() + logits_with(bundle, 2).tobytes())
+sys.stdout.buffer.write(logits_with(bundle, "onnx", 5).tobytes() + logits_with(bundle, "onnx", 2).tobytes())
 """
     shared = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert shared.stdout == one.tobytes() * 2
     assert b"5 threads; 2 cannot be had" in shared.stderr
 
 
-def test_layers_the_model_does_not_have_are_refused(bundles: dict[str, Bundle]) -> None:
+def test_layers_the_model_does_not_have_are_refused(load: Load, bundles: dict[str, Bundle]) -> None:
     with pytest.raises(EngineError, match="not all in this model, which has 3"):
-        onnx(bundles["dense"], LayerRange(1, 3))
+        load(bundles["dense"], LayerRange(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -267,16 +293,16 @@ def test_a_segment_that_does_not_fit_its_manifest_is_refused(
     segment = replace(block.segments[0], **change)
     block = replace(block, segments=(segment, *block.segments[1:]))
     with pytest.raises(EngineError, match=message):
-        LoadedBlock(bundle, block, threads=1)
+        LoadedBlock(bundle, block, "onnx", threads=1)
     assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["dense", "experts-int8", "experts-int4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_a_session_with_broken_numbers_harms_nobody(
-    bundles: dict[str, Bundle], name: str, value: float
+    load: Load, bundles: dict[str, Bundle], name: str, value: float
 ) -> None:
-    stage = onnx(bundles[name], LayerRange(1, 2))
+    stage = load(bundles[name], LayerRange(1, 2))
     for session in (1, 2):
         stage.open(SessionId(session), 10)
     good = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
@@ -286,18 +312,18 @@ def test_a_session_with_broken_numbers_harms_nobody(
     assert np.array_equal(stage.run(batch)[3:], alone)
 
 
-def test_a_manifest_that_contradicts_itself_is_refused(bundles: dict[str, Bundle]) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(bundles: dict[str, Bundle], executor: str) -> None:
     bundle = bundles["dense"]
     block = bundle.manifest.layers[0]
     attention = next(o for o in block.operations if o.kind == "attention")
     strange = replace(attention, attributes=attention.attributes | {"heads": "many"})
     operations = tuple(strange if o is attention else o for o in block.operations)
     with pytest.raises(EngineError, match=r"block layers\.0 can't be loaded"):
-        LoadedBlock(bundle, replace(block, operations=operations), threads=1)
+        LoadedBlock(bundle, replace(block, operations=operations), executor, threads=1)
 
 
-def test_an_encoder_pools_each_sequence_on_its_own(encoder: Bundle) -> None:
-    pipeline, reference = Pipeline.load(encoder, onnx, 1), Pipeline.load(encoder, ReferenceStage)
+def test_an_encoder_pools_each_sequence_on_its_own(load: Load, encoder: Bundle) -> None:
+    pipeline, reference = Pipeline.load(encoder, load, 1), Pipeline.load(encoder, ReferenceStage)
     sequences = {1: range(7), 2: range(50, 100), 3: [5]}
     for session, ids in sequences.items():
         pipeline.open(session, len(ids))
@@ -313,10 +339,10 @@ def test_an_encoder_pools_each_sequence_on_its_own(encoder: Bundle) -> None:
         pipeline.run(span(1, 3, (1, 2)))
 
 
-def test_embedding_and_experts_stay_mapped(tmp_path: Path) -> None:
+def test_embedding_and_experts_stay_mapped(load: Load, tmp_path: Path) -> None:
     """Weights the segments repack leave resident memory; experts and embedding rows come in as they are used."""
     bundle = build_tiny_bundle(tmp_path / "bundle", TinyModel(layers=1, experts=4))
-    stage = onnx(bundle, LayerRange(0, 0))
+    stage = load(bundle, LayerRange(0, 0))
     stage.open(SessionId(1), 4)
     assert stage.weight_bytes == bundle.manifest.stage_weight_bytes(0, 0)
     first = stage.run(Batch((Span(SessionId(1), 0, (1, 2), 1),), None))

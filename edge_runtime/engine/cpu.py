@@ -1,0 +1,207 @@
+"""The CPU stage: segments on either executor, with our own attention and experts between them.
+
+A row's result depends on its own session's history alone, bit for bit, whatever else is in the batch.
+Knows: blocks, KV memory, ragged batches. Does not know: links, leases, sampling, other stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.manifest import Block, ModelInfo
+from edge_runtime.core import LayerRange, SessionId
+from edge_runtime.engine.base import Batch, Rows
+from edge_runtime.engine.blocks import LoadedBlock, run_context
+from edge_runtime.engine.cut_operations import RopeTables
+from edge_runtime.engine.executors import AUTO, chosen_executor, numeric_class_of
+from edge_runtime.engine.kv_cache import KvCache, KvShape
+from edge_runtime.engine.page_table import PAGE_TOKENS
+from edge_runtime.engine.resident import return_free_memory
+from edge_runtime.engine.rope import rope_tables
+from edge_runtime.engine.spans import StageShape, check_batch, check_open
+from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
+
+_NO_ROWS = np.zeros((0, 0), np.float32)
+
+
+class CpuStage:
+    """A Stage on this device's processor. Make one with `load`. `run` releases the GIL while it computes."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        layers: LayerRange,
+        executor: str,
+        blocks: dict[str, LoadedBlock],
+        cache: KvCache,
+    ) -> None:
+        manifest = bundle.manifest
+        self.layers = layers
+        self.executor = executor
+        self.numeric_class = numeric_class_of(executor, manifest.model.weights)
+        self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
+        self.bundle_digest = bundle.digest
+        self._shape = StageShape(manifest.model, layers, manifest.num_layers)
+        self._blocks = blocks
+        self._cache = cache
+        self.ropes = _ropes(bundle, cache)
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        layers: LayerRange,
+        *,
+        threads: int,
+        kv_budget_bytes: int,
+        executor: str = AUTO,
+        reuse: CpuStage | None = None,
+    ) -> CpuStage:
+        """Load the blocks of `layers`. `executor` is native, onnx or auto (`engine/executors.py`).
+
+        `reuse` is closed, and its blocks are kept where they are wanted again.
+
+        Raises EngineError (a graph that can't be compiled, layers that don't exist) or CapacityError (a budget that
+        does not hold one page of KV).
+        """
+        if threads < 1:
+            raise EngineError(f"a stage computes with at least 1 thread, not {threads}")
+        executor = chosen_executor(executor)
+        StageShape(bundle.manifest.model, layers, bundle.manifest.num_layers)  # layers exist
+        wanted = bundle.manifest.blocks(layers.first, layers.last)
+        cache = _make_cache(wanted, kv_budget_bytes, layers)
+        kept = reuse.release_blocks(bundle.digest, executor, threads) if reuse is not None else {}
+        # Forget what is not wanted before loading more: the two need not fit together.
+        kept = {block.name: kept[block.name] for block in wanted if block.name in kept}
+        blocks = {
+            block.name: kept[block.name]
+            if block.name in kept
+            else LoadedBlock(bundle, block, executor, threads)
+            for block in wanted
+        }
+        return_free_memory()
+        return cls(bundle, layers, executor, blocks, cache)
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._shape.model
+
+    @property
+    def blocks(self) -> Mapping[str, LoadedBlock]:
+        """By name, in order; for probes."""
+        return self._blocks
+
+    @property
+    def kv_shape(self) -> KvShape:
+        return self._cache.shape
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self._cache.table.capacity_tokens
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Reserved by open sessions, in whole pages."""
+        return self._cache.table.reserved_tokens
+
+    @property
+    def kv_committed_bytes(self) -> int:
+        return self._cache.committed_bytes
+
+    def open(self, session: SessionId, max_rows: int) -> None:
+        self._check_usable()
+        check_open(self._shape, session, max_rows)
+        self._cache.open(session, max_rows)
+
+    def drop(self, session: SessionId, from_row: int = 0) -> None:
+        if session not in self._cache.table:
+            return
+        if from_row > 0:
+            self._cache.truncate(session, from_row)
+        else:
+            self._cache.drop(session)
+
+    def rows(self, session: SessionId) -> int:
+        """How many rows of the session this stage holds."""
+        return self._cache.table.get(session).rows
+
+    def close(self) -> None:
+        self._cache.close()
+        self._blocks = {}
+        self._closed = True
+
+    def release_blocks(self, digest: str, executor: str, threads: int) -> dict[str, LoadedBlock]:
+        """Close this stage and hand over its blocks, where they are of that bundle, executor and number of threads."""
+        is_same = (digest, executor) == (self.bundle_digest, self.executor)
+        kept = {name: block for name, block in self._blocks.items() if block.threads == threads}
+        self.close()
+        return kept if is_same else {}
+
+    def run(self, batch: Batch) -> Rows:
+        self._check_usable()
+        if not batch.spans:
+            raise EngineError("a batch without spans")
+        check_batch(batch, self._shape, self._cache.table)
+        for span in batch.spans:
+            self._cache.append(span.session, span.base_row, len(span.ids))
+        try:
+            return self._run_blocks(batch)
+        except Exception as error:
+            # The sessions hold rows that were not computed: forget them, and they can be sent again.
+            for span in batch.spans:
+                self._cache.truncate(span.session, span.base_row)
+            if isinstance(error, EdgeRuntimeError):
+                raise
+            raise EngineError(f"layers {self.layers} could not run a batch: {error}") from error
+
+    def _run_blocks(self, batch: Batch) -> Rows:
+        context = run_context(batch.spans, self._cache, self.ropes)
+        wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
+        hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
+        kv_layer = 0
+        for name, block in self._blocks.items():
+            if name == "head" and wants_logits:
+                hidden = hidden[
+                    context.layout.logit_rows
+                ]  # the head is the costliest block: only rows asked for
+                if not len(hidden):
+                    return np.zeros((0, self._shape.model.vocab_size), np.float32)
+            hidden = block.run(hidden, context, kv_layer)
+            kv_layer += block.attention_count
+        return hidden
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise EngineError(f"the stage of layers {self.layers} is closed")
+
+
+def kv_shape(blocks: tuple[Block, ...]) -> KvShape:
+    """Of all attention operations together; they must agree on heads, since they share one pool."""
+    operations = [o for block in blocks for o in block.operations if o.kind == "attention"]
+    shapes = {(int(o.attributes["kv_heads"]), int(o.attributes["head_dim"])) for o in operations}
+    if len(shapes) != 1:
+        raise EngineError(f"attention with {len(shapes)} different KV shapes in one stage is not supported")
+    kv_heads, head_dim = shapes.pop()
+    return KvShape(len(operations), kv_heads, head_dim)
+
+
+def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange) -> KvCache:
+    shape = kv_shape(blocks)
+    pages = shape.pages_in(budget_bytes)
+    if pages == 0:
+        raise CapacityError(
+            f"layers {layers} need at least {shape.page_bytes} bytes of KV memory; {budget_bytes} are left",
+            hint="give this device more memory, or fewer layers",
+        )
+    return KvCache(shape, pages)
+
+
+def _ropes(bundle: Bundle, cache: KvCache) -> RopeTables:
+    """Tables up to the longest session that can be open here."""
+    capacity = cache.table.num_pages * PAGE_TOKENS
+    positions = min(bundle.manifest.model.max_context_tokens, capacity)
+    return {name: rope_tables(rope, positions) for name, rope in bundle.manifest.ropes.items()}

@@ -1,0 +1,68 @@
+// A part of a weight tile in 512-bit registers: all sixteen outputs, integer dot products by VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kPart = 16;       // outputs a register holds
+constexpr int kPanelStep = 16;  // most rows computed together
+
+using P = F;
+
+inline P part_half(const std::uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline P part_load(const float* p) { return load(p); }
+inline void part_store(float* p, P x) { store(p, x); }
+inline P part_set1(float x) { return set1(x); }
+
+struct Weights {
+  __m512i group[8];  // 4 columns of 16 outputs each, unsigned
+};
+
+struct PartInt4 {
+  static constexpr int kTileBytes = 256;
+  static Weights unpack(const std::uint8_t* tile, int) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    Weights w;
+    EDGE_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const __m512i both = _mm512_loadu_si512(tile + 64 * c);
+      w.group[2 * c] = _mm512_and_si512(both, mask);
+      w.group[2 * c + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    }
+    return w;
+  }
+  // Exact dot products of a block with J rows, as floats.
+  template <int J>
+  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
+    __m512i sums[J];
+    EDGE_UNROLL
+    for (int j = 0; j < J; ++j) sums[j] = _mm512_set1_epi32(corrections[j]);
+    EDGE_UNROLL
+    for (int g = 0; g < 8; ++g)
+      EDGE_UNROLL
+      for (int j = 0; j < J; ++j) {
+        std::int32_t four;
+        __builtin_memcpy(&four, x + 32 * j + 4 * g, 4);
+        sums[j] = _mm512_dpbusd_epi32(sums[j], w.group[g], _mm512_set1_epi32(four));
+      }
+    EDGE_UNROLL
+    for (int j = 0; j < J; ++j) out[j] = {_mm512_cvtepi32_ps(sums[j])};
+  }
+};
+
+struct PartInt8 : PartInt4 {
+  static constexpr int kTileBytes = 512;
+  static Weights unpack(const std::uint8_t* tile, int) {
+    Weights w;
+    EDGE_UNROLL
+    for (int g = 0; g < 8; ++g) w.group[g] = _mm512_loadu_si512(tile + 64 * g);
+    return w;
+  }
+};
+
+}  // namespace
