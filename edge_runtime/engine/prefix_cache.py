@@ -48,7 +48,8 @@ class PrefixCache:
 
     def name(self, page: int, name: bytes, ids: tuple[int, ...]) -> None:
         """Of a page that a session uses. Neither the page nor the name may be taken."""
-        assert page not in self._named and name not in self._page_of
+        assert page not in self._named
+        assert name not in self._page_of
         self._page_of[name] = page
         self._named[page] = NamedPage(name, ids)
 
