@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from blake3 import blake3
 from edge_kernels.quantization import quantize
 from numpy.typing import NDArray
 
@@ -30,18 +31,20 @@ def write_experts(
     """Append all experts of a layer; one expert is in memory at a time."""
     plan = source.plan
     parts: dict[str, Part] = {}
+    digests: list[str] = []
     stride_bytes = 0
     for number in range(plan.experts):
         arrays = _arrays(source.expert(number), number, format, importance)
         packed, offsets = _pack(arrays)
         whole = out.add(packed)
+        digests.append(blake3(packed.data).hexdigest())
         if number == 0:
             stride_bytes = len(packed)
             parts = {
                 name: Part(whole.slice, whole.offset_bytes + offsets[name], str(array.dtype), array.shape)
                 for name, array in arrays.items()
             }
-    return Tensor(f"experts_{format}", plan.shape, parts, stride_bytes)
+    return Tensor(f"experts_{format}", plan.shape, parts, stride_bytes, tuple(digests))
 
 
 def _arrays(

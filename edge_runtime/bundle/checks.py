@@ -12,10 +12,19 @@ import re
 import numpy as np
 
 from edge_runtime.bundle.hashing import digest_hex
-from edge_runtime.bundle.manifest import FORMAT_VERSION, TENSOR_FORMATS, Block, Manifest, Part, Tensor
+from edge_runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    SLICE_ALIGNMENT_BYTES,
+    TENSOR_FORMATS,
+    Block,
+    Manifest,
+    Part,
+    Tensor,
+)
 from edge_runtime.errors import BundleError
 
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_BLAKE3 = re.compile(r"[0-9a-f]{64}")
 _DTYPES = frozenset({"float32", "uint8"})
 _KINDS = frozenset({"generator", "encoder"})
 
@@ -52,11 +61,30 @@ def _check_tensor(manifest: Manifest, name: str, tensor: Tensor) -> None:
         )
     if tensor.parts.keys() != set(form.parts):
         raise BundleError(f"tensor {name}: {tensor.format} has the parts {', '.join(form.parts)}")
-    copies = tensor.shape[0] if tensor.format.startswith("experts_") else 1
+    copies = tensor.shape[0] if tensor.is_experts else 1
     if copies < 1 or (copies > 1 and tensor.expert_stride_bytes <= 0):
         raise BundleError(f"tensor {name} needs an expert stride")
     for part in tensor.parts.values():
         _check_part(manifest, f"tensor {name}", part, (copies - 1) * tensor.expert_stride_bytes)
+    if tensor.expert_digests:
+        _check_experts(manifest, name, tensor)
+
+
+def _check_experts(manifest: Manifest, name: str, tensor: Tensor) -> None:
+    """Experts that are read one by one lie on pages, in one slice, and inside it."""
+    if len(tensor.expert_digests) != tensor.shape[0] or not tensor.is_experts:
+        raise BundleError(f"tensor {name} has {len(tensor.expert_digests)} expert digests")
+    if not all(_BLAKE3.fullmatch(digest) for digest in tensor.expert_digests):
+        raise BundleError(f"tensor {name} has an expert digest that is not a BLAKE3")
+    first_byte = min(part.offset_bytes for part in tensor.parts.values())
+    stride_bytes = tensor.expert_stride_bytes
+    if (first_byte | stride_bytes) % SLICE_ALIGNMENT_BYTES:
+        raise BundleError(f"tensor {name}: experts don't start on pages")
+    keys = {part.slice for part in tensor.parts.values()}
+    if len(keys) != 1 or first_byte + len(tensor.expert_digests) * stride_bytes > max(
+        manifest.slices[key].size_bytes for key in keys
+    ):
+        raise BundleError(f"tensor {name}: experts are not all inside one slice")
 
 
 def _check_part(manifest: Manifest, owner: str, part: Part, last_copy_bytes: int = 0) -> None:

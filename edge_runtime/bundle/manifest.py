@@ -83,13 +83,20 @@ class Tensor:
     """A named weight. `shape` is the logical one: [out, in], [width], or for experts [E, intermediate, hidden].
 
     For `experts_*`, each Part describes expert 0 (shape without the leading E) and expert e's array starts
-    `e * expert_stride_bytes` later in the same slice.
+    `e * expert_stride_bytes` later in the same slice. An expert's bytes are the `expert_stride_bytes` from the first of
+    its parts on; `expert_digests` has the BLAKE3 (64 hex digits) of each, so that one expert can be read and checked
+    without the rest of its slice. Bundles written before there were such digests have none.
     """
 
     format: str
     shape: tuple[int, ...]
     parts: Mapping[str, Part]
     expert_stride_bytes: int = 0
+    expert_digests: tuple[str, ...] = ()
+
+    @property
+    def is_experts(self) -> bool:
+        return self.format.startswith("experts_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +189,17 @@ class Manifest:
         """Blocks of a stage with layers first..last: the first stage embeds, the last has the head."""
         head = (self.head,) if last == self.num_layers - 1 else ()
         return ((self.embedding,) if first == 0 else ()) + self.layers[first : last + 1] + head
+
+    def expert_slices(self, block: Block) -> tuple[str, ...]:
+        """Slices of a block that hold its experts and nothing else it uses: they can stay on flash."""
+        experts: set[str] = set()
+        others = {segment.graph.slice for segment in block.segments}
+        for operation in block.operations:
+            for name in operation.weights.values():
+                tensor = self.tensors[name]
+                keys = {part.slice for part in tensor.parts.values()}
+                (experts if tensor.is_experts else others).update(keys)
+        return tuple(key for key in block.slices if key in experts - others)
 
     def stage_weight_bytes(self, first: int, last: int) -> int:
         keys = {key for block in self.blocks(first, last) for key in block.slices}

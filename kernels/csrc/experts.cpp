@@ -254,8 +254,29 @@ void run_experts(Array<const float, 2> x, Array<const std::int32_t, 2> ids, Arra
   }
 }
 
+// The last phase of `run_experts` alone, for outputs that were computed apart: the same operations in the same order.
+void combine_experts(Array<const float, 2> outputs, Array<const float, 2> gates, Array<float, 2> y) {
+  const auto rows = static_cast<std::int64_t>(gates.shape(0)), top_k = static_cast<std::int64_t>(gates.shape(1));
+  const auto hidden = static_cast<std::int64_t>(y.shape(1));
+  require(static_cast<std::int64_t>(y.shape(0)) == rows, "the result must have a row for each row of gates");
+  require(static_cast<std::int64_t>(outputs.shape(0)) == rows * top_k && outputs.shape(1) == y.shape(1),
+          "outputs must have a row for each gate, of the result's width");
+  require(hidden < (1 << 28), "rows are impossibly wide");
+  nb::gil_scoped_release released;
+  const KernelTable& k = kernels();
+  for (std::int64_t row = 0; row < rows; ++row) {
+    float* sum = y.data() + row * hidden;
+    std::fill(sum, sum + hidden, 0.0f);
+    for (std::int64_t slot = row * top_k; slot < (row + 1) * top_k; ++slot)
+      k.accumulate(sum, outputs.data() + slot * hidden, gates.data()[slot], static_cast<int>(hidden));
+  }
+}
+
 }  // namespace
 
-void bind_experts(nb::module_& m) { m.def("run_experts", &run_experts); }
+void bind_experts(nb::module_& m) {
+  m.def("run_experts", &run_experts);
+  m.def("combine_experts", &combine_experts);
+}
 
 }  // namespace edge

@@ -135,6 +135,26 @@ def run_experts(
     return y
 
 
+def run_each(x: F32, ids: I32, weights: ExpertWeights, *, activation: str, threads: int = 1) -> F32:
+    """Row i of the result [N, hidden] is what expert ids[i] makes of x[i]: `run_experts` without the last sum.
+
+    With `combine` it gives the bits of `run_experts`, in as many calls as the experts take to arrive.
+    """
+    ones = np.ones((len(ids), 1), np.float32)
+    return run_experts(x, ids[:, None], ones, weights, activation=activation, threads=threads)
+
+
+def combine(outputs: F32, gates: F32) -> F32:
+    """[R * top_k, hidden] of single experts, row after row in gate order, and [R, top_k] gates to [R, hidden]."""
+    if outputs.ndim != 2 or gates.ndim != 2:
+        raise ValueError("combine needs outputs [R * top_k, hidden] and gates [R, top_k]")
+    y = np.empty((len(gates), outputs.shape[1]), np.float32)
+    _native.combine_experts(
+        np.ascontiguousarray(outputs, np.float32), np.ascontiguousarray(gates, np.float32), y
+    )
+    return y
+
+
 def _part_names(format: str) -> tuple[str, ...]:
     """In the order the native kernel takes their offsets."""
     return PARTS if format == "fp32" else PARTS + tuple(f"{part}_scales" for part in PARTS)

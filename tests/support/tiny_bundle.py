@@ -11,15 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from blake3 import blake3
 from edge_kernels.quantization import quantize
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.bundle.manifest import Block, Manifest, ModelInfo, Part, Rope, Segment, Tensor
+from edge_runtime.bundle.manifest import (
+    SLICE_ALIGNMENT_BYTES,
+    Block,
+    Manifest,
+    ModelInfo,
+    Part,
+    Rope,
+    Segment,
+    Tensor,
+)
 from edge_runtime.bundle.operations import Operation
 from edge_runtime.bundle.signing import BundleSigningKey
 from edge_runtime.bundle.writer import BundleWriter, SliceWriter
 
+PAGE_BYTES = SLICE_ALIGNMENT_BYTES
 SIGNING_KEY = BundleSigningKey(bytes(range(32)))
 
 
@@ -71,24 +83,31 @@ class _Writer:
         shapes = {"gate": (m.intermediate, m.hidden), "up": (m.intermediate, m.hidden)}
         shapes["down"] = (m.hidden, m.intermediate)
         first: dict[str, Part] = {}
-        stride = 0
+        digests: list[str] = []
         for expert in range(m.experts):
-            start = out.size_bytes
-            data: dict[str, Part] = {}
-            scales: dict[str, Part] = {}
+            arrays: dict[str, NDArray[np.generic]] = {}
+            scales: dict[str, NDArray[np.generic]] = {}
             for part, shape in shapes.items():
                 weights = (self.rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
                 if m.format == "fp32":
-                    data[part] = out.add(weights)
+                    arrays[part] = weights
                 else:
                     quantized = quantize(weights, m.format)
-                    data[part], scales[f"{part}_scales"] = out.add(quantized.data), out.add(quantized.scales)
-            out.pad()
+                    arrays[part], scales[f"{part}_scales"] = quantized.data, quantized.scales
+            arrays |= scales
+            packed = b"".join(
+                array.tobytes() + bytes(-array.nbytes % PAGE_BYTES) for array in arrays.values()
+            )
+            digests.append(blake3(packed).hexdigest())
+            whole = out.add(packed)
             if expert == 0:
-                first, stride = data | scales, out.size_bytes - start
-        self.tensors[name] = Tensor(
-            f"experts_{m.format}", (m.experts, m.intermediate, m.hidden), first, stride
-        )
+                offset = whole.offset_bytes
+                for part, array in arrays.items():
+                    first[part] = Part(whole.slice, offset, str(array.dtype), array.shape)
+                    offset += array.nbytes + -array.nbytes % PAGE_BYTES
+                stride = len(packed)
+        shape = (m.experts, m.intermediate, m.hidden)
+        self.tensors[name] = Tensor(f"experts_{m.format}", shape, first, stride, tuple(digests))
         return name
 
 

@@ -1,0 +1,63 @@
+"""What a cache would have done on a recorded trace, by policy and size, beside the best that was possible.
+
+Knows: traces, slots, policies. Does not know: bytes and time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_runtime.errors import UsageError
+from edge_runtime.experts.policies import POLICIES, Belady, Policy
+from edge_runtime.experts.slot_table import ABSENT, SlotTable
+from edge_runtime.experts.trace import RoutingTrace
+
+BELADY = "belady"
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Decoding only; the prompt warms the cache. First touches count as misses."""
+
+    hits: int
+    misses: int
+    missed: tuple[int, ...]  # per decoded step: experts read
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def replay(trace: RoutingTrace, slots: int, policy: str) -> Replayed:
+    """Raises UsageError where one layer of one batch does not fit into the slots."""
+    table = SlotTable(slots, trace.keys, _policy(trace, slots, policy))
+    hits = misses = 0
+    missed: dict[int, int] = {}
+    for access in trace.accesses:
+        keys = [trace.key(access.layer, expert) for expert in access.experts]
+        uses = list(zip(keys, access.rows, strict=True))
+        absent = [(key, rows) for key, rows in uses if table.use(key, access.step, rows) == ABSENT]
+        for key, rows in absent:
+            if table.admit(key, access.step, rows) == ABSENT:
+                raise UsageError(f"{slots} slots do not hold the {len(keys)} experts of one layer's batch")
+        for key in keys:
+            table.unpin(key)
+        if access.decode:
+            hits += len(keys) - len(absent)
+            misses += len(absent)
+            missed[access.step] = missed.get(access.step, 0) + len(absent)
+    return Replayed(hits, misses, tuple(missed.values()))
+
+
+def _policy(trace: RoutingTrace, slots: int, name: str) -> Policy:
+    if name == BELADY:
+        return Belady(slots, _uses(trace))
+    if name not in POLICIES:
+        raise UsageError(f"{name!r} is not a policy", hint=f"choose one of {', '.join((*POLICIES, BELADY))}")
+    return POLICIES[name](slots, trace.keys)
+
+
+def _uses(trace: RoutingTrace) -> list[int]:
+    """In the order a replay makes them: what is here first, then what is admitted; within one access it does not
+    matter to Belady, who only compares times across accesses."""
+    return [trace.key(access.layer, expert) for access in trace.accesses for expert in access.experts]

@@ -1,0 +1,149 @@
+"""Policies and slots: they keep their books straight on any traffic, and none beats knowing the future."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.errors import UsageError
+from edge_runtime.experts.policies import POLICIES
+from edge_runtime.experts.replay import BELADY, replay
+from edge_runtime.experts.slot_table import ABSENT, SlotTable
+from edge_runtime.experts.trace import Access, RoutingTrace, decode_routing, read_trace
+
+RECORDED = Path(__file__).parent / "data" / "qwen3_30b_4_layers_60_tokens.csv.gz"
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> RoutingTrace:
+    layers, experts = draw(st.integers(1, 3)), draw(st.integers(2, 12))
+    top_k = draw(st.integers(1, min(3, experts)))
+    accesses = []
+    for step in range(draw(st.integers(1, 30))):
+        for layer in range(layers):
+            chosen = draw(st.lists(st.integers(0, experts - 1), min_size=top_k, max_size=top_k, unique=True))
+            accesses.append(Access(step, layer, tuple(chosen), (1,) * top_k, decode=True))
+    return RoutingTrace(layers, experts, top_k, tuple(accesses))
+
+
+@given(trace=traces(), extra=st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_no_policy_beats_belady_and_all_miss_first_touches(trace: RoutingTrace, extra: int) -> None:
+    slots = trace.top_k + extra
+    best = replay(trace, slots, BELADY)
+    touched = {(access.layer, expert) for access in trace.accesses for expert in access.experts}
+    for policy in POLICIES:
+        found = replay(trace, slots, policy)
+        assert (
+            found.hits + found.misses
+            == best.hits + best.misses
+            == sum(len(a.experts) for a in trace.accesses)
+        )
+        assert len(touched) <= found.misses
+        assert sum(found.missed) == found.misses
+        if trace.top_k == 1:  # with several at once, what is forced in may cost Belady one
+            assert found.hits <= best.hits
+
+
+@given(trace=traces())
+@settings(max_examples=30, deadline=None)
+def test_with_room_for_all_only_first_touches_miss(trace: RoutingTrace) -> None:
+    touched = {(access.layer, expert) for access in trace.accesses for expert in access.experts}
+    for policy in (*POLICIES, BELADY):
+        assert replay(trace, trace.keys, policy).misses == len(touched)
+
+
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    slots=st.integers(1, 6),
+    asked=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5), st.booleans()), max_size=60),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_slot_holds_one_expert_and_pinned_ones_stay(
+    policy: str, slots: int, asked: list[tuple[int, int, bool]]
+) -> None:
+    table = SlotTable(slots, 10, POLICIES[policy](slots, 10))
+    here: dict[int, int] = {}
+    pinned: set[int] = set()
+    for step, (key, rows, keeps) in enumerate(asked):
+        slot = table.use(key, step, rows)
+        assert slot == here.get(key, ABSENT)
+        if slot == ABSENT:
+            slot = table.admit(key, step, rows)
+            if slot == ABSENT:
+                assert len(pinned) == slots
+                continue
+            gone = [other for other, at in here.items() if at == slot]
+            assert len(here) == slots if gone else len(here) < slots
+            assert not pinned.intersection(gone)
+            for other in gone:
+                del here[other]
+            here[key] = slot
+        pinned.add(key)
+        if not keeps:
+            table.unpin(key)
+            pinned.discard(key)
+        assert len(set(here.values())) == len(here) == table.resident
+        assert {other: table.slot(other) for other in here} == here
+
+
+def test_lru_below_one_cycle_never_hits() -> None:
+    """The cliff: what is asked for next was just thrown out."""
+    accesses = tuple(
+        Access(step, 0, (expert,), (1,), decode=True) for step in range(5) for expert in range(4)
+    )
+    trace = RoutingTrace(1, 4, 1, accesses)
+    assert replay(trace, 3, "lru").hits == 0
+    assert replay(trace, 4, "lru").hits == 16
+
+
+def test_what_is_forgotten_leaves_its_slot() -> None:
+    table = SlotTable(1, 2, POLICIES["lru"](1, 2))
+    assert table.admit(0, 0, 1) == 0
+    assert table.admit(1, 0, 1) == ABSENT
+    table.forget(0)
+    assert table.admit(1, 0, 1) == 0
+
+
+def test_recorded_routing() -> None:
+    trace = read_trace(RECORDED)
+    assert (trace.layers, trace.experts, trace.top_k, trace.decoded_tokens) == (4, 128, 6, 32)
+    assert not trace.accesses[0].decode
+    assert sum(trace.accesses[0].rows) == 28 * 6  # the prompt is one batch
+    quarter = trace.keys // 4
+    rates = {policy: replay(trace, quarter, policy).hit_rate for policy in (*POLICIES, BELADY)}
+    assert rates["lru"] > 0.5
+    assert rates["lfru"] >= rates["lru"]
+    assert rates[BELADY] - rates["lfru"] < 0.25  # 60 tokens: much is touched for the first time
+    tokens = decode_routing(RECORDED)
+    assert len(tokens) == 32
+    assert all(len(chosen) == 6 for layers in tokens for chosen in layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no routing"),
+        ("# n_expert=4\n1,2,3\n", ":2 is not a row"),
+        ("0,1,0,0,0,many\n", ":1: 'many' is not a whole number"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        read_trace(path)
+    (tmp_path / "trace.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(UsageError, match="can't be read"):
+        read_trace(tmp_path / "trace.csv.gz")
+
+
+def test_a_batch_that_does_not_fit_is_refused() -> None:
+    trace = RoutingTrace(1, 4, 2, (Access(0, 0, (0, 1), (1, 1), decode=True),))
+    with pytest.raises(UsageError, match="1 slots do not hold the 2 experts"):
+        replay(trace, 1, "lru")
+    with pytest.raises(UsageError, match="not a policy"):
+        replay(trace, 2, "clairvoyant")
