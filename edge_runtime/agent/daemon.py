@@ -51,7 +51,7 @@ from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
 from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.agent.status import Connected, Disconnected, Failed, Loading, Paired, Serving, Status
 from edge_runtime.bundle.store import BundleStore
-from edge_runtime.core import SessionId
+from edge_runtime.core import DeviceId, SessionId
 from edge_runtime.errors import ConfigError, ConnectionClosed, EdgeRuntimeError, TransportError, TrustError
 from edge_runtime.protocol.messages import (
     PROTOCOL_VERSION,
@@ -151,10 +151,17 @@ class Agent:
         wanted = self._config.data_port != NO_DATA_PORT
         address = data_address(self._config, pairing.coordinator_address) if wanted else ""
         self._pairing = pairing
-        self._mesh = Mesh(key, pairing.device_id, pairing.signing_key, self._control_send, address)
+        self._mesh = Mesh(
+            key,
+            pairing.device_id,
+            pairing.signing_key,
+            self._control_send,
+            address,
+            on_message=self._peer_said,
+        )
         async with self._mesh as mesh, asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            self._peers = PeerOutbox(tasks, mesh.send, self._peer_lost)
+            self._peers = PeerOutbox(tasks, mesh.try_send, mesh.send, self._peer_lost)
             self._control = ControlLink(
                 lambda: zeromq.connect(pairing.coordinator_address, key, pairing.server_key),
                 self._hello(mesh.data_address),
@@ -165,7 +172,6 @@ class Agent:
             self._make_loader(pairing)
             log.info("device %s (%s) starts", pairing.device_id, self._config.name)
             tasks.create_task(self._control.run())
-            tasks.create_task(self._read_peers())
             tasks.create_task(self._until_broken())
 
     def _make_loader(self, pairing: Pairing) -> None:
@@ -236,14 +242,9 @@ class Agent:
             case _:
                 self._handle(Received(COORDINATOR, message))
 
-    async def _read_peers(self) -> None:
-        while True:
-            try:
-                source, message, payloads = await self._mesh.receive()
-            except ConnectionClosed:
-                return
-            rows = self._rows_of(message, payloads) if isinstance(message, FrameRows) else None
-            self._handle(Received(source, message, rows))
+    def _peer_said(self, source: DeviceId, message: Message, payloads: Sequence[memoryview]) -> None:
+        rows = self._rows_of(message, payloads) if isinstance(message, FrameRows) else None
+        self._handle(Received(source, message, rows))
 
     def _rows_of(self, frame: FrameRows, payloads: Sequence[memoryview]) -> Rows | None:
         """The payload in the shape of our own plan, or None where it has another size."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -61,8 +61,8 @@ class StageWorker:
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver
-        self._wake = threading.Condition()
-        self._inbox: deque[OpenRows | RunRows | DropRows | Job] = deque()
+        # The lightest way to wake a thread: a hop between two stages is made of a few such wake-ups. None: stop.
+        self._inbox: queue.SimpleQueue[OpenRows | RunRows | DropRows | Job | None] = queue.SimpleQueue()
         self._stopping = False
         self._loaded: LoadedStage | None = None
         self._retired: Stage | None = None
@@ -75,9 +75,7 @@ class StageWorker:
         self._thread.start()
 
     def put(self, command: OpenRows | RunRows | DropRows | Job) -> None:
-        with self._wake:
-            self._inbox.append(command)
-            self._wake.notify()
+        self._inbox.put(command)
 
     async def call(self, work: Callable[[], Result]) -> Result:
         """Run `work` between two steps and wait for what it returns or raises. It is not interrupted once begun."""
@@ -116,9 +114,8 @@ class StageWorker:
 
     def stop(self) -> bool:
         """Wait for the step in flight, close the stage. False where the thread is stuck in a step."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._stopping = True  # at once, whatever is queued before
+        self._inbox.put(None)
         self._thread.join(STOP_SECONDS)
         return not self._thread.is_alive()
 
@@ -128,8 +125,11 @@ class StageWorker:
         while (commands := self._next_commands()) is not None:
             for command in commands:
                 self._obey(command)
-            self._step()
+            events = self._step()
             self._measure()
+            if events:
+                # Last of all: whoever takes them over needs the interpreter, which this thread leaves when it waits.
+                self._deliver(events)
         self._unload()
 
     def _retire(self) -> None:
@@ -149,14 +149,15 @@ class StageWorker:
             self._retired = None
 
     def _next_commands(self) -> list[OpenRows | RunRows | DropRows | Job] | None:
-        with self._wake:
-            while not (self._inbox or self._stopping or (self._loaded and len(self._loaded.queue))):
-                self._wake.wait()
-            if self._stopping:
-                return None
-            commands = list(self._inbox)
-            self._inbox.clear()
-            return commands
+        """All that wait; without any, the next one, unless rows are queued already. None: stop."""
+        commands: list[OpenRows | RunRows | DropRows | Job] = []
+        has_rows = self._loaded is not None and len(self._loaded.queue) > 0
+        if not has_rows and (command := self._inbox.get()) is not None:
+            commands.append(command)
+        while not self._inbox.empty():
+            if (command := self._inbox.get_nowait()) is not None:
+                commands.append(command)
+        return None if self._stopping else commands
 
     def _measure(self) -> None:
         loaded = self._loaded
@@ -200,11 +201,11 @@ class StageWorker:
             loaded.open.discard(session)
             loaded.stage.drop(session)
 
-    def _step(self) -> None:
+    def _step(self) -> list[Event]:
         loaded = self._loaded
         works = loaded.queue.take() if loaded is not None else []
         if loaded is None or not works:
-            return
+            return []
         try:
             events = self._run_apart(loaded, works)
         except Exception as problem:  # the engine itself: nothing it holds can be trusted any more
@@ -214,7 +215,7 @@ class StageWorker:
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
         self.steps += 1
-        self._deliver(events)
+        return events
 
     def _run_apart(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
         """All in one batch; where that is refused, one by one, so that the guilty session fails alone."""

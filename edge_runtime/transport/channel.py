@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
@@ -70,6 +70,7 @@ class Channel:
         self._window_bytes = window_bytes  # what the other side may be ahead; a stranger gets less
         self._inbox: deque[tuple[list[memoryview], int]] = deque()
         self._receivers: list[asyncio.Future[None]] = []
+        self._take_list: Callable[[list[memoryview]], None] | None = None
         self._senders: deque[tuple[asyncio.Future[None], int]] = deque()
         self._sent_bytes = self._sent_lists = 0  # not yet credited by the other side
         self._held_bytes = self._held_lists = 0  # received and not yet credited by us
@@ -93,11 +94,36 @@ class Channel:
             await self._wait_for_room(cost)
         else:
             self._reserve(cost)
+        self._write(parts)
+
+    def _write(self, parts: list[Frame]) -> None:
         try:
             self._wire.write([DATA, *parts])
         except ConnectionClosed as error:
             self.lost(error.message)
             raise
+
+    def try_send(self, frames: Sequence[Frame]) -> bool:
+        """`send` without waiting: False, and nothing done, where it would have to. Raises what `send` raises."""
+        if self._closed_reason:
+            raise self._closed_error()
+        if self._senders or not self._has_room():
+            return False
+        parts, size_bytes = _checked(frames, self._max_frames, self._max_list_bytes)
+        self._reserve(size_bytes + _LIST_OVERHEAD_BYTES)
+        self._write(parts)
+        return True
+
+    def on_list(self, take: Callable[[list[memoryview]], None]) -> None:
+        """Instead of `receive`: every list, also those that wait here, is given to `take` as it arrives.
+
+        It spares the wake-up of a task for each list. `take` may raise ProtocolError, for which the owner cuts the link.
+        """
+        self._take_list = take
+        while self._inbox:
+            frames, cost = self._inbox.popleft()
+            self._take(cost)
+            take(frames)
 
     async def receive(self) -> list[memoryview]:
         while not self._inbox:
@@ -163,6 +189,10 @@ class Channel:
         cost = size_bytes + _LIST_OVERHEAD_BYTES
         self._held_bytes += cost
         self._held_lists += 1
+        if self._take_list is not None:
+            self._take(cost)
+            self._take_list(frames)
+            return
         self._inbox.append((frames, cost))
         self._wake_receivers()
 

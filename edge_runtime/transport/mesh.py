@@ -10,8 +10,9 @@ Knows: leases, ways, and messages as such. Does not know: stages, sessions, or w
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
@@ -37,6 +38,7 @@ _RETRY_SECONDS = 0.1  # a peer that has not got its lease yet does not admit us 
 _INBOX_MESSAGES = 256
 
 Received = tuple[DeviceId, Message, list[memoryview]]
+OnMessage = Callable[[DeviceId, Message, list[memoryview]], None]
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Mesh:
     """Use as `async with Mesh(...) as mesh`. `control_send` takes a message to the coordinator.
 
     `signing_key` is the coordinator's Ed25519 public key; `data_address` where to listen for peers ("" for nowhere).
+    With `on_message` each message is handed over as it arrives, and there is nothing to `receive`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Mesh:
         data_address: str = "tcp://127.0.0.1:0",
         *,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        on_message: OnMessage | None = None,
     ) -> None:
         self.data_address = data_address  # once entered: with the real port, for `Hello`
         self._key = key
@@ -76,6 +80,7 @@ class Mesh:
         self._handshake_seconds = handshake_seconds
         self._admission = Admission()
         self._routes: dict[str, _Route] = {}
+        self._on_message = on_message
         self._inbox: asyncio.Queue[Received | None] = asyncio.Queue(_INBOX_MESSAGES)
         self._relay = RelayPort(control_send, on_accepted=self._read_from)
         self._listener: zeromq.ZeromqListener | None = None
@@ -139,8 +144,11 @@ class Mesh:
     async def send(self, device_id: str, message: Message, payloads: Sequence[Frame] = ()) -> None:
         """Waits while the peer is slow. Raises TrustError (not in the lease), TransportError (could not be reached)."""
         if device_id == self._device_id:
-            frames = codec.encode(message, payloads)
-            await self._inbox.put((self._device_id, message, [memoryview(frame) for frame in frames[1:]]))
+            views = [memoryview(frame) for frame in codec.encode(message, payloads)[1:]]
+            if self._on_message is not None:
+                asyncio.get_running_loop().call_soon(self._on_message, self._device_id, message, views)
+            else:
+                await self._inbox.put((self._device_id, message, views))
             return
         route = self._routes.get(device_id)
         if route is None:
@@ -149,6 +157,16 @@ class Mesh:
         if channel is None or channel.closed:
             channel = await self._connect(route)
         await channel.send(codec.encode(message, payloads))
+
+    def try_send(self, device_id: str, message: Message, payloads: Sequence[Frame] = ()) -> bool:
+        """`send` where that takes no waiting: a link that is up and has room. False, and nothing done, otherwise."""
+        route = self._routes.get(device_id)
+        if route is None or route.channel is None or route.channel.closed or route.lock.locked():
+            return False
+        try:
+            return route.channel.try_send(codec.encode(message, payloads))
+        except ConnectionClosed:
+            return False  # `send` dials anew
 
     async def receive(self) -> Received:
         """The next message of any peer."""
@@ -218,7 +236,19 @@ class Mesh:
                 return
 
     def _read_from(self, channel: Channel) -> None:
-        self._start(self._read(channel))
+        if self._on_message is None:
+            self._start(self._read(channel))
+            return
+        try:
+            channel.on_list(functools.partial(self._arrived, DeviceId(channel.peer.device_id)))
+        except ProtocolError as error:
+            log.warning("cut the link to device %s: %s", channel.peer.device_id, error.message)
+            channel.abort(error.message)
+
+    def _arrived(self, source: DeviceId, frames: list[memoryview]) -> None:
+        message, payloads = codec.decode(frames)
+        if source in self._routes and self._on_message is not None:
+            self._on_message(source, message, payloads)
 
     async def _read(self, channel: Channel) -> None:
         source = DeviceId(channel.peer.device_id)

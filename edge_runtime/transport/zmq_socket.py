@@ -55,7 +55,7 @@ _WATCHED_EVENTS = (
 class LoopSocket:
     """Calls `on_list(parts)` for each list read, `on_event(event, value)` for each event of the link.
 
-    Within one round, events are read first and `on_idle` comes last, when everything that had arrived was handed over.
+    After events are read, `on_idle` comes last, when everything that had arrived was handed over.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class LoopSocket:
         self._monitor: Any = socket.get_monitor_socket(_WATCHED_EVENTS)
         self._scheduled = False
         self._fds = (socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD))
-        for fd in self._fds:
-            self._loop.add_reader(fd, self._round)
+        self._loop.add_reader(self._fds[0], self._read_lists)
+        self._loop.add_reader(self._fds[1], self._round)
         self._schedule()
 
     def send(self, parts: Sequence[Frame]) -> None:
@@ -120,14 +120,16 @@ class LoopSocket:
 
     def _round(self) -> None:
         self.read_events()
+        self._read_lists()
+
+    def _read_lists(self) -> None:
         for _ in range(_LISTS_PER_ROUND):
             if self.closed:
                 return
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 self._on_idle()
                 return
+            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
             parts = [frame]
             while frame.more:
                 frame = self._socket.recv(zmq.NOBLOCK, copy=False)

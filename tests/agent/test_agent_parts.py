@@ -137,6 +137,13 @@ class Wires:
         self.broken: set[str] = set()
         self.lost: list[tuple[int, str]] = []
 
+    def try_send(self, device_id: str, message: Message, payloads: Sequence[Frame]) -> bool:
+        if device_id in self.blocked or device_id in self.broken:
+            return False
+        assert isinstance(message, Tokens)
+        self.sent.append((device_id, message.session))
+        return True
+
     async def send(self, device_id: str, message: Message, payloads: Sequence[Frame]) -> None:
         if device_id in self.blocked:
             await self.blocked[device_id].wait()
@@ -162,7 +169,7 @@ async def test_a_slow_peer_keeps_nobody_else_waiting() -> None:
     wires = Wires()
     wires.blocked["slow"] = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        outbox = PeerOutbox(tasks, wires.send, wires.on_lost)
+        outbox = PeerOutbox(tasks, wires.try_send, wires.send, wires.on_lost)
         for session in (1, 2):
             outbox.post("slow", tokens(session), ())
             outbox.post("quick", tokens(session), ())
@@ -174,11 +181,35 @@ async def test_a_slow_peer_keeps_nobody_else_waiting() -> None:
         outbox.clear()
 
 
+async def test_what_can_be_sent_waits_for_no_task() -> None:
+    wires = Wires()
+    async with asyncio.TaskGroup() as tasks:
+        outbox = PeerOutbox(tasks, wires.try_send, wires.send, wires.on_lost)
+        outbox.post("peer", tokens(1), ())
+        assert wires.sent == [("peer", 1)]
+        outbox.clear()
+
+
+async def test_nothing_overtakes_what_waits() -> None:
+    wires = Wires()
+    wires.blocked["peer"] = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        outbox = PeerOutbox(tasks, wires.try_send, wires.send, wires.on_lost)
+        outbox.post("peer", tokens(1), ())
+        await settle()
+        wires.blocked.pop("peer").set()  # the link has room again, the task has not run yet
+        outbox.post("peer", tokens(2), ())
+        await settle()
+        outbox.post("peer", tokens(3), ())
+        assert wires.sent == [("peer", 1), ("peer", 2), ("peer", 3)]
+        outbox.clear()
+
+
 async def test_what_can_not_be_sent_is_told_and_the_next_is_tried() -> None:
     wires = Wires()
     wires.broken.add("peer")
     async with asyncio.TaskGroup() as tasks:
-        outbox = PeerOutbox(tasks, wires.send, wires.on_lost)
+        outbox = PeerOutbox(tasks, wires.try_send, wires.send, wires.on_lost)
         outbox.post("peer", tokens(1), ())
         await settle()
         wires.broken.clear()
@@ -194,7 +225,7 @@ async def test_a_plan_that_is_over_sends_nothing_more() -> None:
     wires = Wires()
     wires.blocked["peer"] = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        outbox = PeerOutbox(tasks, wires.send, wires.on_lost)
+        outbox = PeerOutbox(tasks, wires.try_send, wires.send, wires.on_lost)
         outbox.post("peer", tokens(1), ())
         await settle()
         outbox.clear()

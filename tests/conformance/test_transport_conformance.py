@@ -198,6 +198,43 @@ class TestLists:
                         b"tail",
                     ]
 
+    async def test_can_be_taken_as_they_arrive(self, links: Links) -> None:
+        near, far = links
+        await near.send([b"early"])
+        for _ in range(100):  # it arrives before anybody takes lists
+            await asyncio.sleep(0.001)
+        taken: list[bytes] = []
+        done = asyncio.Event()
+
+        def take(frames: list[memoryview]) -> None:
+            taken.append(bytes(frames[0]))
+            if frames[0] == b"last":
+                done.set()
+
+        far.on_list(take)
+        for number in range(1500):
+            await near.send([b"%d" % number])
+        await near.send([b"last"])
+        await done.wait()
+        assert taken == [b"early", *(b"%d" % number for number in range(1500)), b"last"]
+
+    async def test_can_be_sent_without_waiting_while_there_is_room(self, links: Links) -> None:
+        near, far = links
+        sent = 0
+        while near.try_send([b"%d" % sent]):
+            sent += 1
+        assert 0 < sent <= 1000
+        for number in range(sent):
+            assert bytes((await far.receive())[0]) == b"%d" % number
+        await near.send([b"on"])
+        assert near.try_send([b"and on"])
+        assert [bytes((await far.receive())[0]) for _ in range(2)] == [b"on", b"and on"]
+        with pytest.raises(TransportError):
+            near.try_send([])
+        await near.close()
+        with pytest.raises(ConnectionClosed):
+            near.try_send([b"late"])
+
     async def test_large_frames_arrive_whole(self, links: Links) -> None:
         near, far = links
         body = bytes(range(256)) * (8 << 12)  # 8 MiB

@@ -94,6 +94,30 @@ async def test_a_ring_turns_both_ways_and_to_oneself() -> None:
                 assert received == (source, Gap(1, 1, 1), [])
 
 
+@pytest.mark.parametrize("address", [BIND, ""], ids=["direct", "relay"])
+async def test_messages_can_be_taken_as_they_arrive(address: str) -> None:
+    taken: list[tuple[str, Message, list[bytes]]] = []
+    arrived = asyncio.Event()
+
+    def take(source: str, message: Message, payloads: list[memoryview]) -> None:
+        taken.append((source, message, [bytes(payload) for payload in payloads]))
+        arrived.set()
+
+    async with cluster_of(address, address) as (cluster, [a, b]):
+        cluster.meshes[b]._on_message = take
+        assert not cluster.meshes[a].try_send(b, Gap(1, 1, 1))  # no link yet: `send` makes it
+        await cluster.meshes[a].send(b, Gap(1, 1, 1), [b"x"])
+        await arrived.wait()
+        assert cluster.meshes[a].try_send(b, Gap(1, 1, 2))
+        arrived.clear()
+        await arrived.wait()
+        arrived.clear()
+        await cluster.meshes[b].send(b, Gap(1, 1, 3))
+        await arrived.wait()
+        assert taken == [(a, Gap(1, 1, 1), [b"x"]), (a, Gap(1, 1, 2), []), (b, Gap(1, 1, 3), [])]
+        assert not cluster.meshes[a].try_send("stranger", Gap(1, 1, 1))
+
+
 async def test_an_address_that_cannot_be_dialled_is_relayed_for_the_whole_lease() -> None:
     async with cluster_of(BIND, BIND) as (cluster, [a, b]):
         good = cluster.entry(b)
