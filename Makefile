@@ -6,7 +6,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard kernels/csrc/* kernels/csrc/*/*) kernels/CMakeLists.txt pyproject.toml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-unit check format bench browser wheel clean
+.PHONY: help setup demo test test-unit check format bench bench-peers browser wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,16 @@ format: setup  ## put the code in the house style
 bench: setup  ## measure the kernels and the transport; benchmarks/README.md lists the others
 	$(PYTHON) -m benchmarks.kernels
 	$(PYTHON) -m benchmarks.transport
+
+# llama.cpp with its RPC backend, for this machine's processor; an environment of its own, so that nothing of it is ours.
+PEERS := .peers
+bench-peers: $(PEERS)/.installed  ## the programs that benchmarks compare with, built from source (minutes)
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || python3 -m venv $(PEERS)
+	CMAKE_ARGS="-DGGML_RPC=ON -DGGML_NATIVE=ON" \
+	  $(PEERS)/bin/python -m pip install --quiet --no-binary llama-cpp-python --requirement $<
+	touch $@
 
 # The console's test needs a real Chromium: Debian's, where we may install it.
 browser:

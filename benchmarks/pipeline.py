@@ -5,7 +5,7 @@ backend with two 1-thread servers, with four sessions at once, and over a link o
 predicted for each plan beside what was measured, and what an agent holds in memory beyond weights and KV.
 
 `hop_ms_p50` is taken from notes of the agents (`timed_agent.py`): end of one stage's compute to the start of the next
-one's, both directions; the larger of the two medians is reported. The sampler is in the way back.
+one's, both directions; the larger of the two medians is reported.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ async def main() -> None:
         page.line(f"{name:28} {listed(values, 2)}")
     stages = [within(pair.steps[name], bench.windows) for name in ("front", "back")]
     rows, ring = row_hops(stages), ring_hops(stages)
-    for name, hops in (("rows to the next stage", rows), ("ids back, sampler included", ring)):
+    for name, hops in (("rows to the next stage", rows), ("ids back to stage 1", ring)):
         page.line(
             f"hop, {name:28} p50 {1e3 * statistics.median(hops):.3f} ms, p99 {1e3 * percentile(hops, 0.99):.3f} ms"
         )

@@ -1,7 +1,8 @@
 """An agent that notes when each step of its stage began and ended: `python timed_agent.py FILE agent --name …`.
 
-It is the ordinary agent process with one method watched. The clock is the machine's monotonic one, so that the notes
-of several agents on one machine line up. Knows: steps and times. Does not know: what is made of them (`steps.py`).
+It is the ordinary agent process with its steps watched. The tail's sampler is part of its step. The clock is the
+machine's monotonic one, so that the notes of several agents on one machine line up. Knows: steps and times. Does not
+know: what is made of them (`steps.py`).
 """
 
 from __future__ import annotations
@@ -9,32 +10,49 @@ from __future__ import annotations
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-from edge_runtime.engine.base import Batch, Rows
-from edge_runtime.engine.onnx import OnnxStage
-from edge_runtime.sdk import child
+from typing import Any
 
 RECORD = struct.Struct("<ddqqqq")  # begin, end, session, base row, rows in all, KV bytes committed
 
 
 def watch(path: Path) -> None:
-    notes = path.open("ab", buffering=1 << 20)
-    run = OnnxStage.run
+    """Every stage this process loads from now on. Unbuffered: a process that is stopped twice has no time to flush."""
+    from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 
-    def watched(stage: OnnxStage, batch: Batch) -> Rows:
-        begin = time.monotonic()
-        rows = run(stage, batch)
-        end = time.monotonic()
-        first = batch.spans[0]
-        count = sum(len(span.ids) for span in batch.spans)
-        notes.write(RECORD.pack(begin, end, first.session, first.base_row, count, stage.kv_committed_bytes))
-        return rows
+    notes = path.open("ab", buffering=0)
+    construct, step = LoadedStage.__init__, StageWorker._run
+    times = [0.0, 0.0]
 
-    OnnxStage.run = watched  # type: ignore[method-assign]
+    def timed(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def watched(batch: Any) -> Any:
+            times[0] = time.monotonic()
+            rows = run(batch)
+            times[1] = time.monotonic()
+            return rows
+
+        return watched
+
+    def constructed(loaded: LoadedStage, lease: int, stage: Any, **rest: Any) -> None:
+        stage.run = timed(stage.run)
+        construct(loaded, lease, stage, **rest)
+
+    def stepped(worker: StageWorker, loaded: LoadedStage, works: list[Any]) -> list[Any]:
+        events = step(worker, loaded, works)
+        end = time.monotonic() if loaded.is_tail else times[1]
+        count = sum(len(work.ids) for work in works)
+        kv_bytes = loaded.stage.kv_committed_bytes  # type: ignore[attr-defined]
+        notes.write(RECORD.pack(times[0], end, works[0].session, works[0].base_row, count, kv_bytes))
+        return events
+
+    LoadedStage.__init__ = constructed  # type: ignore[method-assign, assignment]
+    StageWorker._run = stepped  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
+    from edge_runtime.sdk import child
+
     watch(Path(sys.argv[1]))
     del sys.argv[1]
     sys.exit(child.run())

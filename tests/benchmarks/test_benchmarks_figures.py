@@ -1,0 +1,95 @@
+"""What benchmarks compute from times, on literal cases."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from benchmarks.load import BURSTINESS, arrivals, starved
+from benchmarks.plans import PlanResult, plan_errors
+from benchmarks.samples import in_turns, percentile, ratio
+from benchmarks.steps import Step, read_steps, ring_hops, row_hops
+from benchmarks.streams import Prompts, Stream, total_tokens_per_second
+from benchmarks.timed_agent import RECORD
+
+
+async def test_arms_take_turns_in_an_order_that_turns_round() -> None:
+    order: list[str] = []
+
+    def arm(name: str):
+        async def once() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return once
+
+    found = await in_turns({"a": arm("a"), "b": arm("b")}, 2)
+    assert order == ["a", "b", "b", "a"]
+    assert found == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
+
+
+def test_a_ratio_is_the_median_of_neighbours() -> None:
+    assert ratio({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
+    assert ratio({"a": [1.0]}, "a", "b") is None
+
+
+def test_percentiles_are_observed_values() -> None:
+    assert percentile(list(range(100)), 0.99) == 99
+    assert percentile([3.0], 0.5) == 3.0
+
+
+def step(begin: float, end: float, row: int, *, session: int = 1, rows: int = 1) -> Step:
+    return Step(begin, end, session, row, rows, 0)
+
+
+def test_hops_lie_between_the_compute_of_two_stages() -> None:
+    first = [step(0.0, 1.0, 5), step(2.5, 3.0, 6), step(9.0, 9.5, 0, rows=4)]
+    tail = [step(1.25, 2.0, 5), step(3.5, 4.0, 6)]
+    assert sorted(row_hops([first, tail])) == [0.25, 0.5]
+    assert ring_hops([first, tail]) == [0.5]
+
+
+def test_notes_are_read_up_to_a_record_that_was_cut_off(tmp_path) -> None:
+    path = tmp_path / "steps"
+    path.write_bytes(RECORD.pack(1.0, 2.0, 3, 4, 5, 6) + b"half")
+    assert read_steps(path) == [Step(1.0, 2.0, 3, 4, 5, 6)]
+
+
+def stream_of(started: float, *times: float) -> Stream:
+    return Stream(1, started, list(times))
+
+
+def test_speed_together_counts_only_the_time_when_all_decode() -> None:
+    streams = [stream_of(0, 1, 2, 3, 4), stream_of(0, 2, 3, 4, 5)]
+    assert total_tokens_per_second(streams) == 2.0
+
+
+def test_a_session_starves_only_while_others_get_tokens() -> None:
+    quick = stream_of(0, *np.arange(1.0, 40.0))
+    waits = stream_of(0, 30.0)
+    assert starved([quick, waits], seconds=15, tokens=10) == 1
+    assert starved([quick, waits], seconds=15, tokens=32) == 0
+    assert starved([waits, stream_of(0, 30.0)], seconds=15, tokens=10) == 0  # nothing moved for anybody
+
+
+def test_arrivals_are_as_bursty_and_as_many_as_asked() -> None:
+    wanted = arrivals(1, 4000, 2.0, 64, 32)
+    assert wanted == arrivals(1, 4000, 2.0, 64, 32)
+    gaps = np.array([b.at_seconds - a.at_seconds for a, b in pairwise(wanted)])
+    assert gaps.mean() == pytest.approx(0.5, rel=0.15)
+    assert gaps.std() / gaps.mean() == pytest.approx(BURSTINESS, rel=0.15)
+    assert np.median([each.prompt_tokens for each in wanted]) == pytest.approx(64, rel=0.1)
+
+
+def test_prompts_are_never_the_same_twice() -> None:
+    prompts = Prompts(32_000)
+    assert prompts.new(32) != prompts.new(32)
+    assert min(prompts.new(1000)) >= 3
+
+
+def test_plan_errors_have_no_sign() -> None:
+    assert plan_errors([PlanResult("slow", 8.0, 10.0), PlanResult("fast", 11.0, 10.0)]) == pytest.approx(
+        [0.2, 0.1]
+    )
