@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block
 from edge_runtime.engine.base import Span
-from edge_runtime.engine.cut_operations import CutStep, RopeTables, RunContext, cut_step
+from edge_runtime.engine.cut_operations import CutStep, ExpertsStep, RopeTables, RunContext, cut_step
 from edge_runtime.engine.executors import SegmentStep, load_segment
 from edge_runtime.engine.kv_cache import KvCache
 from edge_runtime.engine.resident import forget_pages
 from edge_runtime.engine.spans import lay_out
 from edge_runtime.errors import EngineError
+from edge_runtime.experts.cache import ExpertCache
 
 Float32 = NDArray[np.float32]
 
@@ -28,18 +29,27 @@ Float32 = NDArray[np.float32]
 class LoadedBlock:
     """The embedding, one layer, or the head."""
 
-    def __init__(self, bundle: Bundle, block: Block, executor: str, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, block: Block, executor: str, threads: int, experts: ExpertCache | None = None
+    ) -> None:
         self.name = block.name
         self.threads = threads
         self.is_causal = all(o.attributes.get("causal", True) for o in block.operations)
         self.attention_count = sum(operation.kind == "attention" for operation in block.operations)
         try:
-            self._steps = _compile(bundle, block, executor, threads)
+            self._steps = _compile(bundle, block, executor, threads, experts)
         except (ValueError, TypeError, KeyError) as error:  # a manifest whose numbers contradict each other
             raise EngineError(
                 f"block {block.name} can't be loaded: {error}", hint="export the bundle again"
             ) from error
-        forget_pages(bundle, block.slices)
+        on_flash = bundle.manifest.expert_slices(block) if experts is not None else ()
+        forget_pages(bundle, [key for key in block.slices if key not in on_flash])
+
+    def use_experts(self, bundle: Bundle, experts: ExpertCache | None) -> None:
+        """A block that is used again by another stage gets that stage's cache."""
+        for step in self._steps:
+            if isinstance(step, ExpertsStep):
+                step.use_experts(bundle, experts)
 
     def run(self, hidden: Float32, context: RunContext, kv_layer: int) -> Float32:
         values = {"hidden": hidden}
@@ -52,14 +62,16 @@ class LoadedBlock:
         return values["hidden"]
 
 
-def _compile(bundle: Bundle, block: Block, executor: str, threads: int) -> list[SegmentStep | CutStep]:
+def _compile(
+    bundle: Bundle, block: Block, executor: str, threads: int, experts: ExpertCache | None
+) -> list[SegmentStep | CutStep]:
     """Segments cover the maximal runs of uncut operations, in order: the bundle's checks made sure."""
     segments = {segment.first_operation: segment for segment in block.segments}
     steps: list[SegmentStep | CutStep] = []
     kv_index = 0
     for index, operation in enumerate(block.operations):
         if operation.is_cut:
-            steps.append(cut_step(bundle, operation, kv_index, threads))
+            steps.append(cut_step(bundle, operation, kv_index, threads, experts))
             kv_index += operation.kind == "attention"
         elif index in segments:
             steps.append(load_segment(executor, bundle, block, segments[index], threads))

@@ -23,6 +23,8 @@ from edge_runtime.engine.resident import return_free_memory
 from edge_runtime.engine.rope import rope_tables
 from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
+from edge_runtime.experts.cache import CacheOptions, ExpertCache
+from edge_runtime.experts.flash_store import expert_layers
 
 _NO_ROWS = np.zeros((0, 0), np.float32)
 
@@ -37,12 +39,16 @@ class CpuStage:
         executor: str,
         blocks: dict[str, LoadedBlock],
         cache: KvCache,
+        experts: ExpertCache | None = None,
     ) -> None:
         manifest = bundle.manifest
         self.layers = layers
         self.executor = executor
         self.numeric_class = numeric_class_of(executor, manifest.model.weights)
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
+        if experts is not None:
+            self.weight_bytes += experts.arena_bytes - experts.total_bytes
+        self.experts = experts  # None: all experts are mapped
         self.bundle_digest = bundle.digest
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
         self._blocks = blocks
@@ -60,13 +66,15 @@ class CpuStage:
         kv_budget_bytes: int,
         executor: str = AUTO,
         reuse: CpuStage | None = None,
+        experts: CacheOptions | None = None,
     ) -> CpuStage:
         """Load the blocks of `layers`. `executor` is native, onnx or auto (`engine/executors.py`).
 
-        `reuse` is closed, and its blocks are kept where they are wanted again.
+        `reuse` is closed, and its blocks are kept where they are wanted again. `experts`: a cache of that many bytes
+        in front of flash instead of mapping all experts.
 
-        Raises EngineError (a graph that can't be compiled, layers that don't exist) or CapacityError (a budget that
-        does not hold one page of KV).
+        Raises EngineError (a graph that can't be compiled, layers that don't exist), CapacityError (a budget that
+        does not hold one page of KV, or one token's experts) or BundleError (experts that can't stay on flash).
         """
         if threads < 1:
             raise EngineError(f"a stage computes with at least 1 thread, not {threads}")
@@ -77,14 +85,21 @@ class CpuStage:
         kept = reuse.release_blocks(bundle.digest, executor, threads) if reuse is not None else {}
         # Forget what is not wanted before loading more: the two need not fit together.
         kept = {block.name: kept[block.name] for block in wanted if block.name in kept}
-        blocks = {
-            block.name: kept[block.name]
-            if block.name in kept
-            else LoadedBlock(bundle, block, executor, threads)
-            for block in wanted
-        }
-        return_free_memory()
-        return cls(bundle, layers, executor, blocks, cache)
+        expert_cache = _make_expert_cache(bundle, wanted, experts)
+        try:
+            blocks = {}
+            for block in wanted:
+                if block.name in kept:
+                    blocks[block.name] = kept[block.name]
+                    blocks[block.name].use_experts(bundle, expert_cache)
+                else:
+                    blocks[block.name] = LoadedBlock(bundle, block, executor, threads, expert_cache)
+            return_free_memory()
+            return cls(bundle, layers, executor, blocks, cache, expert_cache)
+        except BaseException:
+            if expert_cache is not None:
+                expert_cache.close()
+            raise
 
     @property
     def model(self) -> ModelInfo:
@@ -142,6 +157,8 @@ class CpuStage:
         return kept if is_same else {}
 
     def run(self, batch: Batch) -> Rows:
+        if self.experts is not None:
+            self.experts.close()
         self._check_usable()
         if not batch.spans:
             raise EngineError("a batch without spans")
@@ -205,3 +222,11 @@ def _ropes(bundle: Bundle, cache: KvCache) -> RopeTables:
     capacity = cache.table.num_pages * PAGE_TOKENS
     positions = min(bundle.manifest.model.max_context_tokens, capacity)
     return {name: rope_tables(rope, positions) for name, rope in bundle.manifest.ropes.items()}
+def _make_expert_cache(
+    bundle: Bundle, blocks: tuple[Block, ...], options: CacheOptions | None
+) -> ExpertCache | None:
+    """None also where these layers have no experts."""
+    layers = expert_layers(bundle, blocks) if options is not None else ()
+    return ExpertCache(layers, options) if layers and options is not None else None
+
+

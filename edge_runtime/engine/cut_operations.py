@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from edge_kernels.attention import RaggedRows, append_kv, paged_attention, prepare_qk
-from edge_kernels.experts import ExpertWeights, route, run_experts
+from edge_kernels.experts import route
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.operations import Operation
 from edge_runtime.engine.spans import RowLayout
-from edge_runtime.engine.weights import RowTable, read_tensor, tensor_of
+from edge_runtime.engine.weights import RowTable, read_tensor
 from edge_runtime.errors import EngineError
+from edge_runtime.experts.cache import ExpertCache
+from edge_runtime.experts.runner import expert_runner
 
 Float32 = NDArray[np.float32]
 RopeTables = Mapping[str, tuple[Float32, Float32]]  # name -> cos and sin [positions, rotary / 2]
@@ -119,9 +121,11 @@ class AttentionStep:
 
 
 class ExpertsStep:
-    """Experts are read where they are mapped: only those chosen ever become resident."""
+    """Routes here; who runs the chosen experts, and where these are, is the runner's business."""
 
-    def __init__(self, bundle: Bundle, operation: Operation, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, operation: Operation, threads: int, experts: ExpertCache | None
+    ) -> None:
         self.inputs, self.outputs = operation.inputs, operation.outputs
         attributes = operation.attributes
         self._threads = threads
@@ -129,16 +133,19 @@ class ExpertsStep:
         self._normalize = bool(attributes["normalize"])
         self._softmax_after = bool(attributes["softmax_after"])
         self._activation = str(attributes["activation"])
-        self._weights = _expert_weights(bundle, operation.weights["experts"])
+        self._tensor = operation.weights["experts"]
+        self.use_experts(bundle, experts)
+
+    def use_experts(self, bundle: Bundle, experts: ExpertCache | None) -> None:
+        """From now on through this cache; None: where they are mapped."""
+        self._runner = expert_runner(bundle, self._tensor, self._activation, self._threads, experts)
 
     def run(self, values: Sequence[Float32], context: RunContext) -> list[Float32]:
         rows, logits = values
         ids, gates = route(
             logits, top_k=self._top_k, normalize=self._normalize, softmax_after=self._softmax_after
         )
-        return [
-            run_experts(rows, ids, gates, self._weights, activation=self._activation, threads=self._threads)
-        ]
+        return [self._runner.run(rows, ids, gates)]
 
 
 class PoolStep:
@@ -164,13 +171,15 @@ class PoolStep:
 CutStep = EmbeddingStep | AttentionStep | ExpertsStep | PoolStep
 
 
-def cut_step(bundle: Bundle, operation: Operation, kv_index: int, threads: int) -> CutStep:
+def cut_step(
+    bundle: Bundle, operation: Operation, kv_index: int, threads: int, experts: ExpertCache | None
+) -> CutStep:
     if operation.kind == "embedding":
         return EmbeddingStep(bundle, operation)
     if operation.kind == "attention":
         return AttentionStep(bundle, operation, kv_index, threads)
     if operation.kind == "experts":
-        return ExpertsStep(bundle, operation, threads)
+        return ExpertsStep(bundle, operation, threads, experts)
     if operation.kind == "pool":
         return PoolStep(operation)
     raise EngineError(f"{operation.name}: {operation.kind} is not a cut operation")
@@ -180,20 +189,3 @@ def _optional(bundle: Bundle, operation: Operation, slot: str) -> Float32 | None
     if slot not in operation.weights:
         return None
     return read_tensor(bundle, operation.weights[slot]).reshape(-1).copy()
-
-
-def _expert_weights(bundle: Bundle, name: str) -> ExpertWeights:
-    tensor = tensor_of(bundle, name)
-    slices = {part.slice for part in tensor.parts.values()}
-    if len(slices) != 1:
-        raise EngineError(f"the experts {name} lie in {len(slices)} slices; they must lie in one")
-    experts, intermediate, hidden = tensor.shape
-    return ExpertWeights(
-        buffer=np.frombuffer(bundle.slice_bytes(slices.pop()), np.uint8),
-        format=tensor.format.removeprefix("experts_"),
-        num_experts=experts,
-        hidden=hidden,
-        intermediate=intermediate,
-        stride_bytes=tensor.expert_stride_bytes,
-        offsets={key: part.offset_bytes for key, part in tensor.parts.items()},
-    )

@@ -65,7 +65,10 @@ class OnnxSegment:
         self.inputs = segment.inputs
         self.outputs = segment.outputs
         name = f"{block.name} operations {segment.first_operation}-{segment.last_operation}"
-        slices = {key: bundle.slice_bytes(key) for key in block.slices}
+        experts = bundle.manifest.expert_slices(
+            block
+        )  # no segment uses them, and they may have to stay on flash
+        slices = {key: bundle.slice_bytes(key) for key in block.slices if key not in experts}
         filled = {key: view for key, view in slices.items() if len(view)}
         options = session_options(threads)
         options.add_external_initializers_from_files_in_memory(

@@ -105,6 +105,13 @@ class ExpertCache:
         self._last_layer = -1
         self._batch: ReadBatch | None = None
 
+    def layer_of(self, tensor: str) -> int:
+        """Number of the layer whose experts are `tensor`."""
+        for layer in self.layers.values():
+            if layer.tensor == tensor:
+                return layer.layer
+        raise EngineError(f"the expert cache of this stage does not know {tensor}")
+
     @property
     def arena_bytes(self) -> int:
         return sum(pool.arena.total_bytes for pool in set(self._pools.values()))
