@@ -12,6 +12,9 @@ namespace {
 #define EDGE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// What passes registers by the dozen must not become a call.
+#define EDGE_INLINE inline __attribute__((always_inline))
+
 inline float float_of_bits(std::int32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 4096;
 constexpr int kInterleaved = kPanelStep < 4 ? kPanelStep : 4;  // rows whose dot products run side by side
 
 template <typename Format, int M>
@@ -23,8 +23,7 @@ void linear_part(const std::uint8_t* codes, const std::uint16_t* scales, int blo
   for (int block = 0; block < blocks; ++block) {
     const Weights w = Format::unpack(codes, part);
     const P weight_scales = part_half(scales + kPart * part);
-    if constexpr (M <= 4)
-      for (int line = 0; line < Format::kTileBytes; line += 64) prefetch(codes + kPrefetchBytes + line);
+    for (int line = 0; line < Format::kTileBytes; line += 64) prefetch(codes + kPrefetchBytes + line);
     EDGE_UNROLL
     for (int m = 0; m < M; m += J) {
       P dots[J];

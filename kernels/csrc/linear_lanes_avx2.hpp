@@ -36,7 +36,7 @@ inline __m256i four_columns(const std::int8_t* x) {
 
 struct PartInt4 {
   static constexpr int kTileBytes = 256;
-  static Weights unpack(const std::uint8_t* tile, int part) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int part) {
     const __m256i mask = _mm256_set1_epi8(15);
     Weights w;
     EDGE_UNROLL
@@ -49,7 +49,7 @@ struct PartInt4 {
   }
   // 8 * 2 * 15 * 127 fits 16 bits, so all eight groups add before they widen.
   template <int J>
-  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) {
       __m256i pairs = _mm256_maddubs_epi16(w.group[0], four_columns(x + 32 * j));
@@ -64,7 +64,7 @@ struct PartInt4 {
 
 struct PartInt8 {
   static constexpr int kTileBytes = 512;
-  static Weights unpack(const std::uint8_t* tile, int part) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int part) {
     Weights w;
     EDGE_UNROLL
     for (int g = 0; g < 8; ++g)
@@ -72,7 +72,7 @@ struct PartInt8 {
     return w;
   }
   template <int J>
-  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) {
       __m256i sums = dot_signed(w.group[0], four_columns(x + 32 * j));

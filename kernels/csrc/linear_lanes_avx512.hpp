@@ -25,7 +25,7 @@ struct Weights {
 
 struct PartInt4 {
   static constexpr int kTileBytes = 256;
-  static Weights unpack(const std::uint8_t* tile, int) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int) {
     const __m512i mask = _mm512_set1_epi8(15);
     Weights w;
     EDGE_UNROLL
@@ -38,7 +38,7 @@ struct PartInt4 {
   }
   // Exact dot products of a block with J rows, as floats.
   template <int J>
-  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
     __m512i sums[J];
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) sums[j] = _mm512_set1_epi32(corrections[j]);
@@ -57,7 +57,7 @@ struct PartInt4 {
 
 struct PartInt8 : PartInt4 {
   static constexpr int kTileBytes = 512;
-  static Weights unpack(const std::uint8_t* tile, int) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int) {
     Weights w;
     EDGE_UNROLL
     for (int g = 0; g < 8; ++g) w.group[g] = _mm512_loadu_si512(tile + 64 * g);

@@ -33,7 +33,7 @@ inline int8x16_t four_columns(const std::int8_t* x) {
 }
 
 template <int J>
-inline void dot_block(const Weights& w, const std::int8_t* x, const int32x4_t (&start)[J], P (&out)[J]) {
+EDGE_INLINE void dot_block(const Weights& w, const std::int8_t* x, const int32x4_t (&start)[J], P (&out)[J]) {
   EDGE_UNROLL
   for (int j = 0; j < J; ++j) {
     int32x4_t sums = start[j];
@@ -57,7 +57,7 @@ inline void dot_block(const Weights& w, const std::int8_t* x, const int32x4_t (&
 
 struct PartInt4 {
   static constexpr int kTileBytes = 256;
-  static Weights unpack(const std::uint8_t* tile, int part) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int part) {
     Weights w;
     EDGE_UNROLL
     for (int c = 0; c < 4; ++c) {
@@ -68,7 +68,7 @@ struct PartInt4 {
     return w;
   }
   template <int J>
-  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
     int32x4_t start[J];
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) start[j] = vdupq_n_s32(corrections[j]);
@@ -78,7 +78,7 @@ struct PartInt4 {
 
 struct PartInt8 {
   static constexpr int kTileBytes = 512;
-  static Weights unpack(const std::uint8_t* tile, int part) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int part) {
     Weights w;
     EDGE_UNROLL
     for (int g = 0; g < 8; ++g)
@@ -86,7 +86,7 @@ struct PartInt8 {
     return w;
   }
   template <int J>
-  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
     int32x4_t start[J];
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) start[j] = vdupq_n_s32(0);

@@ -38,7 +38,7 @@ struct Weights {
 
 struct PartInt4 {
   static constexpr int kTileBytes = 256;
-  static Weights unpack(const std::uint8_t* tile, int part) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int part) {
     Weights w;
     for (int o = 0; o < 4; ++o)
       for (int k = 0; k < 32; ++k)
@@ -46,7 +46,7 @@ struct PartInt4 {
     return w;
   }
   template <int J>
-  static void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
     for (int j = 0; j < J; ++j)
       for (int o = 0; o < 4; ++o) {
         std::int32_t sum = 0;
@@ -58,7 +58,7 @@ struct PartInt4 {
 
 struct PartInt8 : PartInt4 {
   static constexpr int kTileBytes = 512;
-  static Weights unpack(const std::uint8_t* tile, int part) {
+  static EDGE_INLINE Weights unpack(const std::uint8_t* tile, int part) {
     Weights w;
     for (int o = 0; o < 4; ++o)
       for (int k = 0; k < 32; ++k) w.code[o][k] = tile[k / 4 * 64 + 16 * part + 4 * o + k % 4] - 128;
