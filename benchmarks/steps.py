@@ -1,7 +1,8 @@
 """What the notes of timed agents say: compute of each stage, and what lies between the stages.
 
 A hop is everything between the end of one stage's compute and the start of the next one's: handing over to the event
-loop, encoding, encryption, loopback, decryption, the queue of the next compute thread. Knows: notes. Does not know: how they were taken (`timed_agent.py`).
+loop, encoding, encryption, loopback, decryption, the queue of the next compute thread. Knows: notes. Does not know:
+how they were taken (`timed_agent.py`).
 """
 
 from __future__ import annotations
