@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Before anything imports Triton: without a GPU its programs run on the CPU, in its interpreter.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TinyCheckpoint = Callable[[str], Path]
 
