@@ -1,7 +1,7 @@
 """The agent: one device's part in a cluster, from its first pairing to its end.
 
-It dials the coordinator and never waits to be dialled; what arrives becomes events of `pipeline_state`, and what that
-wants done goes to the links and the compute thread. All of it happens on one event loop, without waiting.
+It dials the coordinator and never waits to be dialled. Pairing, the link to the coordinator, heartbeats and loading
+happen here, on the agent's event loop. Rows never pass through it: they have a loop of their own (`data_plane.py`).
 
 Knows: how the parts of an agent fit together. Does not know: the rules of sessions, how rows are computed, the CLI.
 """
@@ -16,51 +16,29 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
 
-import numpy as np
-
 from edge_runtime.agent.backoff import Backoff
 from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
 from edge_runtime.agent.control_link import ControlLink
 from edge_runtime.agent.data_address import data_address
+from edge_runtime.agent.data_plane import DataPlane
 from edge_runtime.agent.device_profile import DeviceProfiler, MeasurementCache
 from edge_runtime.agent.loader import MakeStage, StageLoader, cpu_stages
 from edge_runtime.agent.memory import MemoryBudget, resident_bytes
 from edge_runtime.agent.pairing_file import load_pairing, save_pairing
-from edge_runtime.agent.peer_outbox import PeerOutbox
 from edge_runtime.agent.pipeline_events import (
-    COORDINATOR,
-    ControlLost,
-    DropRows,
-    Event,
-    Ignore,
-    Instruction,
-    Load,
     LoadFailed,
-    OpenRows,
-    Received,
-    Retire,
-    Rows,
-    RunRows,
-    Send,
-    SessionBroke,
-    Unload,
 )
-from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.progress import ProgressGate
 from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
-from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.agent.status import Connected, Disconnected, Failed, Loading, Paired, Serving, Status
 from edge_runtime.bundle.store import BundleStore
-from edge_runtime.core import DeviceId, SessionId
 from edge_runtime.errors import ConfigError, ConnectionClosed, EdgeRuntimeError, TransportError, TrustError
 from edge_runtime.protocol.messages import (
     PROTOCOL_VERSION,
-    FrameRows,
     Heartbeat,
     Hello,
     LoadStage,
     Message,
-    OpenSession,
     PeerLease,
     ProfileRequest,
     Refused,
@@ -69,12 +47,10 @@ from edge_runtime.protocol.messages import (
     SliceRequest,
     StageFailed,
     StageProgress,
-    Tokens,
     Welcome,
 )
 from edge_runtime.transport import zeromq
 from edge_runtime.transport.base import Frame
-from edge_runtime.transport.mesh import Mesh
 from edge_runtime.trust.identity import KeyPair
 from edge_runtime.trust.pairing import JoinLink, Pairing, enroll
 
@@ -97,9 +73,7 @@ class Agent:
         self._config = config
         self._on_status = on_status
         self._make_stage = make_stage or cpu_stages(config.executor)
-        self._state = PipelineState()
         self._boot_id = secrets.token_hex(8)
-        self._hidden_size = 0  # of the stage that is loaded
         self._loading: asyncio.Task[None] | None = None
         self._profiling: asyncio.Task[None] | None = None
 
@@ -116,7 +90,10 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._worker = StageWorker(self._events_from_worker)
+        wanted = self._config.data_port != NO_DATA_PORT
+        address = data_address(self._config, pairing.coordinator_address) if wanted else ""
+        self._plane = DataPlane(self, key, pairing.device_id, pairing.signing_key, address)
+        self._worker = self._plane.worker
         self._worker.start()
         try:
             await self._serve(key, pairing)
@@ -148,23 +125,14 @@ class Agent:
         return pairing
 
     async def _serve(self, key: KeyPair, pairing: Pairing) -> None:
-        wanted = self._config.data_port != NO_DATA_PORT
-        address = data_address(self._config, pairing.coordinator_address) if wanted else ""
         self._pairing = pairing
-        self._mesh = Mesh(
-            key,
-            pairing.device_id,
-            pairing.signing_key,
-            self._control_send,
-            address,
-            on_message=self._peer_said,
-        )
-        async with self._mesh as mesh, asyncio.TaskGroup() as tasks:
+        opened: asyncio.Future[str] = self._loop.create_future()
+        async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            self._peers = PeerOutbox(tasks, mesh.try_send, mesh.send, self._peer_lost)
+            tasks.create_task(self._run_plane(opened))
             self._control = ControlLink(
                 lambda: zeromq.connect(pairing.coordinator_address, key, pairing.server_key),
-                self._hello(mesh.data_address),
+                self._hello(await opened),
                 self._heartbeat,
                 self,
                 Backoff(random.Random()),
@@ -173,6 +141,14 @@ class Agent:
             log.info("device %s (%s) starts", pairing.device_id, self._config.name)
             tasks.create_task(self._control.run())
             tasks.create_task(self._until_broken())
+
+    async def _run_plane(self, opened: asyncio.Future[str]) -> None:
+        """On the compute thread, for as long as this waits."""
+
+        def tell(address: str) -> None:
+            self._loop.call_soon_threadsafe(_resolve, opened, address)
+
+        await asyncio.wrap_future(self._worker.beside(self._plane.run(tell)))
 
     def _make_loader(self, pairing: Pairing) -> None:
         directory = self._config.state_directory
@@ -218,10 +194,9 @@ class Agent:
 
     def disconnected(self, reason: str) -> None:
         self._slices.link_lost()
-        self._mesh.control_lost()
+        self._plane.control_lost()
         if self._profiling is not None:
             self._profiling.cancel()
-        self._handle(ControlLost())
         if reason:
             self._on_status(Disconnected(reason))
 
@@ -230,9 +205,9 @@ class Agent:
             case SliceChunk():
                 self._slices.arrived(message, payloads)
             case Relay():
-                self._mesh.relayed(message.peer, payloads)
+                self._plane.relayed(message.peer, payloads)
             case PeerLease():
-                self._apply_lease(message)
+                self._plane.lease(message)
             case ProfileRequest():
                 if self._profiling is None or self._profiling.done():
                     self._profiling = self._tasks.create_task(self._profile(message.bundle))
@@ -240,86 +215,45 @@ class Agent:
                 log.warning("the coordinator refuses: %s hint: %s", message.reason, message.hint)
                 self._slices.refused(message.reason, message.hint)
             case _:
-                self._handle(Received(COORDINATOR, message))
+                self._plane.received(message)
 
-    def _peer_said(self, source: DeviceId, message: Message, payloads: Sequence[memoryview]) -> None:
-        rows = self._rows_of(message, payloads) if isinstance(message, FrameRows) else None
-        self._handle(Received(source, message, rows))
+    # ------------------------------------------------------------ what the data plane wants, on its thread
 
-    def _rows_of(self, frame: FrameRows, payloads: Sequence[memoryview]) -> Rows | None:
-        """The payload in the shape of our own plan, or None where it has another size."""
-        shape = (len(frame.ids), self._hidden_size)
-        if len(payloads) != 1 or payloads[0].nbytes != 4 * shape[0] * shape[1]:
-            return None
-        rows = np.frombuffer(payloads[0], np.dtype("<f4")).reshape(shape)
-        return np.require(rows, requirements=("ALIGNED",))  # small frames lie wherever the link put them
+    def post(self, message: Message, payloads: Sequence[Frame]) -> None:
+        self._loop.call_soon_threadsafe(self._post, message, payloads)
 
-    def _apply_lease(self, lease: PeerLease) -> None:
-        try:
-            body = self._mesh.apply_lease(lease)
-        except EdgeRuntimeError as problem:
-            log.error("a peer lease was refused: %s", problem.message)
-            return
-        log.info("lease %d: %d peers", body.number, len(body.peers))
+    async def relay(self, message: Message, payloads: Sequence[Frame]) -> None:
+        sending = asyncio.run_coroutine_threadsafe(self._control.send(message, payloads), self._loop)
+        await asyncio.wrap_future(sending)
 
-    def _events_from_worker(self, events: Sequence[Event]) -> None:
-        """On the compute thread."""
-        self._loop.call_soon_threadsafe(self._handle_all, events)
+    def start_loading(self, order: LoadStage) -> None:
+        self._loop.call_soon_threadsafe(self._start_loading, order)
 
-    def _handle_all(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self._handle(event)
+    def stop_loading(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop_loading)
 
-    def _handle(self, event: Event) -> None:
-        try:
-            for instruction in self._state.handle(event):
-                self._carry_out(instruction)
-        except Exception as problem:
-            log.exception("lease %d: an event could not be handled", self._state.lease)
-            if not self._broken.done():
-                self._broken.set_exception(problem)
+    def broke(self, problem: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._break, problem)
 
-    def _peer_lost(self, message: OpenSession | FrameRows | Tokens, reason: str) -> None:
-        self._handle(SessionBroke(message.lease, SessionId(message.session), "transport", reason))
+    # ------------------------------------------------------------ and what is done about it
 
-    # ------------------------------------------------------------ what is to be done
+    def _post(self, message: Message, payloads: Sequence[Frame]) -> None:
+        if isinstance(message, StageFailed):
+            log.error("lease %d failed: %s hint: %s", message.lease, message.reason, message.hint)
+            self._on_status(Failed(message.lease, message.reason, message.hint))
+        self._control.post(message, payloads)
 
-    def _carry_out(self, instruction: Instruction) -> None:
-        match instruction:
-            case OpenRows() | RunRows() | DropRows():
-                self._worker.put(instruction)
-            case Send(to, message, rows):
-                self._post(to, message, [] if rows is None else [_frame_of(rows)])
-            case Load(order):
-                self._end_plan()
-                self._worker.retire()
-                self._loading = self._tasks.create_task(self._load(order))
-            case Retire():
-                self._end_plan()
-                self._worker.retire()
-            case Unload(lease):
-                log.info("lease %d: unloaded", lease)
-                self._end_plan()
-                self._worker.unload()
-            case Ignore(reason):
-                log.debug("lease %d: dropped: %s", self._state.lease, reason)
+    def _start_loading(self, order: LoadStage) -> None:
+        self._stop_loading()
+        self._loading = self._tasks.create_task(self._load(order))
 
-    def _end_plan(self) -> None:
-        self._peers.clear()
-        if self._loading is not None and self._loading is not asyncio.current_task():
+    def _stop_loading(self) -> None:
+        if self._loading is not None:
             self._loading.cancel()
 
-    def _post(self, to: str, message: Message, payloads: Sequence[Frame]) -> None:
-        if to == COORDINATOR:
-            if isinstance(message, StageFailed):
-                log.error("lease %d failed: %s hint: %s", message.lease, message.reason, message.hint)
-                self._on_status(Failed(message.lease, message.reason, message.hint))
-            self._control.post(message, payloads)
-        elif isinstance(message, OpenSession | FrameRows | Tokens):
-            self._peers.post(to, message, payloads)
-
-    async def _control_send(self, message: Message, payloads: Sequence[Frame]) -> None:
-        await self._control.send(message, payloads)
+    def _break(self, problem: Exception) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(problem)
 
     async def _ask(self, request: SliceRequest) -> None:
         await self._control.send(request)
@@ -345,17 +279,18 @@ class Agent:
         try:
             loaded, manifest = await self._loader.load(order, progress)
         except EdgeRuntimeError as problem:
-            self._handle(LoadFailed(order.lease, problem.code, problem.message, problem.hint))
+            self._plane.load_failed(LoadFailed(order.lease, problem.code, problem.message, problem.hint))
             return
         except (
             OSError,
             MemoryError,
         ) as problem:  # a full disk; a machine that has less than it was said to have
             hint = f"make room for {self._config.state_directory}, or give the agent less --memory"
-            self._handle(LoadFailed(order.lease, "engine", f"{type(problem).__name__}: {problem}", hint))
+            self._plane.load_failed(
+                LoadFailed(order.lease, "engine", f"{type(problem).__name__}: {problem}", hint)
+            )
             return
-        self._hidden_size = manifest.model.hidden_size
-        self._handle(loaded)
+        self._plane.loaded(loaded, manifest.model.hidden_size)
         log.info("lease %d: serving, room for %d tokens", order.lease, loaded.kv_capacity_tokens)
         self._on_status(
             Serving(
@@ -381,12 +316,12 @@ class Agent:
         except (ConnectionClosed, TransportError) as problem:
             log.warning("could not measure this device: %s", problem.message)
         except EdgeRuntimeError as problem:
-            self._post(COORDINATOR, StageFailed(0, problem.code, problem.message, problem.hint), [])
+            self._post(StageFailed(0, problem.code, problem.message, problem.hint), [])
 
 
-def _frame_of(rows: Rows) -> memoryview:
-    """Little-endian float32, contiguous: what FrameRows and Pooled carry."""
-    return np.ascontiguousarray(rows, np.dtype("<f4")).data.cast("B")
+def _resolve(future: asyncio.Future[str], result: str) -> None:
+    if not future.done():  # else nobody waits any more
+        future.set_result(result)
 
 
 def _import_engine(executor: str) -> None:

@@ -3,17 +3,22 @@
 One batch is in flight at a time; commands that came meanwhile (a cancelled session) are obeyed before the next one, so
 KV is free within one step. A session that fails alone fails alone; anything unexpected breaks the stage.
 
-Knows: stages, batches, samplers. Does not know: asyncio, links, leases beyond their number.
+The thread runs an event loop, and steps are callbacks of it: links between stages live on it too (`data_plane.py`), so
+that between a frame and its step, and between a step and its frame, no other thread has to wake up.
+
+Knows: stages, batches, samplers. Does not know: links, leases beyond their number.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
 import logging
-import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -57,13 +62,16 @@ class LoadedStage:
 
 
 class StageWorker:
-    """`put` from the event loop; events come back through `deliver`, in order."""
+    """`put` from any thread; events come back through `deliver` on the compute thread, in order."""
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver
-        # The lightest way to wake a thread: a hop between two stages is made of a few such wake-ups. None: stop.
-        self._inbox: queue.SimpleQueue[OpenRows | RunRows | DropRows | Job | None] = queue.SimpleQueue()
-        self._stopping = False
+        self._lock = threading.Lock()  # of the two below: whoever puts the first command asks for a turn
+        self._inbox: deque[OpenRows | RunRows | DropRows | Job] = deque()
+        self._turn_asked = False
+        self._loop = asyncio.new_event_loop()
+        self._end = asyncio.Event()  # these two belong to the loop's thread
+        self._beside: set[asyncio.Task[None]] = set()
         self._loaded: LoadedStage | None = None
         self._retired: Stage | None = None
         self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
@@ -74,8 +82,33 @@ class StageWorker:
     def start(self) -> None:
         self._thread.start()
 
+    def beside(self, work: Coroutine[None, None, None]) -> concurrent.futures.Future[None]:
+        """Run `work` on the thread's event loop, between steps; cancelled, and awaited, before the thread ends."""
+        return asyncio.run_coroutine_threadsafe(self._followed(work), self._loop)
+
+    async def _followed(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._beside.add(task)
+        try:
+            await work
+        finally:
+            self._beside.discard(task)
+
     def put(self, command: OpenRows | RunRows | DropRows | Job) -> None:
-        self._inbox.put(command)
+        with self._lock:
+            self._inbox.append(command)
+            if self._turn_asked:
+                return
+            self._turn_asked = True
+        self._ask_for_turn()
+
+    def _ask_for_turn(self) -> None:
+        if threading.current_thread() is self._thread:
+            self._loop.call_soon(self._turn)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this any more
+                self._loop.call_soon_threadsafe(self._turn)
 
     async def call(self, work: Callable[[], Result]) -> Result:
         """Run `work` between two steps and wait for what it returns or raises. It is not interrupted once begun."""
@@ -94,11 +127,11 @@ class StageWorker:
         return await future
 
     def retire(self) -> None:
-        """Drop every session and queued row now; the weights stay for the next stage. From the event loop."""
+        """Drop every session and queued row now; the weights stay for the next stage. From any thread."""
         self.put(self._retire)
 
     def unload(self) -> None:
-        """Free sessions and weights. From the event loop."""
+        """Free sessions and weights. From any thread."""
         self.put(self._unload)
 
     def install(self, loaded: LoadedStage) -> None:
@@ -113,24 +146,44 @@ class StageWorker:
         return stage
 
     def stop(self) -> bool:
-        """Wait for the step in flight, close the stage. False where the thread is stuck in a step."""
-        self._stopping = True  # at once, whatever is queued before
-        self._inbox.put(None)
+        """Wait for the step in flight, close links and the stage. False where the thread is stuck in a step."""
+        if self._thread.ident is None:
+            self._loop.close()
+            return True
+        with contextlib.suppress(RuntimeError):  # it ended before
+            self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join(STOP_SECONDS)
         return not self._thread.is_alive()
 
     # ------------------------------------------------------------ on the compute thread
 
     def _work(self) -> None:
-        while (commands := self._next_commands()) is not None:
-            for command in commands:
-                self._obey(command)
-            events = self._step()
-            self._measure()
-            if events:
-                # Last of all: whoever takes them over needs the interpreter, which this thread leaves when it waits.
-                self._deliver(events)
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._until_end())
+
+    async def _until_end(self) -> None:
+        await self._end.wait()
+        tasks = set(self._beside)
+        for task in tasks:
+            if not task.cancelling():  # else it is closing its links already
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._unload()
+
+    def _turn(self) -> None:
+        """Obey everything, then one step. Whatever arrives on the loop's links has its turn before the next one."""
+        if self._end.is_set():
+            return
+        try:
+            while self._inbox:
+                self._obey(self._inbox.popleft())
+            self._step()
+            self._measure()
+        finally:
+            with self._lock:
+                self._turn_asked = bool(self._inbox or (self._loaded and len(self._loaded.queue)))
+            if self._turn_asked:
+                self._loop.call_soon(self._turn)
 
     def _retire(self) -> None:
         loaded, self._loaded = self._loaded, None
@@ -147,17 +200,6 @@ class StageWorker:
         if self._retired is not None:
             self._retired.close()
             self._retired = None
-
-    def _next_commands(self) -> list[OpenRows | RunRows | DropRows | Job] | None:
-        """All that wait; without any, the next one, unless rows are queued already. None: stop."""
-        commands: list[OpenRows | RunRows | DropRows | Job] = []
-        has_rows = self._loaded is not None and len(self._loaded.queue) > 0
-        if not has_rows and (command := self._inbox.get()) is not None:
-            commands.append(command)
-        while not self._inbox.empty():
-            if (command := self._inbox.get_nowait()) is not None:
-                commands.append(command)
-        return None if self._stopping else commands
 
     def _measure(self) -> None:
         loaded = self._loaded
@@ -201,11 +243,11 @@ class StageWorker:
             loaded.open.discard(session)
             loaded.stage.drop(session)
 
-    def _step(self) -> list[Event]:
+    def _step(self) -> None:
         loaded = self._loaded
         works = loaded.queue.take() if loaded is not None else []
         if loaded is None or not works:
-            return []
+            return
         try:
             events = self._run_apart(loaded, works)
         except Exception as problem:  # the engine itself: nothing it holds can be trusted any more
@@ -215,7 +257,7 @@ class StageWorker:
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
         self.steps += 1
-        return events
+        self._deliver(events)
 
     def _run_apart(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
         """All in one batch; where that is refused, one by one, so that the guilty session fails alone."""

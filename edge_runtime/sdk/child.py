@@ -29,7 +29,12 @@ def run() -> int:
     threading.Thread(target=_watch_parent, name="parent-watch", daemon=True).start()
     from edge_runtime.cli.main import main
 
-    return main(sys.argv[1:])
+    try:
+        return main(sys.argv[1:])
+    finally:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the parent may say it twice: what is ending ends in order
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""A device's part in a pipeline, on the compute thread's event loop: links to peers, rules of sessions, steps.
+
+A frame that arrives here is decoded, judged and run, and its rows are sent on, without waking another thread. What
+concerns the coordinator goes to the agent's own event loop and comes from there, in order.
+
+Knows: how links, `pipeline_state` and the compute thread fit together. Does not know: the control link, loading, or
+the rules themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from edge_runtime.agent.peer_outbox import PeerOutbox
+from edge_runtime.agent.pipeline_events import (
+    COORDINATOR,
+    ControlLost,
+    DropRows,
+    Event,
+    Ignore,
+    Instruction,
+    Load,
+    Loaded,
+    LoadFailed,
+    OpenRows,
+    Received,
+    Retire,
+    Rows,
+    RunRows,
+    Send,
+    SessionBroke,
+    Unload,
+)
+from edge_runtime.agent.pipeline_state import PipelineState
+from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.core import DeviceId, SessionId
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.protocol.messages import (
+    FrameRows,
+    LoadStage,
+    Message,
+    OpenSession,
+    PeerLease,
+    Tokens,
+)
+from edge_runtime.transport.base import Frame
+from edge_runtime.transport.mesh import Mesh
+from edge_runtime.trust.identity import KeyPair
+
+log = logging.getLogger(__name__)
+
+
+class ControlSide(Protocol):
+    """What the data plane asks of the agent. Called on the compute thread; nothing here waits."""
+
+    def post(self, message: Message, payloads: Sequence[Frame]) -> None: ...
+    def start_loading(self, order: LoadStage) -> None: ...
+    def stop_loading(self) -> None: ...
+    def broke(self, problem: Exception) -> None:
+        """A bug: this device must not look alive any longer."""
+        ...
+
+    async def relay(self, message: Message, payloads: Sequence[Frame]) -> None:
+        """As fast as the coordinator reads. Raises ConnectionClosed, TransportError."""
+        ...
+
+
+class DataPlane:
+    """Methods in the first part are for the agent's loop; everything else happens on the compute thread."""
+
+    def __init__(
+        self, control: ControlSide, key: KeyPair, device_id: str, signing_key: bytes, data_address: str
+    ) -> None:
+        self.worker = StageWorker(self._handle_all)
+        self._control = control
+        self._make_mesh: Callable[[], Mesh] = lambda: Mesh(
+            key, device_id, signing_key, control.relay, data_address, on_message=self._arrived
+        )
+        self._state = PipelineState()
+        self._hidden_size = 0  # of the stage that is loaded
+
+    # ------------------------------------------------------------ from the agent's loop
+
+    def received(self, message: Message) -> None:
+        """Of the coordinator."""
+        self._later(self._handle, Received(COORDINATOR, message))
+
+    def relayed(self, source: str, payloads: Sequence[memoryview]) -> None:
+        self._later(lambda: self._mesh.relayed(source, payloads))
+
+    def lease(self, lease: PeerLease) -> None:
+        self._later(self._apply_lease, lease)
+
+    def control_lost(self) -> None:
+        self._later(self._control_lost)
+
+    def loaded(self, event: Loaded, hidden_size: int) -> None:
+        self._later(self._loaded, event, hidden_size)
+
+    def load_failed(self, event: LoadFailed) -> None:
+        self._later(self._handle, event)
+
+    def _later(self, work: Callable[..., None], *arguments: object) -> None:
+        """On the compute thread, between two steps and in order."""
+        self.worker.put(functools.partial(self._guarded, functools.partial(work, *arguments)))
+
+    # ------------------------------------------------------------ on the compute thread
+
+    async def run(self, opened: Callable[[str], None]) -> None:
+        """Until cancelled. `opened` is told where peers may dial, once they may."""
+        async with self._make_mesh() as mesh, asyncio.TaskGroup() as tasks:
+            self._mesh = mesh
+            self._peers = PeerOutbox(tasks, mesh.try_send, mesh.send, self._peer_lost)
+            opened(mesh.data_address)
+            await asyncio.get_running_loop().create_future()
+
+    def _arrived(self, source: DeviceId, message: Message, payloads: Sequence[memoryview]) -> None:
+        rows = rows_of(payloads, message, self._hidden_size) if isinstance(message, FrameRows) else None
+        self._handle(Received(source, message, rows))
+
+    def _apply_lease(self, lease: PeerLease) -> None:
+        try:
+            body = self._mesh.apply_lease(lease)
+        except EdgeRuntimeError as problem:
+            log.error("a peer lease was refused: %s", problem.message)
+            return
+        log.info("lease %d: %d peers", body.number, len(body.peers))
+
+    def _control_lost(self) -> None:
+        self._mesh.control_lost()
+        self._handle(ControlLost())
+
+    def _loaded(self, event: Loaded, hidden_size: int) -> None:
+        self._hidden_size = hidden_size
+        self._handle(event)
+
+    def _peer_lost(self, message: OpenSession | FrameRows | Tokens, reason: str) -> None:
+        self._handle(SessionBroke(message.lease, SessionId(message.session), "transport", reason))
+
+    def _handle_all(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        try:
+            for instruction in self._state.handle(event):
+                self._carry_out(instruction)
+        except Exception as problem:
+            self._broke(problem)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as problem:
+            self._broke(problem)
+
+    def _broke(self, problem: Exception) -> None:
+        log.error("lease %d: an event could not be handled", self._state.lease, exc_info=problem)
+        self._control.broke(problem)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case OpenRows() | RunRows() | DropRows():
+                self.worker.put(instruction)
+            case Send(to, message, rows):
+                self._send(to, message, [] if rows is None else [frame_of(rows)])
+            case Load(order):
+                self._peers.clear()
+                self.worker.retire()
+                self._control.start_loading(order)
+            case Retire():
+                self._end_plan()
+                self.worker.retire()
+            case Unload(lease):
+                log.info("lease %d: unloaded", lease)
+                self._end_plan()
+                self.worker.unload()
+            case Ignore(reason):
+                log.debug("lease %d: dropped: %s", self._state.lease, reason)
+
+    def _end_plan(self) -> None:
+        self._peers.clear()
+        self._control.stop_loading()
+
+    def _send(self, to: str, message: Message, payloads: Sequence[Frame]) -> None:
+        if to == COORDINATOR:
+            self._control.post(message, payloads)
+        elif isinstance(message, OpenSession | FrameRows | Tokens):
+            self._peers.post(to, message, payloads)
+
+
+def rows_of(payloads: Sequence[memoryview], frame: FrameRows, hidden_size: int) -> Rows | None:
+    """The payload, where it lies, in the shape of our own plan; None where it has another size."""
+    shape = (len(frame.ids), hidden_size)
+    if len(payloads) != 1 or payloads[0].nbytes != 4 * shape[0] * shape[1]:
+        return None
+    rows = np.frombuffer(payloads[0], np.dtype("<f4")).reshape(shape)
+    return np.require(rows, requirements=("ALIGNED",))  # small frames lie wherever the link put them
+
+
+def frame_of(rows: Rows) -> memoryview:
+    """Little-endian float32, contiguous, where it lies: what FrameRows and Pooled carry."""
+    return np.ascontiguousarray(rows, np.dtype("<f4")).data.cast("B")
