@@ -22,6 +22,7 @@ from edge_runtime.agent.control_link import ControlLink
 from edge_runtime.agent.data_address import data_address
 from edge_runtime.agent.data_plane import DataPlane
 from edge_runtime.agent.device_profile import DeviceProfiler, MeasurementCache
+from edge_runtime.agent.expert_report import ExpertReporter
 from edge_runtime.agent.loader import MakeStage, StageLoader, cpu_stages
 from edge_runtime.agent.memory import MemoryBudget, resident_bytes
 from edge_runtime.agent.pairing_file import load_pairing, save_pairing
@@ -58,6 +59,7 @@ log = logging.getLogger(__name__)
 
 KEY_FILE = "device.key"
 PROFILE_FILE = "profiles.json"
+GIVE_BACK_SECONDS = 300.0  # a page kept for another session waits once to twice as long for it
 
 
 class Agent:
@@ -74,6 +76,7 @@ class Agent:
         self._on_status = on_status
         self._make_stage = make_stage or cpu_stages(config.executor)
         self._boot_id = secrets.token_hex(8)
+        self._gave_back_at = 0.0
         self._loading: asyncio.Task[None] | None = None
         self._profiling: asyncio.Task[None] | None = None
 
@@ -157,11 +160,24 @@ class Agent:
         threads = self._config.threads
         cache = MeasurementCache(directory / PROFILE_FILE)
         self._profiler = DeviceProfiler(
-            fetcher, self._worker, self._budget, self._config.executor, threads, cache
+            fetcher,
+            self._worker,
+            self._budget,
+            self._config.executor,
+            threads,
+            cache,
+            self._config.expert_cache,
         )
         self._loader = StageLoader(
-            fetcher, self._worker, self._budget, threads, self._profiler.is_row_invariant, self._make_stage
+            fetcher,
+            self._worker,
+            self._budget,
+            threads,
+            self._profiler.is_row_invariant,
+            self._make_stage,
+            self._config.expert_cache,
         )
+        self._expert_reporter = ExpertReporter()
 
     def _hello(self, address: str) -> Hello:
         if self._config.advertised_address:
@@ -178,6 +194,10 @@ class Agent:
 
     def _heartbeat(self, sequence: int) -> Heartbeat:
         worker = self._worker
+        self._report_experts()
+        if self._loop.time() - self._gave_back_at > GIVE_BACK_SECONDS:
+            self._gave_back_at = self._loop.time()
+            worker.give_back()
         return Heartbeat(
             sequence, worker.steps, worker.open_sessions, worker.kv_used_tokens, resident_bytes()
         )
@@ -292,6 +312,7 @@ class Agent:
             return
         self._plane.loaded(loaded, manifest.model.hidden_size)
         log.info("lease %d: serving, room for %d tokens", order.lease, loaded.kv_capacity_tokens)
+        experts = self._loader.expert_cache
         self._on_status(
             Serving(
                 order.lease,
@@ -300,8 +321,16 @@ class Agent:
                 order.last_layer,
                 loaded.weight_bytes,
                 loaded.kv_capacity_tokens,
+                0 if experts is None else experts.arena_bytes,
+                0 if experts is None else experts.total_bytes,
             )
         )
+
+    def _report_experts(self) -> None:
+        experts = self._expert_reporter.report(self._loop.time(), self._loader.expert_cache)
+        if experts is not None:
+            log.info("%s", experts)
+            self._on_status(experts)
 
     async def _profile(self, bundle: str) -> None:
         """Lease 0 in the answers: a measurement belongs to no plan."""

@@ -14,17 +14,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from edge_runtime.errors import EdgeRuntimeError
-from edge_runtime.protocol.messages import FrameRows, Message, OpenSession, Tokens
+from edge_runtime.protocol.messages import FrameRows, Message, OpenSession, RowsHeld, Tokens
 from edge_runtime.transport.base import Frame
 
 log = logging.getLogger(__name__)
 
 SEND_SECONDS = 30.0
 
+PeerMessage = OpenSession | FrameRows | Tokens | RowsHeld
+
 TrySend = Callable[[str, Message, Sequence[Frame]], bool]
 SendTo = Callable[[str, Message, Sequence[Frame]], Awaitable[None]]
-OnLost = Callable[[OpenSession | FrameRows | Tokens, str], None]
-Item = tuple[OpenSession | FrameRows | Tokens, Sequence[Frame]]
+OnLost = Callable[[PeerMessage, str], None]
+Item = tuple[PeerMessage, Sequence[Frame]]
 
 
 @dataclass(slots=True)
@@ -49,9 +51,7 @@ class PeerOutbox:
         self._on_lost = on_lost
         self._lanes: dict[str, _Lane] = {}
 
-    def post(
-        self, device_id: str, message: OpenSession | FrameRows | Tokens, payloads: Sequence[Frame]
-    ) -> None:
+    def post(self, device_id: str, message: PeerMessage, payloads: Sequence[Frame]) -> None:
         lane = self._lanes.get(device_id)
         if (lane is None or not lane.waiting) and self._try_send(device_id, message, payloads):
             return
@@ -83,7 +83,7 @@ class PeerOutbox:
                 if lane is not None and lane.queue is queue:
                     lane.waiting -= 1
 
-    def _lost(self, device_id: str, message: OpenSession | FrameRows | Tokens, reason: str) -> None:
+    def _lost(self, device_id: str, message: PeerMessage, reason: str) -> None:
         log.warning(
             "lease %d: session %d: device %s could not be reached: %s",
             message.lease,

@@ -6,7 +6,7 @@ Does not know: sockets, threads, clocks, or engines; rows are opaque arrays to i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,25 @@ class Work:
     hidden: Rows | None  # [R, E]; None at the first stage
     logit_rows: int  # rows at the end that the tail samples at
     bidirectional: bool
+    is_prompt: bool = False  # rows that were given: nobody waits for each of them
 
     @property
     def is_decode(self) -> bool:
         """A single row that a person is waiting for, not a slice of a prompt."""
-        return len(self.ids) == 1 and not self.bidirectional
+        return len(self.ids) == 1 and not self.bidirectional and not self.is_prompt
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether its rows may run in several steps. Logits are wanted of its last rows only."""
+        return not self.bidirectional and self.logit_rows < len(self.ids)
+
+    def split(self, count: int) -> tuple[Work, Work]:
+        """The first `count` rows, and the rest: frames of the same seq, one after the other."""
+        first, rest = self.hidden, self.hidden
+        if self.hidden is not None:
+            first, rest = self.hidden[:count], self.hidden[count:]
+        head = replace(self, ids=self.ids[:count], hidden=first, logit_rows=0)
+        return head, replace(self, base_row=self.base_row + count, ids=self.ids[count:], hidden=rest)
 
 
 # ---------------------------------------------------------------- events
@@ -82,6 +96,15 @@ class WorkFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsOpened:
+    """The compute thread opened a session that has named pages: its first `rows` rows are here already."""
+
+    lease: int
+    session: SessionId
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class SessionBroke:
     """The compute thread gave one session up (no room, say); the others go on."""
 
@@ -106,7 +129,7 @@ class ControlLost:
     """The link to the coordinator broke: it gives a plan up as soon as it loses a member, so the plan is over."""
 
 
-Event = ControlLost | Received | Loaded | LoadFailed | WorkFinished | SessionBroke | StageBroke
+Event = ControlLost | Received | Loaded | LoadFailed | RowsOpened | WorkFinished | SessionBroke | StageBroke
 
 # ---------------------------------------------------------------- instructions
 
@@ -141,13 +164,14 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class OpenRows:
-    """Reserve KV; at a sampling tail, make a sampler too."""
+    """Reserve KV; at a sampling tail, make a sampler too. Answer with RowsOpened where there are page names."""
 
     lease: int
     session: SessionId
     max_rows: int
     prompt_rows: int
     sampling: SamplingParams | None
+    page_names: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +181,16 @@ class RunRows:
 
 @dataclass(frozen=True, slots=True)
 class DropRows:
-    """Take the session's queued work out and free its KV, before the next step."""
+    """Take the session's queued work out and free its KV, before the next step.
+
+    Pages from `first_page` on that hold exactly `ids` are kept for others under `page_names`.
+    """
 
     lease: int
     session: SessionId
+    first_page: int = 0
+    page_names: tuple[bytes, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

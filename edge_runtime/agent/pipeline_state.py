@@ -25,6 +25,7 @@ from edge_runtime.agent.pipeline_events import (
     Received,
     Retire,
     Rows,
+    RowsOpened,
     RunRows,
     Send,
     SessionBroke,
@@ -33,8 +34,9 @@ from edge_runtime.agent.pipeline_events import (
     Work,
     WorkFinished,
 )
-from edge_runtime.agent.session import Session, finish_of, problem_of
+from edge_runtime.agent.session import Session, finish_of, problem_of, split_names
 from edge_runtime.core import SessionId, Token
+from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.protocol.messages import (
     CloseSession,
     Feed,
@@ -43,6 +45,7 @@ from edge_runtime.protocol.messages import (
     LoadStage,
     OpenSession,
     Pooled,
+    RowsHeld,
     SessionFailed,
     StageFailed,
     StageReady,
@@ -51,6 +54,9 @@ from edge_runtime.protocol.messages import (
 )
 
 CLOSED_SESSIONS_KEPT = 1 << 16  # an OpenSession that comes after its CloseSession must not open it again
+CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would only fill memory
+
+FromPeers = OpenSession | Feed | FrameRows | Tokens | RowsHeld | CloseSession
 
 
 class PipelineState:
@@ -63,6 +69,9 @@ class PipelineState:
         self.failed: LoadFailed | None = None  # of `lease`
         self.sessions: dict[SessionId, Session] = {}
         self._closed: OrderedDict[SessionId, None] = OrderedDict()
+        self._prompts: OrderedDict[SessionId, None] = (
+            OrderedDict()
+        )  # stage 1: whose fed ids wait to be issued
 
     def handle(self, event: Event) -> list[Instruction]:
         match event:
@@ -72,6 +81,8 @@ class PipelineState:
                 return self._loaded(event)
             case LoadFailed():
                 return self._load_failed(event)
+            case RowsOpened():
+                return self._rows_opened(event)
             case WorkFinished():
                 return self._work_finished(event)
             case SessionBroke():
@@ -133,7 +144,7 @@ class PipelineState:
     def _load_failed(self, event: LoadFailed) -> list[Instruction]:
         if event.lease != self.lease or self.failed is not None:
             return [Ignore(f"failed for lease {event.lease}, which is over")]
-        self.sessions.clear()
+        self._forget_sessions()
         self.loaded = None
         self.failed = event
         return [Unload(event.lease), self._stage_failed(event)]
@@ -146,8 +157,12 @@ class PipelineState:
 
     def _forget(self) -> None:
         self.order = self.loaded = self.failed = None
-        self.sessions.clear()
+        self._forget_sessions()
         self._closed.clear()
+
+    def _forget_sessions(self) -> None:
+        self.sessions.clear()
+        self._prompts.clear()
 
     @staticmethod
     def _stage_ready(loaded: Loaded) -> Send:
@@ -172,7 +187,7 @@ class PipelineState:
             return self._load_stage(message)
         if source == COORDINATOR and isinstance(message, UnloadStage):
             return self._unload_stage(message)
-        if not isinstance(message, OpenSession | Feed | FrameRows | Tokens | CloseSession):
+        if not isinstance(message, FromPeers):
             return [Ignore(f"{type(message).__name__} is not for a stage")]
         if message.lease != self.lease or self.loaded is None:
             return [Ignore(f"{type(message).__name__} of lease {message.lease}, not in force")]
@@ -184,16 +199,18 @@ class PipelineState:
             return self._open(message)
         session = self.sessions.get(SessionId(message.session))
         if isinstance(message, CloseSession):
-            return self._close(SessionId(message.session))
+            return self._close_kept(message)
         if session is None or session.halted:
             return [Ignore(f"{type(message).__name__} for session {message.session}, not running")]
         if isinstance(message, Feed):
             return self._feed(session, message)
         if isinstance(message, FrameRows):
             return self._frame(session, message, event.rows)
+        if isinstance(message, RowsHeld):
+            return self._rows_held(session, message.rows)
         return self._ring(session, message)
 
-    def _may_send(self, source: str, message: OpenSession | Feed | FrameRows | Tokens | CloseSession) -> bool:
+    def _may_send(self, source: str, message: FromPeers) -> bool:
         assert self.order is not None
         before = COORDINATOR if self.is_first else self.order.devices[self._stage - 1]
         match message:
@@ -203,7 +220,7 @@ class PipelineState:
                 return self.is_first and source == COORDINATOR
             case FrameRows():
                 return not self.is_first and source == before
-            case Tokens():
+            case Tokens() | RowsHeld():
                 return self.is_first and not self.is_tail and source == self.order.devices[-1]
             case CloseSession():
                 return source == COORDINATOR
@@ -220,20 +237,61 @@ class PipelineState:
         if problem:
             return self._fail(session, "protocol", problem)
         samples = self.is_tail and order.tail == "sampler"
-        open_rows = OpenRows(
-            self.lease, key, order.max_rows, order.prompt_rows, order.sampling if samples else None
-        )
-        if self.is_tail:
+        sampling = order.sampling if samples else None
+        names = session.page_names
+        open_rows = OpenRows(self.lease, key, order.max_rows, order.prompt_rows, sampling, names)
+        if order.held_rows:
+            session.first_row = None  # the compute thread says what is here
             return [open_rows]
-        return [open_rows, Send(self.order.devices[self._stage + 1], order)]
+        return [open_rows, *self._pass_on_order(session, 0)]
 
-    def _close(self, key: SessionId) -> list[Instruction]:
+    def _rows_opened(self, event: RowsOpened) -> list[Instruction]:
+        """Every stage takes what all before it hold, too; the tail's answer is what all of them hold."""
+        session = self.sessions.get(event.session)
+        if event.lease != self.lease or session is None or session.first_row is not None:
+            return [Ignore(f"session {event.session} has nothing to reuse")]
+        held = session.held_rows = min(event.rows, session.order.held_rows)
+        if self.is_first and not self.is_tail and held:
+            return self._pass_on_order(session, held)  # and wait for RowsHeld
+        session.begin_at(held)
+        if not self.is_first and not session.seq:
+            session.rows = held
+        answer: list[Instruction] = []
+        if self.is_tail:
+            message = RowsHeld(session.id, self.lease, held)
+            answer = [Send(to, message) for to in dict.fromkeys((self._ring_to, COORDINATOR))]
+        return [*self._pass_on_order(session, held), *answer, *self._go_on(session)]
+
+    def _pass_on_order(self, session: Session, held_rows: int) -> list[Instruction]:
+        assert self.order is not None
+        if self.is_tail:
+            return []
+        return [Send(self.order.devices[self._stage + 1], replace(session.order, held_rows=held_rows))]
+
+    @property
+    def _ring_to(self) -> str:
+        """Whom the tail tells what it tells the coordinator: stage 1, unless that is itself."""
+        assert self.order is not None
+        return COORDINATOR if self.is_first else self.order.devices[0]
+
+    def _close_kept(self, message: CloseSession) -> list[Instruction]:
+        """What the coordinator has names for outlives the session."""
+        key = SessionId(message.session)
+        session, names = self.sessions.get(key), split_names(message.page_names)
+        if session is None or len(message.ids) != len(names) * PAGE_TOKENS:
+            return self._close(key)
+        return self._close(key, len(session.page_names), names, message.ids)
+
+    def _close(
+        self, key: SessionId, first_page: int = 0, names: tuple[bytes, ...] = (), ids: tuple[int, ...] = ()
+    ) -> list[Instruction]:
         self._closed[key] = None
         while len(self._closed) > CLOSED_SESSIONS_KEPT:
             self._closed.popitem(last=False)
+        self._prompts.pop(key, None)
         if self.sessions.pop(key, None) is None:
             return [Ignore(f"session {key} is not open")]
-        return [DropRows(self.lease, key)]
+        return [DropRows(self.lease, key, first_page, names, ids), *self._issue_prompts()]
 
     def _fail(self, session: Session, code: str, reason: str) -> list[Instruction]:
         failure = Send(COORDINATOR, SessionFailed(session.id, self.lease, code, reason))
@@ -253,22 +311,39 @@ class PipelineState:
         if not self._are_ids(new):
             return self._fail(session, "protocol", "a fed id is outside the model's vocabulary")
         session.fed.extend(new)
-        return self._cut_chunks(session)
+        return self._go_on(session)
 
-    def _cut_chunks(self, session: Session) -> list[Instruction]:
-        """Chunks end on multiples of the grid, wherever the ids came from: chunking depends on positions alone."""
-        assert self.order is not None
-        grid, forced = self.order.prefill_chunk_tokens, session.order.forced_rows
+    def _issue_prompts(self) -> list[Instruction]:
+        """Chunk after chunk, in turn, no further ahead of the tail than keeps every stage busy."""
+        if self.order is None:
+            return []
+        grid = self.order.prefill_chunk_tokens
+        window_rows = CHUNKS_UNDER_WAY * len(self.order.devices) * grid
+        under_way_rows = 0 if self.is_tail else sum(each.rows_under_way for each in self.sessions.values())
         instructions: list[Instruction] = []
-        while session.fed:
-            end = forced if session.is_bidirectional else min(forced, (session.rows // grid + 1) * grid)
-            count = end - session.rows
-            if len(session.fed) < count:
-                break
-            ids = tuple(session.fed[:count])
-            del session.fed[:count]
-            instructions.append(self._issue(session, ids))
+        while self._prompts and (self.is_tail or under_way_rows < window_rows):
+            key, _ = self._prompts.popitem(last=False)
+            session = self.sessions[key]
+            ids = session.take_chunk(grid)
+            if ids:  # else it comes back with its next ids, or with what the stages hold
+                instructions.append(self._issue(session, ids))
+                under_way_rows += len(ids)
+                self._prompts[key] = None
         return instructions
+
+    def _go_on(self, session: Session) -> list[Instruction]:
+        if session.fed:
+            self._prompts[session.id] = None
+        return self._issue_prompts()
+
+    def _rows_held(self, session: Session, rows: int) -> list[Instruction]:
+        if not 0 <= rows <= session.order.forced_rows:
+            return self._fail(session, "protocol", "the tail holds rows that were never given")
+        if session.first_row is None:
+            session.begin_at(min(rows, session.held_rows))
+        else:
+            session.through = max(session.through, min(rows, session.rows))
+        return self._go_on(session)
 
     def _ring(self, session: Session, message: Tokens) -> list[Instruction]:
         """The tail's ids come back round: the next row of each session."""
@@ -276,6 +351,7 @@ class PipelineState:
             return [Ignore(f"tokens of turn {message.turn}; turn {session.turn} is in force")]
         session.turn = message.turn
         instructions: list[Instruction] = []
+        session.through = session.order.forced_rows  # the first token comes after all of them
         for token in message.tokens:
             if token.position != session.rows or token.position < session.order.forced_rows or session.halted:
                 instructions.append(Ignore(f"token at {token.position}: row {session.rows} is next"))
@@ -285,7 +361,7 @@ class PipelineState:
                 return self._fail(session, "protocol", "the tail sent an id outside the model's vocabulary")
             else:
                 instructions.append(self._issue(session, (token.id,)))
-        return instructions
+        return [*instructions, *self._issue_prompts()]
 
     def _issue(self, session: Session, ids: tuple[int, ...]) -> RunRows:
         session.seq += 1
@@ -294,7 +370,8 @@ class PipelineState:
     # ------------------------------------------------------------ every stage
 
     def _frame(self, session: Session, frame: FrameRows, rows: Rows | None) -> list[Instruction]:
-        if frame.seq <= session.seq or frame.turn < session.turn:
+        is_repeated = frame.seq == session.seq and frame.base_row < session.rows
+        if frame.seq < session.seq or is_repeated or frame.turn < session.turn:
             return [Ignore(f"frame {frame.seq} of turn {frame.turn}: seen {session.seq} of {session.turn}")]
         end = frame.base_row + len(frame.ids)
         chain = tuple(range(frame.base_row - 1, end - 1))
@@ -329,6 +406,7 @@ class PipelineState:
                 hidden,
                 logit_rows,
                 session.is_bidirectional,
+                base_row < session.order.forced_rows,
             )
         )
 
@@ -346,6 +424,9 @@ class PipelineState:
             return [self._pass_on(work, event.rows)]
         if session.order.tail == "pooler":
             return [Send(COORDINATOR, Pooled(session.id, self.lease), event.rows)]
+        if not work.logit_rows:
+            held = RowsHeld(session.id, self.lease, work.base_row + len(work.ids))
+            return [] if self.is_first else [Send(self._ring_to, held)]
         return self._commit(session, work, event.tokens)
 
     def _pass_on(self, work: Work, rows: Rows | None) -> Send:

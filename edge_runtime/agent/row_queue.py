@@ -1,6 +1,6 @@
-"""Which queued rows go into the next step: decode rows first, then prompt chunks up to a budget, in turn.
+"""Which queued rows go into the next step: decode rows first, then prompt rows as far as they are allowed, in turn.
 
-Knows: work of each session, in order. Does not know: engines or threads.
+Knows: work of each session, in order. Does not know: engines, threads, or how long rows take.
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ class RowQueue:
 
     def __init__(self, prefill_rows: int, *, shared: bool = True) -> None:
         """`prefill_rows` of prompt chunks per step; `shared` False runs every work in a step of its own."""
+        self.shared = shared
         self._prefill_rows = prefill_rows
-        self._shared = shared
         self._works: OrderedDict[SessionId, deque[Work]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(map(len, self._works.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._works)
+
+    @property
+    def decode_rows(self) -> int:
+        """That the next step would take."""
+        return min(MAX_DECODE_ROWS, sum(works[0].is_decode for works in self._works.values()))
 
     def add(self, work: Work) -> None:
         self._works.setdefault(work.session, deque()).append(work)
@@ -31,24 +39,23 @@ class RowQueue:
     def drop(self, session: SessionId) -> None:
         self._works.pop(session, None)
 
-    def take(self) -> list[Work]:
+    def take(self, prompt_rows: int | None = None) -> list[Work]:
+        """`prompt_rows`: no more than so many, for which chunks are cut; None: whole chunks, at least one."""
         heads = [works[0] for works in self._works.values()]
-        if not self._shared:
+        if not self.shared:
             chosen = heads[:1]
         else:
             decode = [work for work in heads if work.is_decode][:MAX_DECODE_ROWS]
-            chosen = decode + self._chunks([work for work in heads if not work.is_decode])
+            prompts = [work for work in heads if not work.is_decode]
+            chosen = decode + (
+                self._chunks(prompts) if prompt_rows is None else self._cut(prompts, prompt_rows)
+            )
         for work in chosen:
-            works = self._works[work.session]
-            works.popleft()
-            if works:
-                self._works.move_to_end(work.session)
-            else:
-                del self._works[work.session]
+            self._took(work)
         return chosen
 
     def _chunks(self, heads: list[Work]) -> list[Work]:
-        """At least one where there is one, so that nobody starves; then what fits beside it."""
+        """At least one where there is one; then what fits beside it."""
         chosen: list[Work] = []
         rows = 0
         for work in heads:
@@ -57,3 +64,36 @@ class RowQueue:
             chosen.append(work)
             rows += len(work.ids)
         return chosen
+
+    def _cut(self, heads: list[Work], rows: int) -> list[Work]:
+        """Whoever's chunk is cut stays first in line until the rest of it has run."""
+        chosen: list[Work] = []
+        left = min(rows, self._prefill_rows)
+        for work in heads:
+            if left <= 0:
+                break
+            if len(work.ids) > left:
+                if not work.is_divisible and chosen:
+                    break
+                if work.is_divisible:
+                    work = self._split(work, left)
+            chosen.append(work)
+            left -= len(work.ids)
+        return chosen
+
+    def _split(self, work: Work, count: int) -> Work:
+        works = self._works[work.session]
+        piece, works[0] = work.split(count)
+        works.appendleft(piece)
+        return piece
+
+    def _took(self, work: Work) -> None:
+        works = self._works[work.session]
+        works.popleft()
+        if not works:
+            del self._works[work.session]
+            return
+        following = works[0]
+        is_rest = (following.seq, following.base_row) == (work.seq, work.base_row + len(work.ids))
+        if not is_rest:
+            self._works.move_to_end(work.session)

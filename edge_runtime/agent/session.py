@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edge_runtime.core import SessionId, Token
-from edge_runtime.protocol.messages import OpenSession
+from edge_runtime.engine.page_table import PAGE_TOKENS
+from edge_runtime.protocol.messages import PAGE_NAME_BYTES, OpenSession
 
 
 @dataclass(slots=True)
@@ -21,6 +22,9 @@ class Session:
     turn: int = 0  # last seen
     fed: list[int] = field(default_factory=list)  # stage 1: ids of rows from `rows` on, not yet a whole chunk
     halted: bool = False  # finished, or a gap was reported: nothing more will run
+    first_row: int | None = 0  # of those to run: the ones below every stage holds; None: that is being asked
+    held_rows: int = 0  # of other sessions, here and on all stages before
+    through: int = 0  # stage 1: rows known to have come through the tail
 
     @property
     def id(self) -> SessionId:
@@ -29,6 +33,36 @@ class Session:
     @property
     def is_bidirectional(self) -> bool:
         return self.order.tail == "pooler"
+
+    @property
+    def page_names(self) -> tuple[bytes, ...]:
+        return split_names(self.order.page_names)
+
+    @property
+    def rows_under_way(self) -> int:
+        """Prompt rows between stage 1 and the tail."""
+        return max(0, min(self.rows, self.order.forced_rows) - self.through)
+
+    def begin_at(self, row: int) -> None:
+        """Stage 1: every stage holds the rows below. Nothing was issued yet."""
+        self.first_row = self.through = row
+
+    def take_chunk(self, grid: int) -> tuple[int, ...]:
+        """Stage 1: the next ids to issue, () where they are not all here.
+
+        Chunks end on multiples of the grid, wherever the ids came from: chunking depends on positions alone.
+        """
+        if self.first_row is None or self.halted:
+            return ()
+        skipped = max(0, self.first_row - self.rows)
+        start, forced = self.rows + skipped, self.order.forced_rows
+        end = forced if self.is_bidirectional else min(forced, (start // grid + 1) * grid)
+        if len(self.fed) < end - self.rows or end <= start:
+            return ()
+        ids = tuple(self.fed[skipped : end - self.rows])
+        del self.fed[: end - self.rows]
+        self.rows = start
+        return ids
 
 
 def finish_of(order: OpenSession, token: Token) -> str:
@@ -44,4 +78,13 @@ def problem_of(order: OpenSession) -> str:
         return "a session needs 1 <= forced rows <= max rows, and no more prompt rows than forced ones"
     if order.tail == "sampler" and order.forced_rows == order.max_rows:
         return "a session that generates needs room for at least one token"
+    names, rest = divmod(len(order.page_names), PAGE_NAME_BYTES)
+    if rest or names * PAGE_TOKENS >= order.forced_rows or (names and order.tail != "sampler"):
+        return "named pages must be full pages of given rows, with at least one row after them"
+    if order.held_rows % PAGE_TOKENS or not 0 <= order.held_rows <= names * PAGE_TOKENS:
+        return "only rows of named pages can be held already"
     return ""
+
+
+def split_names(joined: bytes) -> tuple[bytes, ...]:
+    return tuple(joined[at : at + PAGE_NAME_BYTES] for at in range(0, len(joined), PAGE_NAME_BYTES))

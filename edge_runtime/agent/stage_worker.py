@@ -17,6 +17,7 @@ import contextlib
 import functools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
@@ -27,6 +28,7 @@ from edge_runtime.agent.pipeline_events import (
     DropRows,
     Event,
     OpenRows,
+    RowsOpened,
     RunRows,
     SessionBroke,
     StageBroke,
@@ -34,6 +36,7 @@ from edge_runtime.agent.pipeline_events import (
     WorkFinished,
 )
 from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.agent.tail import TailSession
 from edge_runtime.core import SessionId
 from edge_runtime.engine.base import Batch, Rows, Span, Stage
@@ -44,6 +47,7 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Event]], None]  # called on the compute thread
 Result = TypeVar("Result")
 Job = Callable[[], None]  # something that must not run beside a step: loading, closing
+Command = OpenRows | RunRows | DropRows | Job
 
 STOP_SECONDS = 10.0  # the longest step we wait for at the end; the thread is a daemon beyond it
 
@@ -57,6 +61,7 @@ class LoadedStage:
         self.is_tail = is_tail
         self.vocab_size = vocab_size
         self.queue = queue
+        self.pace = StepPace()
         self.tails: dict[SessionId, TailSession] = {}
         self.open: set[SessionId] = set()
 
@@ -64,14 +69,17 @@ class LoadedStage:
 class StageWorker:
     """`put` from any thread; events come back through `deliver` on the compute thread, in order."""
 
-    def __init__(self, deliver: Deliver) -> None:
+    def __init__(self, deliver: Deliver, clock: Callable[[], float] = time.perf_counter) -> None:
         self._deliver = deliver
+        self._clock = clock
+        self._decode_came_at: float | None = None  # the first decode row since the last step with any began
         self._lock = threading.Lock()  # of the two below: whoever puts the first command asks for a turn
-        self._inbox: deque[OpenRows | RunRows | DropRows | Job] = deque()
+        self._inbox: deque[Command] = deque()
         self._turn_asked = False
         self._loop = asyncio.new_event_loop()
-        self._end = asyncio.Event()  # these two belong to the loop's thread
+        self._end = asyncio.Event()  # these three belong to the loop's thread
         self._beside: set[asyncio.Task[None]] = set()
+        self._later: asyncio.TimerHandle | None = None  # a turn after a pause
         self._loaded: LoadedStage | None = None
         self._retired: Stage | None = None
         self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
@@ -95,8 +103,10 @@ class StageWorker:
         finally:
             self._beside.discard(task)
 
-    def put(self, command: OpenRows | RunRows | DropRows | Job) -> None:
+    def put(self, command: Command) -> None:
         with self._lock:
+            if isinstance(command, RunRows) and command.work.is_decode and self._decode_came_at is None:
+                self._decode_came_at = self._clock()
             self._inbox.append(command)
             if self._turn_asked:
                 return
@@ -129,6 +139,10 @@ class StageWorker:
     def retire(self) -> None:
         """Drop every session and queued row now; the weights stay for the next stage. From any thread."""
         self.put(self._retire)
+
+    def give_back(self) -> None:
+        """Free pages kept for sessions that nobody has begun since the last call. From the event loop."""
+        self.put(self._give_back)
 
     def unload(self) -> None:
         """Free sessions and weights. From any thread."""
@@ -174,16 +188,26 @@ class StageWorker:
         """Obey everything, then one step. Whatever arrives on the loop's links has its turn before the next one."""
         if self._end.is_set():
             return
+        if self._later is not None:
+            self._later.cancel()
         try:
             while self._inbox:
                 self._obey(self._inbox.popleft())
-            self._step()
+            events = self._step()
             self._measure()
+            if events:
+                self._deliver(events)
         finally:
-            with self._lock:
-                self._turn_asked = bool(self._inbox or (self._loaded and len(self._loaded.queue)))
-            if self._turn_asked:
-                self._loop.call_soon(self._turn)
+            self._plan_turn()
+
+    def _plan_turn(self) -> None:
+        pause_seconds = self._pause_seconds()
+        with self._lock:
+            self._turn_asked = bool(self._inbox) or pause_seconds == 0
+        if self._turn_asked:
+            self._loop.call_soon(self._turn)
+        elif pause_seconds is not None:
+            self._later = self._loop.call_later(pause_seconds, self._turn)
 
     def _retire(self) -> None:
         loaded, self._loaded = self._loaded, None
@@ -191,9 +215,14 @@ class StageWorker:
             return
         for session in loaded.open:
             loaded.stage.drop(session)
+        loaded.stage.give_back(all_pages=True)
         if self._retired is not None:
             self._retired.close()
         self._retired = loaded.stage
+
+    def _give_back(self) -> None:
+        if self._loaded is not None:
+            self._loaded.stage.give_back()
 
     def _unload(self) -> None:
         self._retire()
@@ -201,12 +230,21 @@ class StageWorker:
             self._retired.close()
             self._retired = None
 
+    def _pause_seconds(self) -> float | None:
+        """How long to wait for a command before the next step. None: as long as it takes."""
+        loaded = self._loaded
+        if loaded is None or not loaded.queue:
+            return None
+        if not loaded.queue.shared:
+            return 0.0
+        return loaded.pace.pause_seconds(loaded.queue.decode_rows, self._clock())
+
     def _measure(self) -> None:
         loaded = self._loaded
         self.kv_used_tokens = loaded.stage.kv_used_tokens if loaded else 0
         self.open_sessions = len(loaded.open) if loaded else 0
 
-    def _obey(self, command: OpenRows | RunRows | DropRows | Job) -> None:
+    def _obey(self, command: Command) -> None:
         if callable(command):
             command()
             return
@@ -221,6 +259,8 @@ class StageWorker:
                 if work.session in loaded.open:
                     loaded.queue.add(work)
             case DropRows():
+                if command.page_names and command.session in loaded.open and loaded.queue.shared:
+                    loaded.stage.keep(command.session, command.first_page, command.page_names, command.ids)
                 self._drop(loaded, command.session)
 
     def _open(self, loaded: LoadedStage, order: OpenRows) -> None:
@@ -228,13 +268,18 @@ class StageWorker:
         try:
             if order.sampling is not None:
                 tail = TailSession(order.sampling, loaded.vocab_size, order.prompt_rows)
-            loaded.stage.open(order.session, order.max_rows)
+            # Where rows depend on their neighbours, those of another session are not what this one would compute.
+            names = order.page_names if loaded.queue.shared else ()
+            ids = loaded.stage.open(order.session, order.max_rows, names)
         except EdgeRuntimeError as problem:
             self._deliver([SessionBroke(loaded.lease, order.session, problem.code, problem.message)])
             return
         loaded.open.add(order.session)
         if tail is not None:
+            tail.adopt(ids)
             loaded.tails[order.session] = tail
+        if order.page_names:
+            self._deliver([RowsOpened(loaded.lease, order.session, len(ids))])
 
     def _drop(self, loaded: LoadedStage, session: SessionId) -> None:
         loaded.queue.drop(session)
@@ -245,9 +290,10 @@ class StageWorker:
 
     def _step(self) -> None:
         loaded = self._loaded
-        works = loaded.queue.take() if loaded is not None else []
-        if loaded is None or not works:
-            return
+        if loaded is None or self._pause_seconds() != 0:
+            return []
+        began_at = self._clock()
+        works = self._take(loaded, began_at)
         try:
             events = self._run_apart(loaded, works)
         except Exception as problem:  # the engine itself: nothing it holds can be trusted any more
@@ -256,8 +302,23 @@ class StageWorker:
             loaded.stage.close()
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
+        now = self._clock()
+        decode_rows = sum(work.is_decode for work in works)
+        loaded.pace.ended(
+            decode_rows, sum(len(work.ids) for work in works) - decode_rows, now - began_at, now
+        )
         self.steps += 1
         self._deliver(events)
+
+    def _take(self, loaded: LoadedStage, now: float) -> list[Work]:
+        queue, pace = loaded.queue, loaded.pace
+        if not queue.shared:
+            return queue.take()
+        decode_rows = queue.decode_rows
+        if decode_rows:
+            came_at, self._decode_came_at = self._decode_came_at, None
+            pace.began(decode_rows, now if came_at is None else came_at)
+        return queue.take(pace.prompt_rows(decode_rows, now))
 
     def _run_apart(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
         """All in one batch; where that is refused, one by one, so that the guilty session fails alone."""

@@ -20,6 +20,10 @@ class TailSession:
         self._ids: list[int] = []
         self._sampler = Sampler(params, vocab_size)
 
+    def adopt(self, ids: Sequence[int]) -> None:
+        """Rows that are here already, from a session that began alike: penalties count their ids, too."""
+        self._observe(ids)
+
     def sample(self, base_row: int, ids: Sequence[int], logits: Rows) -> tuple[Token, ...]:
         """Take in rows base_row .. and sample after each of the last len(logits) of them. Logits [n, V]."""
         if base_row < len(self._ids):

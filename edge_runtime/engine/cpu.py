@@ -6,7 +6,7 @@ Knows: blocks, KV memory, ragged batches. Does not know: links, leases, sampling
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -127,10 +127,22 @@ class CpuStage:
     def kv_committed_bytes(self) -> int:
         return self._cache.committed_bytes
 
-    def open(self, session: SessionId, max_rows: int) -> None:
+    def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
         self._check_usable()
         check_open(self._shape, session, max_rows)
-        self._cache.open(session, max_rows)
+        return self._cache.open(session, max_rows, page_names)
+
+    def keep(
+        self, session: SessionId, first_page: int, page_names: Sequence[bytes], ids: Sequence[int]
+    ) -> None:
+        if session in self._cache.table:
+            self._cache.keep(session, first_page, page_names, ids)
+
+    def give_back(self, *, all_pages: bool = False) -> None:
+        if all_pages:
+            self._cache.give_up_resting()
+        else:
+            self._cache.grow_older()
 
     def drop(self, session: SessionId, from_row: int = 0) -> None:
         if session not in self._cache.table:
@@ -145,6 +157,8 @@ class CpuStage:
         return self._cache.table.get(session).rows
 
     def close(self) -> None:
+        if self.experts is not None:
+            self.experts.close()
         self._cache.close()
         self._blocks = {}
         self._closed = True
@@ -157,8 +171,6 @@ class CpuStage:
         return kept if is_same else {}
 
     def run(self, batch: Batch) -> Rows:
-        if self.experts is not None:
-            self.experts.close()
         self._check_usable()
         if not batch.spans:
             raise EngineError("a batch without spans")
@@ -166,7 +178,7 @@ class CpuStage:
         for span in batch.spans:
             self._cache.append(span.session, span.base_row, len(span.ids))
         try:
-            return self._run_blocks(batch)
+            rows = self._run_blocks(batch)
         except Exception as error:
             # The sessions hold rows that were not computed: forget them, and they can be sent again.
             for span in batch.spans:
@@ -174,6 +186,9 @@ class CpuStage:
             if isinstance(error, EdgeRuntimeError):
                 raise
             raise EngineError(f"layers {self.layers} could not run a batch: {error}") from error
+        for span in batch.spans:
+            self._cache.ran(span.session, span.base_row, span.ids)
+        return rows
 
     def _run_blocks(self, batch: Batch) -> Rows:
         context = run_context(batch.spans, self._cache, self.ropes)
@@ -217,11 +232,6 @@ def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange
     return KvCache(shape, pages)
 
 
-def _ropes(bundle: Bundle, cache: KvCache) -> RopeTables:
-    """Tables up to the longest session that can be open here."""
-    capacity = cache.table.num_pages * PAGE_TOKENS
-    positions = min(bundle.manifest.model.max_context_tokens, capacity)
-    return {name: rope_tables(rope, positions) for name, rope in bundle.manifest.ropes.items()}
 def _make_expert_cache(
     bundle: Bundle, blocks: tuple[Block, ...], options: CacheOptions | None
 ) -> ExpertCache | None:
@@ -230,3 +240,8 @@ def _make_expert_cache(
     return ExpertCache(layers, options) if layers and options is not None else None
 
 
+def _ropes(bundle: Bundle, cache: KvCache) -> RopeTables:
+    """Tables up to the longest session that can be open here."""
+    capacity = cache.table.num_pages * PAGE_TOKENS
+    positions = min(bundle.manifest.model.max_context_tokens, capacity)
+    return {name: rope_tables(rope, positions) for name, rope in bundle.manifest.ropes.items()}

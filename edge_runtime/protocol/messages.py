@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 1
 MAX_STRING_BYTES = 64 << 10
 MAX_ITEMS = 1 << 20  # of one list (ids of a long prompt)
 MAX_CONTROL_BYTES = 8 << 20  # of one encoded message, payload frames not counted
+PAGE_NAME_BYTES = 16
 
 # ---------------------------------------------------------------- pairing (enrolment listener, any key)
 
@@ -225,6 +226,8 @@ class OpenSession:
     """Coordinator -> stage 1, then stage -> next stage ahead of the first frame, so that it can't be overtaken.
 
     Rows below `forced_rows` are given (prompt and journalled ids); the tail samples at row `forced_rows - 1` and on.
+    `page_names` are what the leading full pages of these rows are called, PAGE_NAME_BYTES each (docs/prefix_cache.md);
+    `held_rows` is how many of the rows the stages so far hold already, from the coordinator: how many they may reuse.
     """
 
     session: int
@@ -235,6 +238,8 @@ class OpenSession:
     stop_ids: tuple[int, ...]
     sampling: SamplingParams
     tail: str  # "sampler" or "pooler"
+    page_names: bytes = b""
+    held_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +255,8 @@ class Feed:
 @dataclass(frozen=True, slots=True)
 class FrameRows:
     """Stage -> next stage. Payload: float32 [len(ids), hidden]. The wire's hot path.
+
+    A stage may pass a frame on in pieces: of the same `seq`, each from the row where the one before ended.
 
     `parents[i]` is the row that row `base_row + i` continues; a chain names the row before. A frame that continues a
     row below those a stage holds drops the rows after it: committing is choosing a parent. `seq` is issued by stage 1
@@ -274,6 +281,19 @@ class Tokens:
     lease: int
     turn: int
     tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsHeld:
+    """Tail -> stage 1: every stage holds the rows below `rows`.
+
+    Once per session before any row is run, where stage 1 found some (then to the coordinator, too): stage 1 begins there.
+    After that for prompt rows that have come through: stage 1 sends no more than a window beyond them.
+    """
+
+    session: int
+    lease: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +323,16 @@ class SessionFailed:
 
 @dataclass(frozen=True, slots=True)
 class CloseSession:
-    """Coordinator -> every stage: free the session's KV now. Unknown sessions are ignored."""
+    """Coordinator -> every stage: free the session's KV now. Unknown sessions are ignored.
+
+    `page_names` continue those of OpenSession: pages that hold exactly the rows of `ids` (PAGE_TOKENS to a name) are
+    kept under them for other sessions.
+    """
 
     session: int
     lease: int
+    page_names: bytes = b""
+    ids: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------- relay
@@ -347,6 +373,7 @@ Message = (
     | Feed
     | FrameRows
     | Tokens
+    | RowsHeld
     | Pooled
     | Gap
     | SessionFailed
@@ -383,5 +410,6 @@ MESSAGE_TAGS: Mapping[int, type[Message]] = {
     45: Gap,
     46: SessionFailed,
     47: CloseSession,
+    48: RowsHeld,
     50: Relay,
 }

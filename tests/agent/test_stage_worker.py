@@ -44,15 +44,18 @@ class ToyStage:
         self.gate.set()
         self.entered = threading.Event()
         self.closed = False
+        self.kept: list[object] = []
+        self.given_back = 0
 
     @property
     def kv_used_tokens(self) -> int:
         return sum(map(len, self.sessions.values()))
 
-    def open(self, session: SessionId, max_rows: int) -> None:
+    def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
         if max_rows > self.kv_capacity_tokens:
             raise CapacityError("no room")
         self.sessions[session] = []
+        return ()
 
     def run(self, batch: Batch) -> Rows:
         self.entered.set()
@@ -77,6 +80,12 @@ class ToyStage:
 
     def drop(self, session: SessionId, from_row: int = 0) -> None:
         self.sessions.pop(session, None)
+
+    def keep(self, *what: object) -> None:
+        self.kept.append(what)
+
+    def give_back(self, *, all_pages: bool = False) -> None:
+        self.given_back += 1
 
     def close(self) -> None:
         self.closed = True

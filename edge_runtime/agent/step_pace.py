@@ -1,0 +1,90 @@
+"""How many prompt rows may ride in a step, so that those who decode hardly notice a prompt being read.
+
+A step with decode rows takes at most STRETCH times as long as it would without prompt rows, as measured here, on this
+device, lately. A step of prompt rows alone is begun while others decode only if it ends before their rows are expected
+back; otherwise their rows are waited for, since a row that just missed a step pays for two.
+
+Knows: how long steps took and when decode rows went and came. Does not know: clocks (times are given), queues, threads.
+"""
+
+from __future__ import annotations
+
+STRETCH = 1.7  # promised is 2 at the 99th percentile: the rest is for what measuring misses
+DECODING_SECONDS = 0.5  # without a decode row, after which nobody decodes any more
+WAIT_SECONDS = 0.002  # beyond the time that decode rows usually stay away
+FIRST_ROWS = 4  # before anything was measured
+REFRESH_STEPS = 64  # a step without prompt rows now and then keeps the comparison honest
+WEIGHT = 0.2  # of the latest measurement
+
+
+class StepPace:
+    def __init__(self) -> None:
+        self._alone: dict[int, float] = {}  # seconds of a step by number of decode rows (its power of two)
+        self._row_seconds = 0.0  # that one more prompt row takes; 0: not measured
+        self._away_seconds = 0.0  # from the end of a decode step to the next decode row
+        self._decoded_at = float("-inf")  # end of the last step with decode rows
+        self._decode_rows = 0  # of it
+        self._mixed_steps = 0
+
+    # ------------------------------------------------------------ what happened
+
+    def began(self, decode_rows: int, came_at: float) -> None:
+        """A step with decode rows begins; the first of them came at `came_at`."""
+        if decode_rows and self._decoded_at > float("-inf"):
+            away = max(0.0, came_at - self._decoded_at)
+            if away < DECODING_SECONDS:
+                self._away_seconds += WEIGHT * (away - self._away_seconds)
+
+    def ended(self, decode_rows: int, prompt_rows: int, seconds: float, now: float) -> None:
+        if decode_rows:
+            self._decoded_at, self._decode_rows = now, decode_rows
+        if not prompt_rows:
+            key = decode_rows.bit_length()
+            self._alone[key] = seconds + (1 - WEIGHT) * (self._alone.get(key, seconds) - seconds)
+            self._mixed_steps = 0
+            return
+        self._mixed_steps += 1
+        base = self._alone_seconds(decode_rows) or 0.0
+        row_seconds = max(seconds - base, 0.05 * seconds) / prompt_rows
+        before = self._row_seconds or row_seconds
+        self._row_seconds = before + WEIGHT * (row_seconds - before)
+
+    # ------------------------------------------------------------ what to do
+
+    def pause_seconds(self, decode_rows: int, now: float) -> float:
+        """How long to wait for decode rows before a step without any. 0: go."""
+        if decode_rows or not self._others_decode(now) or self._rows_while_away(now):
+            return 0.0
+        return max(0.0, self._decoded_at + 2 * self._away_seconds + WAIT_SECONDS - now)
+
+    def prompt_rows(self, decode_rows: int, now: float) -> int | None:
+        """How many may ride in the step that begins now. None: nobody decodes, as many as are efficient."""
+        if decode_rows:
+            return self._rows_beside(decode_rows)
+        if not self._others_decode(now):
+            return None
+        return self._rows_while_away(now) or max(FIRST_ROWS, self._rows_beside(self._decode_rows))
+
+    def _others_decode(self, now: float) -> bool:
+        return now - self._decoded_at < max(DECODING_SECONDS, 4 * self._away_seconds)
+
+    def _rows_beside(self, decode_rows: int) -> int:
+        alone = self._alone_seconds(decode_rows)
+        if alone is None or self._mixed_steps >= REFRESH_STEPS:
+            return 0
+        if not self._row_seconds:
+            return FIRST_ROWS
+        return max(1, int((STRETCH - 1) * alone / self._row_seconds))
+
+    def _rows_while_away(self, now: float) -> int:
+        """That a step can take and still end before decode rows are back; 0 where it is not worth it."""
+        base = self._alone_seconds(1)
+        left = self._decoded_at + 0.9 * self._away_seconds - now
+        if base is None or not self._row_seconds or left < 2 * base:
+            return 0
+        return int((left - base) / self._row_seconds)
+
+    def _alone_seconds(self, decode_rows: int) -> float | None:
+        """Of as many decode rows or fewer: never more than it would take."""
+        known = [key for key in self._alone if 0 < key <= max(1, decode_rows.bit_length())]
+        return self._alone[max(known)] if known else None
