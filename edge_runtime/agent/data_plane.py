@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_runtime.agent.peer_outbox import PeerOutbox
+from edge_runtime.agent.peer_outbox import PeerMessage, PeerOutbox
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
     ControlLost,
@@ -45,9 +45,7 @@ from edge_runtime.protocol.messages import (
     FrameRows,
     LoadStage,
     Message,
-    OpenSession,
     PeerLease,
-    Tokens,
 )
 from edge_runtime.transport.base import Frame
 from edge_runtime.transport.mesh import Mesh
@@ -140,7 +138,7 @@ class DataPlane:
         self._hidden_size = hidden_size
         self._handle(event)
 
-    def _peer_lost(self, message: OpenSession | FrameRows | Tokens, reason: str) -> None:
+    def _peer_lost(self, message: PeerMessage, reason: str) -> None:
         self._handle(SessionBroke(message.lease, SessionId(message.session), "transport", reason))
 
     def _handle_all(self, events: Sequence[Event]) -> None:
@@ -191,7 +189,7 @@ class DataPlane:
     def _send(self, to: str, message: Message, payloads: Sequence[Frame]) -> None:
         if to == COORDINATOR:
             self._control.post(message, payloads)
-        elif isinstance(message, OpenSession | FrameRows | Tokens):
+        elif isinstance(message, PeerMessage):
             self._peers.post(to, message, payloads)
 
 
