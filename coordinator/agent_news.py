@@ -15,7 +15,7 @@ from coordinator import events as ev
 from coordinator.control_loop import ControlLoop, Trust
 from coordinator.planning.model import DeviceProfile
 from coordinator.sessions.port import PooledVector
-from edge_runtime.errors import ProtocolError
+from edge_runtime.errors import EngineError, ProtocolError
 from edge_runtime.protocol.messages import (
     Gap,
     Heartbeat,
@@ -87,14 +87,14 @@ class AgentNews:
         self, device_id: str, connection: int, message: Message, payloads: Sequence[memoryview]
     ) -> None:
         match message:
-            case Heartbeat():
-                pass  # any message is a sign of life; `seen` tells of them all
+            case Heartbeat():  # any message is a sign of life (`seen`); this one also says whether it gets anywhere
+                self._loop.tell(ev.DeviceStepped(device_id, connection, message.steps, self._clock()))
             case ProfileReport():
                 self._profile_arrived(device_id, connection, message)
             case StageProgress():
                 self._loop.tell(ev.StageProgressed(device_id, message.lease, self._clock()))
             case StageReady():
-                self._loop.tell(ev.StageLoaded(device_id, message, self._clock()))
+                self._stage_ready(device_id, message)
             case StageFailed():
                 self._stage_failed(device_id, message)
             case Tokens() | Gap() | SessionFailed() | Pooled():
@@ -122,6 +122,13 @@ class AgentNews:
         )
         self._loop.tell(ev.ProfileArrived(device_id, connection, profile, self._clock()))
 
+    def _stage_ready(self, device_id: str, ready: StageReady) -> None:
+        if ready.kv_capacity_tokens < 1:
+            reason = "it loaded its layers and has no room for a single token of KV"
+            self._loop.tell(ev.StageBroke(device_id, ready.lease, reason, self._clock()))
+        else:
+            self._loop.tell(ev.StageLoaded(device_id, ready, self._clock()))
+
     def _stage_failed(self, device_id: str, failed: StageFailed) -> None:
         reason = f"{failed.reason} ({failed.hint})" if failed.hint else failed.reason
         if failed.lease == 0:
@@ -136,6 +143,10 @@ class AgentNews:
         members = self._loop.members(message.lease)
         if self.sessions is None or device_id not in members:
             return
+        if isinstance(message, SessionFailed) and message.code == EngineError.code:
+            key = self.sessions.key_of(message.session)
+            if key:
+                self._loop.tell(ev.StageFaulted(device_id, message.lease, key, message.reason))
         if isinstance(message, Gap | SessionFailed):
             self.sessions.deliver_to_number(message.session, message)
             return

@@ -5,7 +5,7 @@ Knows: how each part of the state reads. Does not know: HTTP, or how the state c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from coordinator.journal.base import DeviceEntry
 from coordinator.planning.model import Split
@@ -22,14 +22,14 @@ def device_statuses(
 
 def _device(state: ClusterState, entry: DeviceEntry, now: float, exclude_seconds: float) -> DeviceStatus:
     device = state.devices.get(entry.device_id)
-    layers, weight_bytes = _held(state.pipeline, device)
+    layers, weight_bytes = _held(state, device)
     label, reason = _label(state, entry, device, now, exclude_seconds)
     return DeviceStatus(
         id=entry.device_id,
         name=entry.name,
         state=label,
         reason=reason,
-        pid=0,
+        pid=device.pid if device is not None and device.is_connected else 0,
         layers=layers,
         weight_bytes=weight_bytes,
         memory_budget_bytes=device.memory_budget_bytes if device is not None else 0,
@@ -38,9 +38,17 @@ def _device(state: ClusterState, entry: DeviceEntry, now: float, exclude_seconds
     )
 
 
-def _held(pipeline: Pipeline | None, device: Device | None) -> tuple[tuple[int, int] | None, int]:
+def _pipeline_of(state: ClusterState, device: Device | None) -> Pipeline | None:
+    """The one it is a member of, unless that is over."""
+    if device is None:
+        return None
+    return next((p for p in state.pipelines if not p.broken and device.device_id in p.members), None)
+
+
+def _held(state: ClusterState, device: Device | None) -> tuple[tuple[int, int] | None, int]:
     """(layers, weight bytes) of the device's stage."""
-    if pipeline is None or pipeline.broken or device is None:
+    pipeline = _pipeline_of(state, device)
+    if pipeline is None or device is None:
         return None, 0
     for stage, part in zip(pipeline.stages, pipeline.plan.stages, strict=True):
         if stage.device_id == device.device_id:
@@ -59,7 +67,7 @@ def _label(
         return "offline", "it has not connected since the coordinator started"
     if not device.is_connected:
         return "offline", device.left_because
-    if device.failure and now - device.failed_at < exclude_seconds:
+    if now < device.rests_until(exclude_seconds):
         return "excluded", device.failure
     if device.probing_since is not None:
         return "probing", "it measures itself on this model"
@@ -69,11 +77,12 @@ def _label(
 
 
 def _label_of_member(state: ClusterState, device: Device) -> tuple[str, str]:
-    pipeline = state.pipeline
-    if pipeline is None or pipeline.broken:
-        return "ready", state.refusal or "a plan is being made"
-    if device.device_id not in pipeline.members:
-        reason = pipeline.plan.excluded.get(device.name, "")
+    pipeline = _pipeline_of(state, device)
+    if pipeline is None:
+        whole = [each for each in state.pipelines if not each.broken]
+        if not whole:
+            return "ready", state.refusal or "a plan is being made"
+        reason = next((p.plan.excluded[device.name] for p in whole if device.name in p.plan.excluded), "")
         return (
             ("excluded", reason) if reason else ("ready", "it stands by: the pipeline is complete without it")
         )
@@ -85,12 +94,29 @@ def _label_of_member(state: ClusterState, device: Device) -> tuple[str, str]:
     return "serving", ""
 
 
-def plan_status(state: ClusterState, split: Split, measured_tokens_per_second: float) -> PlanStatus | None:
-    pipeline = state.pipeline
-    if pipeline is None:
-        return None
+def plan_statuses(
+    state: ClusterState, split: Split, measured_tokens_per_second: Callable[[int], float]
+) -> tuple[PlanStatus, ...]:
+    """Of every pipeline; `measured_tokens_per_second` is asked with its lease."""
+    return tuple(
+        _plan_status(state, pipeline, split, measured_tokens_per_second(pipeline.lease))
+        for pipeline in state.pipelines
+    )
+
+
+def _plan_status(
+    state: ClusterState, pipeline: Pipeline, split: Split, measured_tokens_per_second: float
+) -> PlanStatus:
     broken = (f"over: {pipeline.broken}",) if pipeline.broken else ()
     refusal = (f"no new plan: {state.refusal}",) if state.refusal else ()
+    is_first = pipeline is state.pipelines[0]
+    wants_more = split.replicas == 0 or len(state.pipelines) < split.replicas
+    replicas = (f"no further replica: {state.replica_refusal}",) if is_first and wants_more else ()
+    told = (
+        ()
+        if not state.replica_refusal or state.replica_refusal in " ".join(pipeline.plan.reasons)
+        else replicas
+    )
     return PlanStatus(
         lease=pipeline.lease,
         ready=pipeline.is_ready,
@@ -98,7 +124,7 @@ def plan_status(state: ClusterState, split: Split, measured_tokens_per_second: f
         stages=tuple((part.name, part.layers.first, part.layers.last) for part in pipeline.plan.stages),
         predicted_tokens_per_second=pipeline.plan.predicted_tokens_per_second,
         measured_tokens_per_second=measured_tokens_per_second,
-        reasons=(*broken, *refusal, *pipeline.plan.reasons),
+        reasons=(*broken, *refusal, *pipeline.plan.reasons, *told),
     )
 
 

@@ -15,7 +15,7 @@ from coordinator import events as ev
 from coordinator.decisions import Limits, decide
 from coordinator.journal.base import Journal
 from coordinator.planning.model import Plan, Split
-from coordinator.sessions.port import Open, PipelineLost
+from coordinator.sessions.port import Open, PipelineLost, Rebind, Reopen
 from coordinator.state import ClusterState, Pipeline, apply
 from edge_runtime.errors import EdgeRuntimeError, PlanError, RequestFailed
 from edge_runtime.protocol.messages import (
@@ -47,8 +47,13 @@ class Trust(Protocol):
     def peer_lease(self, number: int, device_id: str, addresses: Sequence[tuple[str, str]]) -> PeerLease: ...
 
 
-Planner = Callable[[ClusterState, float], Plan]
-"""Raises PlanError where nothing fits; the time is for devices that are left out for a while."""
+class Planner(Protocol):
+    """Raises PlanError where nothing fits; the time is for devices that are left out for a while."""
+
+    def first(self, state: ClusterState, now: float) -> Sequence[Plan]: ...
+    def mended(self, state: ClusterState, now: float, lease: int) -> Plan: ...
+    def another(self, state: ClusterState, now: float) -> Plan: ...
+    def better(self, state: ClusterState, now: float, lease: int) -> Plan | None: ...
 
 
 class ControlLoop:
@@ -116,17 +121,20 @@ class ControlLoop:
         log.error("the rules did not come to rest; the next event tries again")
 
     def _apply(self, event: ev.Event) -> None:
-        before = self.state.pipeline
+        before = self.state.pipelines
         self.state = apply(self.state, event)
-        after = self.state.pipeline
-        if before is not None and not before.broken and (after is None or after.broken):
-            self._pipeline_lost(before, after.broken if after is not None else "")
+        if self.state.pipelines is not before:
+            for pipeline in before:
+                after = self.state.find(pipeline.lease)
+                if not pipeline.broken and (after is None or after.broken):
+                    self._pipeline_lost(pipeline, after.broken if after is not None else "it was replaced")
         if isinstance(event, ev.DeviceLost | ev.DeviceFailed):
             log.warning("device %s: %s", event.device_id, event.reason)
 
     def _pipeline_lost(self, pipeline: Pipeline, reason: str) -> None:
         log.warning("the pipeline of lease %d is over: %s", pipeline.lease, reason)
-        self.serving.clear()
+        if self.state.live is None:
+            self.serving.clear()
         if self.sessions is not None:
             for session in self.sessions.sessions:
                 session.deliver(PipelineLost(pipeline.lease))
@@ -150,9 +158,17 @@ class ControlLoop:
                 self._post(action.device_id, ProfileRequest(self._bundle))
                 self._apply(ev.ProfileAsked(action.device_id, now))
             case ev.MakePlan():
-                await self._make_plan(action.reason)
+                await self._make_plan(action)
+            case ev.AddReplica():
+                await self._add_replica()
+            case ev.ReviewPlan():
+                await self._review_plan(action.lease)
+            case ev.UnloadStages():
+                for device_id, lease in action.pairs:
+                    self._post(device_id, UnloadStage(lease))
+                self._apply(ev.UnloadSent(action.pairs))
             case ev.LoadStages():
-                self._load_stages()
+                self._load_stages(action.lease)
                 self._apply(ev.LoadSent(action.lease, now))
             case ev.AnnouncePipeline():
                 self._apply(ev.PipelineAnnounced(action.lease))
@@ -161,32 +177,67 @@ class ControlLoop:
             case ev.OpenOnPipeline():
                 self._apply(ev.SessionOpened(action.key, action.lease))
                 if self.sessions is None or not self.sessions.deliver(action.key, Open(action.lease)):
-                    self._apply(ev.SessionEnded(action.key))
+                    self._apply(ev.SessionEnded(action.key, now))
+            case ev.AskSession():
+                if self.sessions is not None:
+                    self.sessions.deliver(action.key, Reopen(action.lease, action.reason))
+                self._apply(ev.SessionAsked(action.key))
+            case ev.RebindSession():
+                error = _cannot_finish(action.reason, action.hint)
+                if self.sessions is None or not self.sessions.deliver(
+                    action.key, Rebind(action.class_map, error)
+                ):
+                    self._apply(ev.SessionEnded(action.key, now))
+                self._apply(ev.SessionRebound(action.key, action.class_map))
             case ev.FailSession():
                 log.warning("request %s fails: %s", action.key, action.reason)
                 if self.sessions is not None:
-                    error = RequestFailed(f"the request can't be finished: {action.reason}", hint=action.hint)
-                    self.sessions.fail(action.key, error)
-                self._apply(ev.SessionEnded(action.key))
+                    self.sessions.fail(action.key, _cannot_finish(action.reason, action.hint))
+                self._apply(ev.SessionEnded(action.key, now))
 
-    async def _make_plan(self, reason: str) -> None:
+    async def _make_plan(self, action: ev.MakePlan) -> None:
+        now, replaces = self._clock(), action.replaces
+        try:
+            if replaces:
+                await self._install(action.reason, self._planner.mended(self.state, now, replaces), replaces)
+                return
+            for plan in self._planner.first(self.state, now):
+                await self._install(action.reason, plan)
+        except PlanError as error:
+            log.warning("no plan (%s): %s", action.reason, error.message)
+            others_left = len(self.state.pipelines) > 1
+            self._apply(
+                ev.PipelineDropped(replaces, error.message, now)
+                if replaces and others_left
+                else ev.PlanRefused(error.message, now)
+            )
+
+    async def _add_replica(self) -> None:
         now = self._clock()
         try:
-            plan = self._planner(self.state, now)
+            plan = self._planner.another(self.state, now)
         except PlanError as error:
-            log.warning("no plan (%s): %s", reason, error.message)
-            self._apply(ev.PlanRefused(error.message, now))
+            self._apply(ev.ReplicaRefused(error.message, now))
             return
+        await self._install("a replica", plan)
+
+    async def _review_plan(self, lease: int) -> None:
+        plan = self._planner.better(self.state, self._clock(), lease)
+        if plan is None:
+            self._apply(ev.PlanKept())
+            return
+        await self._install("a better plan", plan, lease)
+
+    async def _install(self, reason: str, plan: Plan, replaces: int = 0) -> None:
         lease = await self._journal.next_lease()
         stages = ", ".join(f"{stage.name} {stage.layers}" for stage in plan.stages)
         log.info("plan of lease %d (%s): %s", lease, reason, stages)
-        self._apply(ev.PlanInstalled(lease, plan, self._clock()))
+        self._apply(ev.PlanInstalled(lease, plan, self._clock(), replaces))
 
-    def _load_stages(self) -> None:
-        pipeline = self.state.pipeline
-        assert pipeline is not None
-        for device_id, lease in self.state.retired:
-            self._post(device_id, UnloadStage(lease))
+    def _load_stages(self, lease: int) -> None:
+        pipeline = self.state.find(lease)
+        if pipeline is None:
+            return
         addresses = [(member, self.state.devices[member].data_address) for member in pipeline.members]
         for number, part in enumerate(pipeline.plan.stages):
             others = [entry for entry in addresses if entry[0] != part.device_id]
@@ -207,8 +258,12 @@ class ControlLoop:
             self.links.post(device_id, message)
 
     def members(self, lease: int) -> Sequence[str]:
-        pipeline = self.state.pipeline
-        return pipeline.members if pipeline is not None and pipeline.lease == lease else ()
+        pipeline = self.state.find(lease)
+        return pipeline.members if pipeline is not None and not pipeline.broken else ()
+
+
+def _cannot_finish(reason: str, hint: str) -> RequestFailed:
+    return RequestFailed(f"the request can't be finished: {reason}", hint=hint)
 
 
 def why_not_serving(state: ClusterState) -> EdgeRuntimeError:

@@ -25,12 +25,23 @@ class DeviceJoined:
     data_address: str
     memory_budget_bytes: int
     at: float
+    pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSeen:
     device_id: str
     connection: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStepped:
+    """A heartbeat. `steps` moves when its compute thread does: a device can be there and not get anywhere."""
+
+    device_id: str
+    connection: int
+    steps: int
     at: float
 
 
@@ -84,15 +95,47 @@ class DeviceRevoked:
 
 @dataclass(frozen=True, slots=True)
 class PlanInstalled:
+    """In the place of the pipeline of lease `replaces`; 0: beside those there are."""
+
     lease: int
     plan: Plan
     at: float
+    replaces: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRefused:
+    """Nothing can serve. Asked again when a device comes, goes or is forgiven."""
+
     reason: str
     at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineDropped:
+    """It can't be mended, and others serve: its devices are free again."""
+
+    lease: int
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRefused:
+    """No further pipeline for now."""
+
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKept:
+    """No plan was found that is so much better that it is worth loading."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadSent:
+    pairs: tuple[tuple[str, int], ...]  # (device, lease)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +167,16 @@ class StageBroke:
 
 
 @dataclass(frozen=True, slots=True)
+class StageFaulted:
+    """A request failed in this stage, by its own word or by what it sent."""
+
+    device_id: str
+    lease: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineAnnounced:
     lease: int
 
@@ -149,6 +202,31 @@ class SessionOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionStalled:
+    """Nothing came of an open session since `since`, which is longer than measured speeds explain."""
+
+    key: str
+    lease: int
+    since: float
+    progressed: bool  # it brought something since it was opened
+
+
+@dataclass(frozen=True, slots=True)
+class SessionAsked:
+    """It is being opened again, to see who answers."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRebound:
+    """Nobody saw anything of it yet: it was journalled again for the classes that serve now."""
+
+    key: str
+    class_map: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SessionBroke:
     """A gap, a refusal by a stage, or silence. `progressed`: it brought tokens since it was opened."""
 
@@ -162,11 +240,14 @@ class SessionBroke:
 @dataclass(frozen=True, slots=True)
 class SessionEnded:
     key: str
+    at: float = 0.0
+    progressed: bool = False  # it brought something since it was opened: its pipeline works
 
 
 Event = (
     DeviceJoined
     | DeviceSeen
+    | DeviceStepped
     | LinkMeasured
     | ProfileAsked
     | ProfileArrived
@@ -175,13 +256,21 @@ Event = (
     | DeviceRevoked
     | PlanInstalled
     | PlanRefused
+    | PipelineDropped
+    | ReplicaRefused
+    | PlanKept
+    | UnloadSent
     | LoadSent
     | StageProgressed
     | StageLoaded
     | StageBroke
+    | StageFaulted
     | PipelineAnnounced
     | SessionSubmitted
     | SessionOpened
+    | SessionStalled
+    | SessionAsked
+    | SessionRebound
     | SessionBroke
     | SessionEnded
 )
@@ -216,14 +305,38 @@ class AskProfile:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Place the model over the usable devices. Event: PlanInstalled or PlanRefused."""
+    """Place the model over the usable devices, or mend the pipeline of lease `replaces`.
+
+    Events: PlanInstalled (several for a first plan with replicas), else PipelineDropped where others serve, else
+    PlanRefused.
+    """
 
     reason: str
+    replaces: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AddReplica:
+    """One more pipeline over devices that stand by. Event: PlanInstalled or ReplicaRefused."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewPlan:
+    """Is there a much better plan, now that nobody would suffer? Event: PlanInstalled or PlanKept."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadStages:
+    """Tell those who are in no plan any more to free what they hold. Event: UnloadSent."""
+
+    pairs: tuple[tuple[str, int], ...]  # (device, lease)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStages:
-    """Send every member its lease and its stage, tell the others to unload. Event: LoadSent."""
+    """Send every member its lease and its stage. Event: LoadSent."""
 
     lease: int
 
@@ -244,6 +357,25 @@ class OpenOnPipeline:
 
 
 @dataclass(frozen=True, slots=True)
+class AskSession:
+    """Close it and open it again. Event: SessionAsked; SessionBroke follows."""
+
+    key: str
+    lease: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RebindSession:
+    """Go on with other classes if nobody saw anything of it yet, else fail. Event: SessionRebound."""
+
+    key: str
+    class_map: tuple[str, ...]
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class FailSession:
     """Event: SessionEnded."""
 
@@ -257,8 +389,13 @@ Action = (
     | GiveUpOnDevice
     | AskProfile
     | MakePlan
+    | AddReplica
+    | ReviewPlan
+    | UnloadStages
     | LoadStages
     | AnnouncePipeline
     | OpenOnPipeline
+    | AskSession
+    | RebindSession
     | FailSession
 )

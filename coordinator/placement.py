@@ -1,16 +1,17 @@
-"""From the cluster's state to the planner's inputs, and which of its two questions to ask.
+"""From the cluster's state to the planner's inputs, and which of its questions to ask.
 
-Knows: when a plan is made and when one is mended, and what may be given up to serve at all. Does not know: how a plan
+Knows: who is free for a plan, and what may be given up to serve at all. Does not know: how a plan
 is found (`planning/`). Pure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.decisions import Limits
-from coordinator.planning import place, replan
-from coordinator.planning.model import ModelProfile, Plan, Split
+from coordinator.decisions import Limits, host_of
+from coordinator.planning import improved, place, place_all, place_another, replan
+from coordinator.planning.model import DeviceProfile, ModelProfile, Plan, Split
 from coordinator.state import ClusterState
 from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.errors import PlanError
@@ -37,25 +38,84 @@ def model_profile(manifest: Manifest, kv_tokens_wanted: int) -> ModelProfile:
     )
 
 
-def plan_for(state: ClusterState, now: float, *, model: ModelProfile, split: Split, limits: Limits) -> Plan:
-    """A first plan, or the last one mended. Raises PlanError."""
-    usable = sorted(
-        state.usable(now, limits.exclude_seconds), key=lambda device: (device.joined_at, device.device_id)
-    )
-    profiles = [device.profile for device in usable if device.profile is not None]
-    present = {profile.name for profile in profiles}
-    wanted = replace(split, devices=tuple(name for name in split.devices if name in present))
-    if state.pipeline is None:
-        return place(profiles, state.links, model, wanted)
-    try:
-        return replan(state.pipeline.plan, profiles, state.links, model, wanted)
-    except PlanError as error:
-        if split.kind == "auto":
-            raise
-        return _given_up(split, error, place(profiles, state.links, model, Split("auto")))
+class Placer:
+    """Answers the three questions of the control loop. All of them raise PlanError with the reason."""
+
+    def __init__(self, model: ModelProfile, split: Split, limits: Limits) -> None:
+        self._model = model
+        self._split = split
+        self._limits = limits
+
+    def first(self, state: ClusterState, now: float) -> tuple[Plan, ...]:
+        """The first plan, with its replicas."""
+        profiles = self._free(state, now, 0)
+        wanted = self._present(profiles)
+        plans = place_all(profiles, state.links, self._model, wanted)
+        return (self._marked(plans[0], wanted), *plans[1:])
+
+    def mended(self, state: ClusterState, now: float, lease: int) -> Plan:
+        """In the place of the pipeline of this lease, over its survivors and whoever is in no other."""
+        pipeline = state.find(lease)
+        if pipeline is None:
+            raise PlanError(f"there is no pipeline of lease {lease}")
+        profiles = self._free(state, now, lease)
+        is_first = state.pipelines[0].lease == lease
+        wanted = self._present(profiles) if is_first else replace(self._split, devices=())
+        try:
+            plan = replan(pipeline.plan, profiles, state.links, self._model, wanted)
+        except PlanError as error:
+            if self._split.kind == "auto" or not profiles:
+                raise
+            return _given_up(self._split, error, place(profiles, state.links, self._model, Split("auto")))
+        return self._marked(plan, wanted)
+
+    def another(self, state: ClusterState, now: float) -> Plan:
+        """One more pipeline out of devices that stand by."""
+        plans = [pipeline.plan for pipeline in state.pipelines]
+        profiles = self._profiles(state, now)
+        plan = place_another(plans, profiles, state.links, self._model, self._split)
+        return replace(plan, reasons=("a replica, out of devices that stood by", *plan.reasons))
+
+    def better(self, state: ClusterState, now: float, lease: int) -> Plan | None:
+        """What is worth loading in the place of a pipeline that serves; None: nothing."""
+        pipeline = state.find(lease)
+        if pipeline is None:
+            return None
+        profiles = self._free(state, now, lease)
+        wanted = self._present(profiles)
+        plan = improved(pipeline.plan, profiles, state.links, self._model, wanted)
+        if plan is None:
+            return None
+        marked = self._marked(plan, wanted)
+        return None if marked.is_fallback and pipeline.plan.is_fallback else marked
+
+    def _profiles(self, state: ClusterState, now: float) -> list[DeviceProfile]:
+        usable = sorted(
+            state.usable(now, self._limits.exclude_seconds),
+            key=lambda device: (device.joined_at, device.device_id),
+        )
+        return [
+            replace(device.profile, host=host_of(device.data_address))
+            for device in usable
+            if device.profile is not None
+        ]
+
+    def _free(self, state: ClusterState, now: float, lease: int) -> list[DeviceProfile]:
+        busy = state.members_of_others(lease)
+        return [profile for profile in self._profiles(state, now) if profile.device_id not in busy]
+
+    def _present(self, profiles: Sequence[DeviceProfile]) -> Split:
+        """The split that was asked for, over those of its devices that are there."""
+        present = {profile.name for profile in profiles}
+        return replace(self._split, devices=tuple(name for name in self._split.devices if name in present))
+
+    def _marked(self, plan: Plan, wanted: Split) -> Plan:
+        """A split over fewer devices than were named for it is not what was asked for."""
+        is_short = self._split.kind != "auto" and len(plan.stages) < len(self._split.devices)
+        return replace(plan, is_fallback=True) if is_short and wanted.devices != self._split.devices else plan
 
 
 def _given_up(split: Split, error: PlanError, plan: Plan) -> Plan:
     """Serving in another split beats not serving in the one that was asked for."""
     reason = f"the split that was asked for ({split.kind}) can't be kept: {error.message}"
-    return replace(plan, reasons=(reason, *plan.reasons))
+    return replace(plan, reasons=(reason, *plan.reasons), is_fallback=True)

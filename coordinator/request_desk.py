@@ -10,16 +10,18 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.config import CoordinatorConfig
 from coordinator.control_loop import ControlLoop, why_not_serving
+from coordinator.decisions import room_of
 from coordinator.journal.base import Journal, RequestEntry
 from coordinator.scheduling.admission import check_context, check_fits, check_queue
+from coordinator.scheduling.assignment import soonest
 from coordinator.service import GenerateRequest, TokenEvent
 from coordinator.sessions.embedding import Embedding
 from coordinator.sessions.generation import FAILED, Generation
@@ -60,6 +62,7 @@ class RequestDesk:
         self._loop = loop
         self._sessions = sessions
         self._meter = meter
+        self._entering = 0  # checked, and not yet among the sessions
         self._abandoned: dict[RequestId, float] = {}  # streams that broke: resumable until then
         self._names = itertools.count(1)
 
@@ -71,6 +74,28 @@ class RequestDesk:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         self._check(request.prompt_ids, request.max_tokens, kind="generator")
+        with self._waiting_place():
+            generation = await self._accept(request)
+        async with aclosing(generation.events()) as events:
+            async for event in events:
+                yield event
+
+    @contextmanager
+    def _waiting_place(self) -> Iterator[None]:
+        """Between the check and the queue: a crowd that comes at once must not pass the check all together."""
+        most = self._config.max_waiting
+        check_queue(len(self._loop.state.waiting), max_waiting=most)
+        # Those that just came may find a place at once: nobody knows yet how many of them wait.
+        free_places = max(0, self._config.limits.max_running - self._sessions.open)
+        check_queue(self._entering + self._sessions.waiting, max_waiting=most + free_places)
+        self._entering += 1
+        try:
+            yield
+        finally:
+            self._entering -= 1
+
+    async def _accept(self, request: GenerateRequest) -> Generation:
+        """Journalled, and among the sessions."""
         class_map = await self._class_map(len(request.prompt_ids) + request.max_tokens)
         entry = RequestEntry(
             request.id,
@@ -91,9 +116,7 @@ class RequestDesk:
             raise
         generation = self._generation(request)
         self._begin(generation, class_map)
-        async with aclosing(generation.events()) as events:
-            async for event in events:
-                yield event
+        return generation
 
     async def resume(self, request: RequestId, after_index: int) -> AsyncIterator[TokenEvent]:
         running = self._sessions.get(request)
@@ -154,23 +177,24 @@ class RequestDesk:
         if max_tokens < 0 or (max_tokens == 0 and kind == "generator"):
             raise UsageError("max_tokens must be at least 1")
         check_context(len(ids), max_tokens, max_context_tokens=model.max_context_tokens)
-        check_queue(len(self._loop.state.waiting), max_waiting=self._config.max_waiting)
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise RequestFailed("the coordinator is stopping", hint="try again soon", code="not_ready")
 
     async def _class_map(self, rows: int) -> tuple[str, ...]:
-        """Of the live pipeline, waited for a while: what the request's tokens will be a function of."""
+        """Of the pipeline that would serve it soonest, waited for a while: what its tokens will be a function of."""
         try:
             async with asyncio.timeout(self._config.limits.recovery_seconds):
-                while (live := self._loop.state.live) is None:
+                while self._loop.state.live is None:
                     await self._loop.serving.wait()
                     await asyncio.sleep(0)
         except TimeoutError:
             raise why_not_serving(self._loop.state) from None
-        check_fits(rows, capacity_tokens=live.kv_capacity_tokens)
-        return live.class_map
+        state = self._loop.state
+        rooms = [room_of(state, pipeline) for pipeline in state.serving]
+        check_fits(rows, capacity_tokens=max(room.capacity_tokens for room in rooms))
+        return soonest(rows, rooms).class_map
 
     # ------------------------------------------------------------ embeddings
 
@@ -181,7 +205,8 @@ class RequestDesk:
 
         async def one(ids: Sequence[int]) -> NDArray[np.float32]:
             async with at_once:
-                await self._class_map(len(ids))
+                with self._waiting_place():
+                    await self._class_map(len(ids))
                 return await self._embed_one(ids)
 
         try:

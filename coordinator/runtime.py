@@ -24,7 +24,7 @@ from coordinator.control_loop import ControlLoop
 from coordinator.journal.base import Journal
 from coordinator.journal.sqlite import SqliteJournal
 from coordinator.links import AgentLinks
-from coordinator.placement import model_profile, plan_for
+from coordinator.placement import Placer, model_profile
 from coordinator.ports import RememberedPorts, reachable_host
 from coordinator.registry import Keys, Registry
 from coordinator.request_desk import RequestDesk
@@ -116,9 +116,7 @@ class CoordinatorRuntime:
             limits=config.limits,
             journal=self.journal,
             trust=self.registry,
-            planner=lambda state, now: plan_for(
-                state, now, model=model, split=config.split, limits=config.limits
-            ),
+            planner=Placer(model, config.split, config.limits),
             clock=self._clock,
         )
         news = AgentNews(
@@ -141,8 +139,9 @@ class CoordinatorRuntime:
             next_session=self.journal.next_session,
             post=self.links.post,
             tell=self.loop.tell,
-            pipeline=lambda: self.loop.state.pipeline,
+            pipeline=lambda lease: self.loop.state.find(lease),
             meter=self._meter,
+            step_seconds=config.limits.step_seconds,
         )
         self.loop.links, self.loop.sessions = self.links, self.sessions
         news.links, news.sessions = self.links, self.sessions
@@ -217,15 +216,17 @@ class CoordinatorRuntime:
 
     def status(self) -> ClusterStatus:
         now, state, limits = self._clock(), self.loop.state, self.config.limits
+        plans = cluster_status.plan_statuses(state, self.config.split, self._meter.single_tokens_per_second)
         return ClusterStatus(
             model=self.model,
             bundle=self.bundle.digest,
             model_weight_bytes=self.bundle.manifest.weight_bytes,
             devices=cluster_status.device_statuses(state, self.registry.devices, now, limits.exclude_seconds),
-            plan=cluster_status.plan_status(state, self.config.split, self._meter.single_tokens_per_second),
+            plan=plans[0] if plans else None,
             requests=tuple(cluster_status.request_status(g, now) for g in self.desk.generations),
             tokens_per_second=self._meter.cluster_tokens_per_second(now),
             uptime_seconds=now - self._started_at,
+            plans=plans,
         )
 
     def create_join_link(self) -> str:

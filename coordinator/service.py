@@ -82,10 +82,13 @@ class ClusterStatus:
     bundle: str  # digest
     model_weight_bytes: int
     devices: tuple[DeviceStatus, ...]
-    plan: PlanStatus | None
+    plan: PlanStatus | None  # the first of `plans`
     requests: tuple[RequestStatus, ...]
     tokens_per_second: float  # of the whole cluster, last few seconds
     uptime_seconds: float
+    plans: tuple[
+        PlanStatus, ...
+    ] = ()  # pipelines at once, over different devices: each session is on one of them
 
 
 class Service(Protocol):

@@ -12,6 +12,7 @@ from coordinator.journal.base import DeviceEntry, JournalledRequest, RequestEntr
 from coordinator.journal.rules import (
     check_device,
     check_first_index,
+    check_rebind,
     duplicate_request,
     no_device,
     no_request,
@@ -91,6 +92,12 @@ class MemoryJournal:
         held = self._held(request)
         if not held.finish_reason:
             self._requests[request] = replace(held, finish_reason=finish_reason, error=error)
+
+    async def rebind_request(self, request: RequestId, class_map: Sequence[str]) -> None:
+        held = self._held(request)
+        check_rebind(request, len(held.tokens))
+        entry = replace(held.entry, class_map=tuple(class_map))
+        self._requests[request] = replace(held, entry=entry)
 
     async def request(self, request: RequestId) -> JournalledRequest | None:
         self._check_open()

@@ -30,6 +30,11 @@ def check_first_index(request: RequestId, first_index: int, held: int) -> None:
         raise UsageError(f"request {request}: token {first_index} can't follow {held} journalled ones")
 
 
+def check_rebind(request: RequestId, held: int) -> None:
+    if held:
+        raise UsageError(f"request {request} has {held} tokens of its numeric classes already")
+
+
 def no_device(device_id: str) -> UsageError:
     return UsageError(f"there is no device {device_id!r}", hint="`edge-runtime devices` lists them")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from coordinator.journal.base import DeviceEntry, JournalledRequest, RequestEntry
 from coordinator.journal.rules import (
     check_device,
     check_first_index,
+    check_rebind,
     duplicate_request,
     no_device,
     no_request,
@@ -153,6 +154,21 @@ class SqliteJournal:
                     "UPDATE requests SET finish_reason = ?, error = ? WHERE number = ?",
                     (finish_reason, error, number),
                 )
+
+        await self._writer.run(work)
+
+    async def rebind_request(self, request: RequestId, class_map: Sequence[str]) -> None:
+        def work(connection: sqlite3.Connection) -> None:
+            number, _ = _request_number(connection, request)
+            count = connection.execute("SELECT COUNT(*) FROM tokens WHERE request = ?", (number,)).fetchone()[
+                0
+            ]
+            check_rebind(request, count)
+            (packed,) = connection.execute(
+                "SELECT entry FROM requests WHERE number = ?", (number,)
+            ).fetchone()
+            entry = replace(_unpacked(packed), class_map=tuple(class_map))
+            connection.execute("UPDATE requests SET entry = ? WHERE number = ?", (_packed(entry), number))
 
         await self._writer.run(work)
 

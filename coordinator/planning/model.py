@@ -24,6 +24,9 @@ class DeviceProfile:
     head_seconds: float  # one row through final norm, head, sampler
     numeric_class: str
     row_invariant: bool = True
+    host: str = (
+        ""  # of the address it is dialled at; "" where that is unknown: it may share a machine with others
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Split:
     kind: str = "auto"  # "auto", "even", "ranges"
     ranges: tuple[LayerRange, ...] = ()
     devices: tuple[str, ...] = ()
+    replicas: int = 0  # pipelines wanted; 0: as many as cost nobody anything (`replicas.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,17 @@ class Plan:
     reasons: tuple[str, ...]
     excluded: Mapping[str, str]
     prefill_chunk_tokens: int
+    is_fallback: bool = False  # not the split that was asked for: that one could not be kept
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Device ids in pipeline order."""
+        return tuple(stage.device_id for stage in self.stages)
+
+    @property
+    def class_map(self) -> tuple[str, ...]:
+        """The numeric class of each layer, as the profiles have it."""
+        return tuple(stage.numeric_class for stage in self.stages for _ in range(len(stage.layers)))
 
 
 # (from device id, to device id) -> link; a missing pair is estimated through COORDINATOR

@@ -5,7 +5,7 @@ Knows: what auto, even and explicit ranges mean. Does not know: clocks, sockets,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.planning import explain
@@ -14,6 +14,8 @@ from coordinator.planning.fixed import named_devices, place_even, place_ranges
 from coordinator.planning.model import DeviceProfile, Links, ModelProfile, Plan, Split
 from coordinator.planning.search import search
 from edge_runtime.errors import PlanError
+
+GAIN = 1.2  # how much faster another plan must be predicted to load it in the place of one that serves
 
 
 def place(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
@@ -50,6 +52,45 @@ def replan(
     )
 
 
+def improved(
+    previous: Plan, devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split
+) -> Plan | None:
+    """A plan that is worth a reload while nobody waits, or None.
+
+    The split that was asked for, where `previous` is a fallback; else what is GAIN times as fast on today's figures.
+    """
+    if split.kind != "auto" and not previous.is_fallback:
+        return None
+    try:
+        plan = place(devices, links, model, split)
+    except PlanError:
+        return None
+    if [(s.device_id, s.layers) for s in plan.stages] == [(s.device_id, s.layers) for s in previous.stages]:
+        return None
+    if split.kind != "auto":
+        return replace(plan, reasons=("the split that was asked for is possible again", *plan.reasons))
+    before = _today(previous, devices, links, model)
+    if before is None or plan.predicted_tokens_per_second < GAIN * before:
+        return None
+    reason = (
+        f"planned again while nobody waited: {plan.predicted_tokens_per_second:,.1f} tokens/s predicted,"
+        f" {before:,.1f} before (at least {GAIN - 1:.0%} more is worth a reload)"
+    )
+    return replace(plan, reasons=(reason, *plan.reasons))
+
+
+def _today(
+    previous: Plan, devices: Sequence[DeviceProfile], links: Links, model: ModelProfile
+) -> float | None:
+    """Tokens per second of its placements, as predicted from what is measured now."""
+    index = {device.device_id: item for item, device in enumerate(devices)}
+    if any(stage.device_id not in index for stage in previous.stages):
+        return None
+    costs = Costs(tuple(devices), links, model)
+    seconds = costs.seconds_per_token([Placement(index[s.device_id], s.layers) for s in previous.stages])
+    return 1 / seconds if seconds > 0 else float("inf")
+
+
 def _place_auto(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
     # By name, so that equal choices do not depend on who joined first.
     named = [devices[item] for item in named_devices(devices, split)]
@@ -64,7 +105,7 @@ def _place_auto(devices: Sequence[DeviceProfile], links: Links, model: ModelProf
         chosen = found.pipeline
     excluded = explain.excluded_auto(costs, found, chosen)
     spare = {device.name: "spare: the split names other devices" for device in devices if device not in named}
-    return _plan(costs, chosen, explain.auto_reasons(costs, found, chosen), {**excluded, **spare})
+    return plan_of(costs, chosen, explain.auto_reasons(costs, found, chosen), {**excluded, **spare})
 
 
 def _place_even(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
@@ -77,7 +118,7 @@ def _place_even(devices: Sequence[DeviceProfile], links: Links, model: ModelProf
         raise explain.does_not_fit(costs, order)
     counts = ", ".join(str(len(placement.layers)) for placement in chosen)
     reasons = [f"split evenly as asked: {counts} layers", *explain.fixed_reasons(costs, chosen)]
-    return _plan(costs, chosen, reasons, explain.excluded_fixed(costs, chosen, order))
+    return plan_of(costs, chosen, reasons, explain.excluded_fixed(costs, chosen, order))
 
 
 def _place_ranges(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:
@@ -86,7 +127,7 @@ def _place_ranges(devices: Sequence[DeviceProfile], links: Links, model: ModelPr
     chosen = place_ranges(costs, order, split)
     ranges = ", ".join(str(placement.layers) for placement in chosen)
     reasons = [f"layer ranges as asked: {ranges}", *explain.fixed_reasons(costs, chosen)]
-    return _plan(costs, chosen, reasons, explain.excluded_fixed(costs, chosen, order))
+    return plan_of(costs, chosen, reasons, explain.excluded_fixed(costs, chosen, order))
 
 
 def _mended(
@@ -126,10 +167,13 @@ def _mended(
         for item in lost
     ] or ["every device keeps its layers"]
     excluded = {devices[spare].name: "spare: the pipeline was mended without it" for spare in spares}
-    return _plan(costs, chosen, reasons, excluded)
+    return plan_of(costs, chosen, reasons, excluded)
 
 
-def _plan(costs: Costs, chosen: Sequence[Placement], reasons: list[str], excluded: dict[str, str]) -> Plan:
+def plan_of(
+    costs: Costs, chosen: Sequence[Placement], reasons: Sequence[str], excluded: Mapping[str, str]
+) -> Plan:
+    """These placements as a plan, with what they cost."""
     stages = costs.stages(chosen)
     seconds = costs.seconds_per_token(chosen)
     chunk = costs.chunk_tokens(chosen)

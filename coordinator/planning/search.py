@@ -55,6 +55,28 @@ def search(costs: Costs) -> Found:
     return found
 
 
+def best_of_every_set(costs: Costs) -> dict[int, tuple[float, tuple[Placement, ...]]]:
+    """Bit set of devices -> (seconds per token, placements) of the fastest pipeline over exactly these devices.
+
+    For at most MAX_EXACT devices.
+    """
+    everyone = range(len(costs.devices))
+    found: dict[int, tuple[float, tuple[Placement, ...]]] = {
+        1 << device: (costs.compute_seconds(device, costs.all_layers), (Placement(device, costs.all_layers),))
+        for device in everyone
+        if costs.fits(device, costs.all_layers)
+    }
+    if len(costs.devices) < 2 or costs.model.num_layers < 2:
+        return found
+    table = _Table(costs, list(everyone), any_order=True)
+    ends: dict[int, tuple[float, _End]] = {}
+    for seconds, end in table.pipelines():
+        used = end.used | 1 << end.tail
+        if used not in ends or seconds < ends[used][0]:
+            ends[used] = (seconds, end)
+    return found | {used: (seconds, table.trace(end)) for used, (seconds, end) in ends.items()}
+
+
 def _best_single(costs: Costs) -> tuple[Placement, ...] | None:
     everything = costs.all_layers
     holders = [d for d in range(len(costs.devices)) if costs.fits(d, everything)]

@@ -1,16 +1,10 @@
-"""Which waiting sessions may start, and whether a request may wait at all.
-
-Room is counted in KV tokens of the smallest stage, reserved for all a session may grow to, so that an admitted session
-never runs out. Turns go round the tenants: the one with the fewest sessions open is next, first come first served
-within a tenant. Whoever is next and does not fit yet is waited for: small requests never starve a large one.
+"""Whether a request may wait at all, and what a session takes of a pipeline's memory (`assignment.py` gives it out).
 
 Knows: numbers. Does not know: clocks, devices, tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edge_runtime.errors import CapacityError
@@ -25,6 +19,8 @@ class Waiting:
     order: int  # of arrival
     rows: int
     is_recovering: bool  # it was open before: it goes first, its user is watching
+    class_map: tuple[str, ...] = ()  # (): any will do
+    preferred_lease: int = 0  # of the pipeline that holds its prefix, where one does
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,33 +32,6 @@ class Running:
 def reserved_tokens(rows: int) -> int:
     """KV tokens that a session of `rows` rows takes: whole pages."""
     return -(-rows // KV_PAGE_TOKENS) * KV_PAGE_TOKENS
-
-
-def admit(
-    waiting: Iterable[Waiting],
-    running: Iterable[Running],
-    *,
-    capacity_tokens: int,
-    max_running: int,
-) -> list[str]:
-    """Keys of the sessions to open now, in order."""
-    running = list(running)
-    free_tokens = capacity_tokens - sum(reserved_tokens(session.rows) for session in running)
-    free_slots = max_running - len(running)
-    open_by_tenant = Counter(session.tenant for session in running)
-    left = list(waiting)
-    chosen: list[str] = []
-    while left and free_slots > 0:
-        session = min(left, key=lambda w: (not w.is_recovering, open_by_tenant[w.tenant], w.order))
-        need_tokens = reserved_tokens(session.rows)
-        if need_tokens > free_tokens:
-            break
-        left.remove(session)
-        chosen.append(session.key)
-        open_by_tenant[session.tenant] += 1
-        free_tokens -= need_tokens
-        free_slots -= 1
-    return chosen
 
 
 def check_context(prompt_tokens: int, max_tokens: int, *, max_context_tokens: int) -> None:

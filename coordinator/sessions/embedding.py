@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.sessions.live_session import LiveSession, crashed
-from coordinator.sessions.port import PooledVector, SessionPort
+from coordinator.sessions.port import PooledVector, Rebind, SessionPort
 from edge_runtime.core import SamplingParams
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.protocol.messages import Feed, OpenSession
@@ -47,6 +47,9 @@ class Embedding(LiveSession):
         self.ended = True
         if not self.vector.done():
             self.vector.set_result(message.vector)
+
+    async def _on_rebind(self, message: Rebind) -> None:
+        """Any class will do: nothing of it is journalled."""
 
     async def _on_failed(self, error: EdgeRuntimeError) -> None:
         if not self.vector.done():

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from coordinator.service import GenerateRequest, TokenEvent
 from coordinator.sessions.live_session import LiveSession, crashed
-from coordinator.sessions.port import Cancel, Inbound, RequestJournal, SessionPort
+from coordinator.sessions.port import Cancel, Inbound, Rebind, RequestJournal, SessionPort
 from coordinator.text import Decoder, TextStream
 from edge_runtime.core import Token
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
@@ -127,7 +127,7 @@ class Generation(LiveSession):
         pieces = self._trim(new)
         if self._journal is not None:
             await self._journal.append_tokens(self.request.id, first_index, tuple(t for t, _ in pieces))
-        self._progressed = True
+        self._brought()
         self._count(len(pieces))
         finish_reason = pieces[-1][1].finish_reason
         if finish_reason:
@@ -163,7 +163,9 @@ class Generation(LiveSession):
             if token.position < position:
                 continue  # a late duplicate
             if token.position > position or not 0 <= token.id < self._vocab_size:
-                self._break(f"the tail sent id {token.id} for row {token.position}; row {position} was next")
+                reason = f"the tail sent id {token.id} for row {token.position}; row {position} was next"
+                self._port.faulty_tail(self.key, self._lease, reason)
+                self._break(reason)
                 return []
             new.append(token)
             position += 1
@@ -196,8 +198,15 @@ class Generation(LiveSession):
 
     def _count(self, tokens: int) -> None:
         now = self._port.clock()
-        self._port.committed(tokens, now - self._last_commit_at if self._last_commit_at else 0.0)
+        self._port.committed(self._lease, tokens, now - self._last_commit_at if self._last_commit_at else 0.0)
         self._last_commit_at = now
+
+    async def _on_rebind(self, message: Rebind) -> None:
+        if self._tokens:
+            await self._on_failed(message.error)
+            self.ended = True
+        elif self._journal is not None:
+            await self._journal.rebind_request(self.request.id, message.class_map)
 
     async def _on_failed(self, error: EdgeRuntimeError) -> None:
         self._close()

@@ -19,6 +19,9 @@ from edge_runtime.protocol.messages import CloseSession, Feed, Message, OpenSess
 
 log = logging.getLogger(__name__)
 
+SLOWEST_STEP = 20.0  # times the predicted time of a token: others share the pipeline
+SLOWEST_PREFILL = 4.0
+
 
 class SessionHost:
     """Implements SessionPort for the sessions it runs."""
@@ -31,9 +34,11 @@ class SessionHost:
         next_session: Callable[[], Awaitable[int]],
         post: Callable[[str, Message], None],
         tell: Callable[[ev.Event], None],
-        pipeline: Callable[[], Pipeline | None],
+        pipeline: Callable[[int], Pipeline | None],
         meter: SpeedMeter,
+        step_seconds: float,
     ) -> None:
+        """`pipeline(lease)`: the one under this lease, broken or not. `step_seconds`: beyond what was measured."""
         self._tasks = tasks
         self._clock = clock
         self._next_session = next_session
@@ -41,6 +46,7 @@ class SessionHost:
         self._tell = tell
         self._pipeline = pipeline
         self._meter = meter
+        self._step_seconds = step_seconds
         self._sessions: dict[str, LiveSession] = {}
         self._by_number: dict[int, str] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -68,7 +74,7 @@ class SessionHost:
         finally:
             self._sessions.pop(session.key, None)
             self._running.pop(session.key, None)
-            self._tell(ev.SessionEnded(session.key))
+            self._tell(ev.SessionEnded(session.key, self._clock(), session.has_progressed))
             when_over()
 
     def get(self, key: str) -> LiveSession | None:
@@ -77,6 +83,15 @@ class SessionHost:
     @property
     def sessions(self) -> Iterable[LiveSession]:
         return list(self._sessions.values())
+
+    @property
+    def open(self) -> int:
+        """Sessions that are on a pipeline now."""
+        return len(self._by_number)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._sessions) - len(self._by_number)
 
     async def drain(self, seconds: float) -> None:
         """Wait a while for those that run now."""
@@ -107,6 +122,10 @@ class SessionHost:
         if key is not None:
             self.deliver(key, message)
 
+    def key_of(self, number: int) -> str:
+        """ "" where it is closed."""
+        return self._by_number.get(number, "")
+
     def fail(self, key: str, error: RequestFailed) -> None:
         self.deliver(key, Fail(error))
 
@@ -121,16 +140,16 @@ class SessionHost:
 
     def start(self, key: str, opening: OpenSession, feed: Feed) -> None:
         self._by_number[opening.session] = key
-        pipeline = self._pipeline()
-        if pipeline is not None and pipeline.lease == opening.lease and not pipeline.broken:
+        pipeline = self._pipeline(opening.lease)
+        if pipeline is not None and not pipeline.broken:
             self._post(pipeline.members[0], opening)
             self._post(pipeline.members[0], feed)
 
     def close(self, session: int, lease: int) -> None:
         """A pipeline that is over needs no telling: its sessions went with its lease."""
         self._by_number.pop(session, None)
-        pipeline = self._pipeline()
-        if pipeline is not None and pipeline.lease == lease and not pipeline.broken:
+        pipeline = self._pipeline(lease)
+        if pipeline is not None and not pipeline.broken:
             for member in pipeline.members:
                 self._post(member, CloseSession(session, lease))
 
@@ -138,5 +157,22 @@ class SessionHost:
         log.warning("request %s is started again: %s", key, reason)
         self._tell(ev.SessionBroke(key, lease, reason, progressed, self._clock()))
 
-    def committed(self, count: int, seconds: float) -> None:
-        self._meter.add(count, seconds, now=self._clock(), is_alone=len(self._sessions) == 1)
+    def patience_seconds(self, lease: int, rows: int) -> float:
+        pipeline = self._pipeline(lease)
+        if pipeline is None:
+            return self._step_seconds
+        plan = pipeline.plan
+        decode_seconds = SLOWEST_STEP / max(plan.predicted_tokens_per_second, 1e-3)
+        prefill_seconds = SLOWEST_PREFILL * rows / max(plan.predicted_prefill_tokens_per_second, 1e-3)
+        return self._step_seconds + decode_seconds + prefill_seconds
+
+    def stalled(self, key: str, lease: int, since: float, *, progressed: bool) -> None:
+        self._tell(ev.SessionStalled(key, lease, since, progressed))
+
+    def faulty_tail(self, key: str, lease: int, reason: str) -> None:
+        pipeline = self._pipeline(lease)
+        if pipeline is not None and not pipeline.broken:
+            self._tell(ev.StageFaulted(pipeline.members[-1], lease, key, reason))
+
+    def committed(self, lease: int, count: int, seconds: float) -> None:
+        self._meter.add(count, seconds, now=self._clock(), lease=lease, is_alone=len(self._sessions) == 1)

@@ -17,6 +17,8 @@ from coordinator.sessions.port import (
     Open,
     PipelineLost,
     PooledVector,
+    Rebind,
+    Reopen,
     SessionPort,
 )
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
@@ -34,8 +36,11 @@ class LiveSession(ABC):
         self._inbox: asyncio.Queue[Inbound] = asyncio.Queue()
         self._lease = 0  # open under it; 0: not open
         self._number = 0
+        self._forced_rows = 0
         self._progressed = False
         self._openings = 0
+        self._quiet_since = 0.0  # opened then, or brought something
+        self._looked_at = 0.0  # when somebody was last told that it is quiet
         self.ended = False
 
     @property
@@ -71,13 +76,28 @@ class LiveSession(ABC):
     async def _next(self) -> Inbound:
         if not self.is_open:
             return await self._inbox.get()  # the cluster's own patience ends this: it sends Open or Fail
-        patience_seconds = self._patience_seconds()
-        try:
-            async with asyncio.timeout(patience_seconds):
-                return await self._inbox.get()
-        except TimeoutError:
-            reason = f"nothing came from the pipeline for {patience_seconds:.0f} s"
-            return SessionFailed(self._number, self._lease, "stalled", reason)
+        while True:
+            patience_seconds, now = self._patience_seconds(), self._port.clock()
+            rows = 0 if self._progressed else self._forced_rows
+            look_at = self._looked_at + self._port.patience_seconds(self._lease, rows)
+            give_up_at = self._quiet_since + patience_seconds
+            if now >= give_up_at:
+                reason = f"nothing came from the pipeline for {patience_seconds:.0f} s"
+                return SessionFailed(self._number, self._lease, "stalled", reason)
+            if now >= look_at:
+                self._looked_at = now
+                self._port.stalled(self.key, self._lease, self._quiet_since, progressed=self._progressed)
+                continue
+            try:
+                async with asyncio.timeout(min(look_at, give_up_at) - now):
+                    return await self._inbox.get()
+            except TimeoutError:
+                continue
+
+    def _brought(self) -> None:
+        """The pipeline got this session on. Late and repeated messages do not count: they would hide a stall."""
+        self._progressed = True
+        self._quiet_since = self._looked_at = self._port.clock()
 
     async def _handle(self, message: Inbound) -> None:
         match message:
@@ -86,6 +106,11 @@ class LiveSession(ABC):
             case PipelineLost():
                 if message.lease == self._lease:
                     self._close()
+            case Reopen():
+                if message.lease == self._lease:
+                    self._break(message.reason)
+            case Rebind():
+                await self._on_rebind(message)
             case Cancel():
                 await self._on_cancelled()
                 self.ended = True
@@ -110,6 +135,8 @@ class LiveSession(ABC):
         number = await self._port.next_session()
         opening, feed = self._opening(number, lease)
         self._lease, self._number, self._progressed = lease, number, False
+        self._forced_rows = opening.forced_rows
+        self._quiet_since = self._looked_at = self._port.clock()
         self._openings += 1
         self._port.start(self.key, opening, feed)
 
@@ -135,6 +162,9 @@ class LiveSession(ABC):
 
     @abstractmethod
     def _patience_seconds(self) -> float: ...
+
+    @abstractmethod
+    async def _on_rebind(self, message: Rebind) -> None: ...
 
     @abstractmethod
     async def _on_failed(self, error: EdgeRuntimeError) -> None: ...

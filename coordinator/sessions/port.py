@@ -34,6 +34,22 @@ class PipelineLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Reopen:
+    """Ask again: close on the pipeline of this lease, and open anew."""
+
+    lease: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rebind:
+    """The classes it was accepted for are gone. Where nobody saw a token yet it goes on with these; else it fails."""
+
+    class_map: tuple[str, ...]
+    error: EdgeRuntimeError
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     error: EdgeRuntimeError
 
@@ -49,7 +65,7 @@ class PooledVector:
     vector: NDArray[np.float32]  # [E]
 
 
-Inbound = Open | PipelineLost | Fail | Cancel | Tokens | PooledVector | Gap | SessionFailed
+Inbound = Open | PipelineLost | Reopen | Rebind | Fail | Cancel | Tokens | PooledVector | Gap | SessionFailed
 
 # ---------------------------------------------------------------- out of a session
 
@@ -74,7 +90,19 @@ class SessionPort(Protocol):
         """Ask for another `Open` (or a `Fail`, after too many)."""
         ...
 
-    def committed(self, count: int, seconds: float) -> None:
+    def patience_seconds(self, lease: int, rows: int) -> float:
+        """How long nothing may come, by measured speeds, where `rows` rows are to be prefilled first."""
+        ...
+
+    def stalled(self, key: str, lease: int, since: float, *, progressed: bool) -> None:
+        """Nothing came since then. If a stage is stuck, an answer follows."""
+        ...
+
+    def faulty_tail(self, key: str, lease: int, reason: str) -> None:
+        """The tail sent what no tail may send."""
+        ...
+
+    def committed(self, lease: int, count: int, seconds: float) -> None:
         """`count` tokens were journalled, `seconds` after the ones before (0: the first of a stretch)."""
         ...
 
@@ -87,3 +115,4 @@ class RequestJournal(Protocol):
     ) -> None: ...
 
     async def finish_request(self, request: RequestId, finish_reason: str, error: str = "") -> None: ...
+    async def rebind_request(self, request: RequestId, class_map: tuple[str, ...]) -> None: ...

@@ -39,7 +39,9 @@ def measured(device: str, at: float = 0.0, connection: int = 1, numeric_class: s
 
 
 def plan(*devices: str) -> Plan:
-    stages = tuple(StagePlan(d, d, LayerRange(i, i), 1, 1, 0.0, 0.0) for i, d in enumerate(devices))
+    """Two layers, over one device or the first two."""
+    ranges = [LayerRange(0, 1)] if len(devices) == 1 else [LayerRange(0, 0), LayerRange(1, 1)]
+    stages = tuple(StagePlan(d, d, r, 1, 1, 0.0, 0.0) for d, r in zip(devices, ranges, strict=False))
     return Plan(stages, 1.0, 1.0, (), {}, 64)
 
 
@@ -125,7 +127,8 @@ def test_the_first_plan_waits_for_named_devices_but_not_for_ever():
 
 
 def test_a_spare_that_joins_changes_nothing_but_is_used_where_no_plan_could_be_made():
-    assert ask(after(*measured("spare"), state=serving("a", "b")), now=2.0) == []
+    state = after(*measured("spare"), state=serving("a", "b"))
+    assert ask(state, now=2.0, split=Split(replicas=1)) == []
     refused = after(*measured("a"), ev.PlanRefused("too small", 2.0))
     assert ask(refused, now=3.0) == []
     assert ask(after(*measured("b", 3.0), state=refused), now=4.0) == [ev.MakePlan("the first plan")]
@@ -138,7 +141,7 @@ def test_a_lost_member_breaks_the_plan_and_its_sessions_wait_for_the_next():
     state = after(ev.DeviceLost("b", 1, "the link closed", 3.0), state=state)
     assert state.live is None
     assert state.sessions["s"].lease == 0
-    assert ask(state, now=3.0) == [ev.MakePlan("b is gone: the link closed")]
+    assert ask(state, now=3.0) == [ev.MakePlan("b is gone: the link closed", 1)]
 
 
 def test_a_load_without_progress_is_given_up():
@@ -154,7 +157,7 @@ def test_a_load_without_progress_is_given_up():
     state = after(ev.StageBroke("a", 1, action.reason, 221.0), state=state)
     assert ask(state, now=221.0) == []
     state = after(ev.DeviceSeen("a", 1, 231.0), state=state)
-    assert ask(state, now=231.0) == [ev.MakePlan(f"a: {action.reason}")]
+    assert ask(state, now=231.0) == [ev.MakePlan(f"a: {action.reason}", 1)]
 
 
 def test_news_of_an_old_lease_is_ignored():
@@ -164,9 +167,11 @@ def test_news_of_an_old_lease_is_ignored():
 
 def test_those_who_left_the_pipeline_are_told_to_unload():
     state = after(*measured("c"), state=serving("a", "b"))
-    state = after(ev.StageBroke("b", 1, "broken", 1.0), ev.PlanInstalled(2, plan("a", "c"), 1.0), state=state)
-    assert state.retired == (("b", 1),)
-    assert after(ev.LoadSent(2, 1.0), state=state).retired == ()
+    state = after(
+        ev.StageBroke("b", 1, "broken", 1.0), ev.PlanInstalled(2, plan("a", "c"), 1.0, 1), state=state
+    )
+    assert ask(state, now=1.0) == [ev.UnloadStages((("b", 1),))]
+    assert after(ev.UnloadSent((("b", 1),)), state=state).retired == ()
 
 
 # ---------------------------------------------------------------- sessions
@@ -185,9 +190,11 @@ def test_sessions_are_opened_as_far_as_kv_memory_goes_tenants_in_turn():
 def test_a_session_whose_class_is_gone_fails_in_words():
     state = after(submitted("s", classes=("y", "x")), state=serving("a", "b"))
     (action,) = ask(state)
-    assert isinstance(action, ev.FailSession)
+    assert isinstance(action, ev.RebindSession)
+    assert action.class_map == ("x", "x")
     assert "'y' at layer 0" in action.reason
     assert "'x'" in action.reason
+    assert ask(after(ev.SessionRebound("s", ("x", "x")), state=state)) == [ev.OpenOnPipeline("s", 1)]
 
 
 def test_a_session_that_no_longer_fits_fails_with_both_numbers():
@@ -219,9 +226,165 @@ def test_requests_wait_for_a_pipeline_for_a_while_only():
     assert "a is gone" in action.reason
 
 
+# ---------------------------------------------------------------- several pipelines
+
+
+def replicated() -> ClusterState:
+    """a and b under lease 1, c alone under lease 2."""
+    state = after(*measured("c"), state=serving("a", "b"))
+    return after(
+        ev.PlanInstalled(2, plan("c"), 0.0),
+        ev.LoadSent(2, 0.0),
+        ready("c", 2),
+        ev.PipelineAnnounced(2),
+        state=state,
+    )
+
+
+TWO = Split(replicas=2)
+
+
+def test_sessions_go_where_they_are_served_soonest_and_stay_there():
+    state = after(submitted("s1"), submitted("s2"), state=replicated())
+    opened = ask(state, split=TWO)
+    assert {(action.key, action.lease) for action in opened} == {("s1", 1), ("s2", 2)}
+
+
+def test_a_lost_device_ends_its_pipeline_and_no_other():
+    state = after(
+        *(submitted(key) for key in ("s1", "s2")),
+        ev.SessionOpened("s1", 1),
+        ev.SessionOpened("s2", 2),
+        ev.DeviceLost("c", 1, "the link closed", 3.0),
+        state=replicated(),
+    )
+    assert [session.lease for session in state.sessions.values()] == [1, 0]
+    assert state.down_since is None
+    assert ask(state, now=3.0, split=TWO) == [ev.MakePlan("c is gone: the link closed", 2)]
+    state = after(ev.PipelineDropped(2, "nothing is left", 3.0), state=state)
+    assert [pipeline.lease for pipeline in state.pipelines] == [1]
+    assert ask(state, now=3.0, split=TWO) == [ev.OpenOnPipeline("s2", 1)]
+
+
+def test_a_session_of_a_class_that_another_pipeline_serves_waits_for_its_own_to_be_mended():
+    state = after(
+        *measured("c", numeric_class="y"),
+        ev.PlanInstalled(2, plan("c"), 0.0),
+        ev.LoadSent(2, 0.0),
+        ready("c", 2, numeric_class="y"),
+        ev.PipelineAnnounced(2),
+        submitted("s", classes=("y", "y")),
+        state=serving("a", "b"),
+    )
+    assert ask(state, split=TWO) == [ev.OpenOnPipeline("s", 2)]
+    loading = after(
+        ev.StageBroke("c", 2, "it broke", 1.0), ev.PlanInstalled(3, plan("c"), 1.0, 2), state=state
+    )
+    loading = after(ev.LoadSent(3, 1.0), state=loading)
+    assert ask(loading, now=1.0, split=TWO) == []
+    assert ask(loading, now=4.0, split=TWO) == []
+
+
+def test_a_spare_becomes_a_replica_where_one_is_wanted():
+    state = after(*measured("c"), state=serving("a", "b"))
+    assert ask(state, now=0.5, split=TWO) == []  # others may be on their way
+    assert ask(state, now=2.0, split=TWO) == [ev.AddReplica()]
+    refused = after(ev.ReplicaRefused("too small", 2.0), state=state)
+    assert ask(refused, now=2.0, split=TWO) == []
+    assert ask(after(*measured("d", 3.0), state=refused), now=4.5, split=TWO) == [ev.AddReplica()]
+
+
+def test_a_newcomer_makes_the_plan_be_looked_at_again_only_while_nobody_would_suffer():
+    one = Split(replicas=1)
+    state = after(submitted("s"), ev.SessionOpened("s", 1), *measured("c", 5.0), state=serving("a", "b"))
+    seen = [ev.DeviceSeen(device, 1, 20.0) for device in "abc"]
+    state = after(*seen, state=state)
+    assert ask(state, now=20.0, split=one) == []
+    state = after(ev.SessionEnded("s", 18.0), state=state)
+    assert ask(state, now=20.0, split=one) == []  # the user may be typing
+    state = after(*(ev.DeviceSeen(device, 1, 23.0) for device in "abc"), state=state)
+    assert ask(state, now=23.1, split=one) == [ev.ReviewPlan(1)]
+    assert ask(after(ev.PlanKept(), state=state), now=23.1, split=one) == []
+    better = after(ev.PlanInstalled(2, plan("c"), 23.1, 1), state=state)
+    assert [pipeline.lease for pipeline in better.pipelines] == [2]
+    assert set(better.retired) == {("a", 1), ("b", 1)}
+    assert better.down_since == 23.1
+
+
+# ---------------------------------------------------------------- devices that do not do their part
+
+
+def beats(device: str, steps: int, at: float) -> list[ev.Event]:
+    return [ev.DeviceSeen(device, 1, at), ev.DeviceStepped(device, 1, steps, at)]
+
+
+def stuck(progressed: bool) -> ClusterState:
+    """A session since 10 s; a goes on, b's heart beats and it makes no steps."""
+    return after(
+        submitted("s"),
+        ev.SessionOpened("s", 1),
+        *beats("a", 1, 5.0),
+        *beats("b", 1, 5.0),
+        *beats("a", 2, 11.0),
+        *beats("a", 2, 16.0),
+        *beats("b", 1, 16.0),
+        ev.SessionStalled("s", 1, 10.0, progressed),
+        state=serving("a", "b"),
+    )
+
+
+def test_a_stage_that_makes_no_steps_with_work_waiting_is_left_out_although_its_heart_beats():
+    (action,) = ask(stuck(progressed=False), now=16.0)
+    assert isinstance(action, ev.GiveUpOnDevice)
+    assert (action.device_id, action.lease) == ("b", 1)
+    assert "heartbeats" in action.reason
+
+
+def test_a_stream_that_stops_is_asked_for_again_before_anybody_is_blamed():
+    (action,) = ask(stuck(progressed=True), now=16.0)
+    assert isinstance(action, ev.AskSession)
+    assert ask(after(ev.SessionAsked("s"), state=stuck(progressed=True)), now=16.0) == []
+
+
+def test_nobody_is_blamed_where_all_go_on_or_nothing_was_heard_of_them():
+    going = after(*beats("b", 9, 16.0), state=stuck(progressed=False))
+    assert ask(going, now=16.0) == []
+    quiet = after(
+        submitted("s"),
+        ev.SessionOpened("s", 1),
+        ev.SessionStalled("s", 1, 1.0, False),
+        state=serving("a", "b"),
+    )
+    assert ask(quiet, now=4.0) == []
+
+
+def test_where_every_request_fails_the_stage_is_left_out_and_one_bad_request_is_not_enough():
+    state = serving("a", "b")
+    for _ in range(6):
+        state = after(ev.StageFaulted("b", 1, "s1", "not finite"), state=state)
+    assert ask(state) == []
+    state = after(*(ev.StageFaulted("b", 1, f"s{n}", "not finite") for n in (1, 2, 3)), state=state)
+    (action,) = ask(state)
+    assert isinstance(action, ev.GiveUpOnDevice)
+    assert action.device_id == "b"
+    works = after(submitted("t"), ev.SessionOpened("t", 1), ev.SessionEnded("t", 1.0, True), state=state)
+    assert ask(works) == []
+
+
+def test_a_device_that_fails_again_and_again_rests_longer_each_time():
+    state, rests = after(*measured("a")), []
+    for at in (0.0, 100.0, 300.0):
+        state = after(ev.DeviceFailed("a", "it lied", at), state=state)
+        rests.append(state.devices["a"].rests_until(10.0) - at)
+    assert rests == [10.0, 20.0, 40.0]
+    back = after(ev.DeviceLost("a", 1, "gone", 301.0), joined("a", 302.0, connection=2), state=state)
+    assert back.devices["a"].rests_until(10.0) == 340.0
+    assert after(joined("a", 303.0, connection=3, boot="2"), state=back).devices["a"].failure == ""
+
+
 # ---------------------------------------------------------------- properties
 
-DEVICES = st.sampled_from("abc")
+DEVICES = st.sampled_from("abcd")
 NUMBERS = st.integers(1, 3)
 KEYS = st.sampled_from(["s1", "s2", "s3"])
 EVENTS = st.one_of(
@@ -236,19 +399,23 @@ EVENTS = st.one_of(
     st.builds(submitted, KEYS),
     st.builds(ev.SessionBroke, KEYS, st.integers(1, 6), st.just("gap"), st.booleans(), st.just(0.0)),
     st.builds(ev.SessionEnded, KEYS),
+    st.builds(ev.DeviceStepped, DEVICES, NUMBERS, st.integers(0, 2), st.just(0.0)),
+    st.builds(ev.SessionStalled, KEYS, st.integers(1, 6), st.just(-9.0), st.booleans()),
+    st.builds(ev.StageFaulted, DEVICES, st.integers(1, 6), KEYS, st.just("why")),
 )
 
 
 class Rim:
-    """Carries actions out as the control loop does, with a planner that takes every usable device."""
+    """Carries actions out as the control loop does, with a planner that takes two usable devices, or one."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int = 0) -> None:
         self.state = ClusterState()
         self.lease = 0
+        self.split = Split(replicas=replicas)
 
     def settle(self, now: float) -> None:
         for _ in range(200):
-            actions = ask(self.state, now)
+            actions = ask(self.state, now, self.split)
             if not actions:
                 return
             for action in actions:
@@ -265,9 +432,24 @@ class Rim:
             case ev.AskProfile():
                 return [ev.ProfileAsked(action.device_id, now)]
             case ev.MakePlan():
-                self.lease += 1
-                members = sorted(d.device_id for d in self.state.usable(now, LIMITS.exclude_seconds))
-                return [ev.PlanInstalled(self.lease, plan(*members), now)]
+                members = self.free(action.replaces, now)
+                if not members and len(self.state.pipelines) > 1:
+                    return [ev.PipelineDropped(action.replaces, "nobody is left", now)]
+                if not members:
+                    return [ev.PlanRefused("nobody is left", now)]
+                return [self.installed(members, now, action.replaces)]
+            case ev.AddReplica():
+                members = self.free(0, now)
+                return [self.installed(members, now, 0) if members else ev.ReplicaRefused("nobody", now)]
+            case ev.ReviewPlan():
+                return [ev.PlanKept()]
+            case ev.UnloadStages():
+                return [ev.UnloadSent(action.pairs)]
+            case ev.AskSession():
+                lease = self.state.sessions[action.key].lease
+                return [ev.SessionAsked(action.key), ev.SessionBroke(action.key, lease, "asked", True, now)]
+            case ev.RebindSession():
+                return [ev.SessionRebound(action.key, action.class_map)]
             case ev.LoadStages():
                 return [ev.LoadSent(action.lease, now)]
             case ev.AnnouncePipeline():
@@ -277,28 +459,61 @@ class Rim:
             case ev.FailSession():
                 return [ev.SessionEnded(action.key)]
 
+    def free(self, lease: int, now: float) -> list[str]:
+        busy = self.state.members_of_others(lease)
+        usable = [d.device_id for d in self.state.usable(now, LIMITS.exclude_seconds)]
+        return sorted(set(usable) - busy)
 
-@settings(max_examples=150)
-@given(st.lists(EVENTS, max_size=40))
-def test_whatever_happens_the_rules_come_to_rest_and_keep_the_invariants(events):
-    rim = Rim()
+    def installed(self, members: list[str], now: float, replaces: int) -> ev.PlanInstalled:
+        self.lease += 1
+        return ev.PlanInstalled(self.lease, plan(*members), now, replaces)
+
+
+def check_pipelines(state: ClusterState) -> None:
+    """Disjoint devices, every session on exactly one live pipeline, and never more than its memory holds."""
+    members = [member for pipeline in state.pipelines if not pipeline.broken for member in pipeline.members]
+    assert len(set(members)) == len(members)
+    assert len({pipeline.lease for pipeline in state.pipelines}) == len(state.pipelines)
+    assert all(state.devices[member].is_connected for member in members)
+    for session in state.open_sessions:
+        pipeline = state.find(session.lease)
+        assert pipeline is not None
+        assert pipeline.is_ready
+        assert session.class_map == pipeline.class_map
+    for pipeline in state.serving:
+        assert pipeline.announced
+        reserved = sum(-(-s.rows // 32) * 32 for s in state.open_sessions if s.lease == pipeline.lease)
+        assert reserved <= pipeline.kv_capacity_tokens
+    assert (state.down_since is None) == bool(state.serving)
+
+
+@settings(max_examples=200)
+@given(st.lists(EVENTS, max_size=40), st.integers(0, 3))
+def test_whatever_happens_the_rules_come_to_rest_and_keep_the_invariants(events, replicas):
+    rim = Rim(replicas)
     for event in events:
         rim.state = apply(rim.state, event)
         rim.settle(2.0)
-        state = rim.state
-        pipeline = state.pipeline
-        for session in state.open_sessions:
-            assert state.live is not None
-            assert session.lease == state.live.lease
-        if pipeline is not None and not pipeline.broken:
-            assert all(state.devices[member].is_connected for member in pipeline.members)
-        if state.live is not None:
-            assert state.live.announced
-            assert state.down_since is None
-            reserved = sum(-(-s.rows // 32) * 32 for s in state.open_sessions)
-            assert reserved <= state.live.kv_capacity_tokens
-        else:
-            assert state.down_since is not None
+        check_pipelines(rim.state)
+
+
+@settings(max_examples=100)
+@given(st.lists(EVENTS, max_size=30), EVENTS)
+def test_what_ends_one_pipeline_leaves_the_leases_of_the_others(events, event):
+    rim = Rim(3)
+    for item in events:
+        rim.state = apply(rim.state, item)
+        rim.settle(2.0)
+    before = rim.state.serving
+    rim.state = after = apply(rim.state, event)
+    ended = [pipeline for pipeline in before if after.find(pipeline.lease).broken]
+    assert len(ended) <= 1
+    rim.settle(2.0)
+    kept = {pipeline.lease: pipeline for pipeline in rim.state.serving}
+    for pipeline in before:
+        if pipeline not in ended and after.find(pipeline.lease) == pipeline:
+            was_blamed = not rim.state.find(pipeline.lease)
+            assert was_blamed or kept[pipeline.lease].stages == pipeline.stages
 
 
 @given(st.lists(EVENTS, max_size=30), EVENTS)
