@@ -1,8 +1,8 @@
 """What a stage's weights cost in resident memory, before it is loaded.
 
 Our kernels pack a quantized matrix into nine tenths of its bytes in the bundle. ONNX Runtime takes more than those: it
-keeps scales beside block sums, and every compiled segment has a graph of its own. Measured with ONNX Runtime 1.31 on x86:
-an int4 matrix takes 1.5 times its bytes, int8 1.25 times, fp32 once.
+keeps scales beside block sums, and every compiled segment has a graph of its own. Measured with ONNX Runtime 1.31 on
+x86: an int4 matrix takes 1.5 times its bytes, int8 1.25 times, fp32 once.
 Knows: manifests. Does not know: budgets, KV memory, what the process takes without weights.
 """
 

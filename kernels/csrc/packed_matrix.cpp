@@ -36,9 +36,7 @@ SystemMemory::~SystemMemory() {
 
 namespace {
 
-constexpr float kLargestScale = 32768.0f;  // of those stored: the others have 29 powers of two below to be precise in
-
-// Round to nearest, ties to even, for |x| at most kLargestScale.
+// Round to nearest, ties to even, for |x| below 2^15.
 std::uint16_t half_of(float x) {
   std::uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -51,7 +49,8 @@ std::uint16_t half_of(float x) {
   return sign | static_cast<std::uint16_t>((rounded - (112u << 23)) >> 13);
 }
 
-// The power of two that makes the largest scale at most kLargestScale and more than half of it.
+// The power of two that brings the largest scale into [2^14, 2^15): smaller ones have 28 powers of two below that to be
+// precise in.
 float power_for(const float* scales, std::int64_t count) {
   float largest = 0.0f;
   for (std::int64_t i = 0; i < count; ++i) {

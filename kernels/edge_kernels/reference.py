@@ -5,6 +5,8 @@ Knows: arithmetic. Does not know: instruction sets, threads, or bit-exact reduct
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,6 +132,42 @@ def run_experts(x: F32, ids: I32, gates: F32, weights: ExpertWeights, *, activat
             inner = rounded(g / (1 + np.exp(-g)) * u)
             out[r] += gate * (weights.matrix(int(expert), "down") @ inner)
     return out
+
+
+def linear(x: F32, weights: F32, bias: F32 | None, *, quantized: bool) -> F32:
+    """x W^T + bias; where the weights are quantized, activations are rounded to int8."""
+    rows = np.stack([int8_rounded(row) for row in x]) if quantized else x
+    y = rows.astype(np.float64) @ weights.T.astype(np.float64)
+    return (y if bias is None else y + bias).astype(np.float32)
+
+
+def half_scales(scales: F32) -> F32:
+    """Scales as they are packed: half floats, once a power of two has brought the largest just below 2^15."""
+    largest = float(np.abs(scales).max())
+    power = 2.0 ** (15 - np.frexp(largest)[1]) if largest > 0 else 1.0
+    return (scales * np.float32(power)).astype(np.float16).astype(np.float32) / np.float32(power)
+
+
+def row_operation(
+    kind: str, inputs: Sequence[F32], weight: F32 | None, bias: F32 | None, parameter: float
+) -> F32:
+    """One operation of `edge_kernels.program` on rows, in float64."""
+    x = inputs[0].astype(np.float64)
+    if kind in ("rms_norm", "layer_norm"):
+        centred = x - x.mean(-1, keepdims=True) if kind == "layer_norm" else x
+        y = centred / np.sqrt(np.mean(centred * centred, -1, keepdims=True) + parameter)
+        return np.asarray(y * (1 if weight is None else weight) + (0 if bias is None else bias), np.float32)
+    functions: dict[str, Callable[[], NDArray[np.float64]]] = {
+        "add": lambda: x + inputs[1],
+        "mul": lambda: x * inputs[1],
+        "silu": lambda: x / (1 + np.exp(-x)),
+        "gelu": lambda: 0.5 * x * (1 + np.vectorize(math.erf)(x * math.sqrt(0.5))),
+        "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "tanh": lambda: np.tanh(x),
+        "scale": lambda: x * parameter,
+        "softcap": lambda: parameter * np.tanh(x / parameter),
+    }
+    return np.asarray(functions[kind](), np.float32)
 
 
 def int8_rounded(x: F32) -> F32:

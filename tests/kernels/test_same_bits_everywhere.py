@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from edge_kernels.attention import PAGE_TOKENS, RaggedRows, append_kv, paged_attention, prepare_qk
 from edge_kernels.experts import PARTS, ExpertWeights, route, run_experts
+from edge_kernels.linear import linear, pack, pack_fp32
+from edge_kernels.program import ROW_KINDS, Step, compile_program
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
@@ -22,6 +24,8 @@ DIGESTS = {
     "fp32": "04532b9ea704b362",
     "int8": "2f1b78a56ec50d2e",
     "int4": "6c5cfc321bd9290c",
+    "linear": "15acb309ac2398fc",
+    "rows": "a05867375c099295",
 }
 
 
@@ -143,7 +147,38 @@ def expert_bits(format: str) -> str:
     )
 
 
+def linear_bits() -> str:
+    """Both quantized formats and fp32, in shapes that fill no tile, block or register."""
+    results = []
+    for bits, (outputs, columns) in ((4, (70, 100)), (8, (35, 164))):
+        blocks = -(-columns // 32)
+        data = (integers(outputs * blocks * 4 * bits, bits) >> np.uint64(9)).astype(np.uint8)
+        scales = values(outputs, blocks, salt=2) / np.float32(64)
+        matrix = pack(data.reshape(outputs, blocks, 4 * bits), scales, columns)
+        results.append(linear(values(21, columns, salt=3), matrix, values(outputs, salt=4)))
+    results.append(linear(values(21, 100, salt=5), pack_fp32(values(35, 100, salt=6)), values(35, salt=7)))
+    return digest(*results)
+
+
+def row_bits() -> str:
+    results = []
+    for kind in sorted(ROW_KINDS):
+        weight = values(77, salt=1) if kind.endswith("_norm") else None
+        parameter = 1e-5 if weight is not None else 3.0
+        inputs = ("a", "b") if kind in ("add", "mul") else ("a",)
+        step = Step(kind, inputs, "y", weight=weight, parameter=parameter)
+        program = compile_program([step], {"a": 77, "b": 77}, ["y"])
+        results += program.run([values(9, 77, salt=2) * 6, values(9, 77, salt=3)])
+    return digest(*results)
+
+
 @pytest.mark.parametrize("name", DIGESTS)
 def test_bits_are_the_frozen_ones(isa: str, name: str) -> None:
-    made = {"attention": attention_bits, "prepare": prepare_bits, "route": route_bits}
+    made = {
+        "attention": attention_bits,
+        "prepare": prepare_bits,
+        "route": route_bits,
+        "linear": linear_bits,
+        "rows": row_bits,
+    }
     assert (made[name]() if name in made else expert_bits(name)) == DIGESTS[name]
