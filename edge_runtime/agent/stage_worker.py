@@ -141,7 +141,7 @@ class StageWorker:
         self.put(self._retire)
 
     def give_back(self) -> None:
-        """Free pages kept for sessions that nobody has begun since the last call. From the event loop."""
+        """Free pages kept for sessions that nobody has begun since the last call. From any thread."""
         self.put(self._give_back)
 
     def unload(self) -> None:
@@ -288,7 +288,7 @@ class StageWorker:
             loaded.open.discard(session)
             loaded.stage.drop(session)
 
-    def _step(self) -> None:
+    def _step(self) -> list[Event]:
         loaded = self._loaded
         if loaded is None or self._pause_seconds() != 0:
             return []
@@ -308,7 +308,7 @@ class StageWorker:
             decode_rows, sum(len(work.ids) for work in works) - decode_rows, now - began_at, now
         )
         self.steps += 1
-        self._deliver(events)
+        return events
 
     def _take(self, loaded: LoadedStage, now: float) -> list[Work]:
         queue, pace = loaded.queue, loaded.pace

@@ -12,6 +12,7 @@ from __future__ import annotations
 STRETCH = 1.7  # promised is 2 at the 99th percentile: the rest is for what measuring misses
 DECODING_SECONDS = 0.5  # without a decode row, after which nobody decodes any more
 WAIT_SECONDS = 0.002  # beyond the time that decode rows usually stay away
+SEEN_SECONDS = 0.001  # what has arrived during a step is seen within so much of its end
 FIRST_ROWS = 4  # before anything was measured
 REFRESH_STEPS = 64  # a step without prompt rows now and then keeps the comparison honest
 WEIGHT = 0.2  # of the latest measurement
@@ -24,6 +25,7 @@ class StepPace:
         self._away_seconds = 0.0  # from the end of a decode step to the next decode row
         self._decoded_at = float("-inf")  # end of the last step with decode rows
         self._decode_rows = 0  # of it
+        self._filled_until = float("-inf")  # end of the last step without any
         self._mixed_steps = 0
 
     # ------------------------------------------------------------ what happened
@@ -32,12 +34,16 @@ class StepPace:
         """A step with decode rows begins; the first of them came at `came_at`."""
         if decode_rows and self._decoded_at > float("-inf"):
             away = max(0.0, came_at - self._decoded_at)
+            if came_at - self._filled_until < SEEN_SECONDS:
+                away /= 2  # they were there when a step of prompt rows ended, nobody knows for how long
             if away < DECODING_SECONDS:
                 self._away_seconds += WEIGHT * (away - self._away_seconds)
 
     def ended(self, decode_rows: int, prompt_rows: int, seconds: float, now: float) -> None:
         if decode_rows:
             self._decoded_at, self._decode_rows = now, decode_rows
+        else:
+            self._filled_until = now
         if not prompt_rows:
             key = decode_rows.bit_length()
             self._alone[key] = seconds + (1 - WEIGHT) * (self._alone.get(key, seconds) - seconds)
