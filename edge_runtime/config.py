@@ -85,6 +85,19 @@ def _one_of(*choices: str) -> Parser:
     return read
 
 
+def parse_expert_cache(value: object) -> int | str:
+    """ "auto", "all" or bytes. Raises ValueError."""
+    if value in ("auto", "all"):
+        return str(value)
+    try:
+        size_bytes = parse_size(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is neither auto nor all nor a size such as 512MiB") from None
+    if size_bytes == 0:
+        raise ValueError("an expert cache needs room for experts")
+    return size_bytes
+
+
 def _setting(default: object, read: Parser, help: str, *, secret: bool = False) -> Any:
     metadata = {"read": read, "help": help, "secret": secret}
     if callable(default):
@@ -128,6 +141,11 @@ class AgentConfig:
     name: str = _setting("", _text, "name of this device ('' for the host name)")
     memory_bytes: int = _setting(0, parse_size, "memory of the whole process (0: half of what is free)")
     threads: int = _setting(0, _count, "compute threads (0: one per core)")
+    expert_cache: int | str = _setting(
+        "auto",
+        parse_expert_cache,
+        "memory for experts on flash: a size, all (none stays there) or auto (what is left)",
+    )
     executor: str = _setting(
         "auto", _one_of("auto", "native", "onnx"), "who computes: native kernels or ONNX Runtime"
     )

@@ -13,6 +13,7 @@ from edge_runtime.errors import ConfigError
 MIN_MEMORY_BYTES = 64 << 20
 NO_DATA_PORT = -1
 MAX_NAME_CHARACTERS = 64
+EXPERT_CACHES = ("auto", "all")
 EXECUTORS = ("auto", "native", "onnx")
 
 
@@ -29,6 +30,7 @@ class AgentConfig:
         ""  # HOST:PORT that peers dial where it is not the one listened at (forwarded port)
     )
     log_level: str = "info"
+    expert_cache: int | str = "auto"  # bytes; all: in memory or not at all; auto: what is left of the memory
     executor: str = "auto"  # native, onnx, or auto: native where it is fast
 
     def __post_init__(self) -> None:
@@ -42,6 +44,12 @@ class AgentConfig:
             (
                 not self.advertised_address or self.data_port != NO_DATA_PORT,
                 "a device without a data port has no address to advertise",
+            ),
+            (
+                self.expert_cache in EXPERT_CACHES
+                if isinstance(self.expert_cache, str)
+                else self.expert_cache > 0,
+                f"an expert cache is a size above 0, or one of {', '.join(EXPERT_CACHES)}",
             ),
             (self.executor in EXECUTORS, f"an executor is one of {', '.join(EXECUTORS)}"),
             (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),

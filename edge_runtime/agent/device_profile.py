@@ -9,10 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from edge_runtime.agent.memory import SCRATCH_BYTES, MemoryBudget
+from edge_runtime.agent.memory import (
+    EXPERTS_AUTO,
+    SCRATCH_BYTES,
+    ExpertCacheSetting,
+    MemoryBudget,
+    StageMemory,
+)
 from edge_runtime.agent.slice_fetcher import Progress, SliceFetcher
 from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.bundle.bundle import Bundle
@@ -20,6 +26,7 @@ from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import Stage
 from edge_runtime.errors import CapacityError
+from edge_runtime.experts.cache import CacheOptions
 from edge_runtime.protocol.messages import ProfileReport
 
 log = logging.getLogger(__name__)
@@ -74,7 +81,9 @@ class DeviceProfiler:
         executor: str,
         threads: int,
         cache: MeasurementCache,
+        expert_cache: ExpertCacheSetting = EXPERTS_AUTO,
     ) -> None:
+        self._expert_cache = expert_cache
         self._fetcher = fetcher
         self._worker = worker
         self._budget = budget
@@ -87,12 +96,12 @@ class DeviceProfiler:
         partial = await self._fetcher.manifest(digest)
         found = self._cache.get(digest, self._numeric_class(partial.manifest), self._threads)
         if found is None:
-            layers, kv_bytes = self._what_fits(partial.manifest)
+            layers, memory = self._what_fits(partial.manifest)
             blocks = partial.manifest.blocks(layers.first, layers.last)
             keys = list(dict.fromkeys(key for block in blocks for key in block.slices))
             await self._fetcher.slices(partial, keys, progress)
             bundle = await asyncio.to_thread(partial.open)
-            found = await self._worker.call(lambda: self._measure(bundle, layers, kv_bytes))
+            found = await self._worker.call(lambda: self._measure(bundle, layers, memory))
         return ProfileReport(
             bundle=digest,
             numeric_class=found.numeric_class,
@@ -114,24 +123,37 @@ class DeviceProfiler:
 
         return numeric_class_of(chosen_executor(self._executor), manifest.model.weights)
 
-    def _what_fits(self, manifest: Manifest) -> tuple[LayerRange, int]:
+    def _what_fits(self, manifest: Manifest) -> tuple[LayerRange, StageMemory]:
         """The last layer with the head; a middle layer alone on a device too small for the head."""
         last, middle = manifest.num_layers - 1, (manifest.num_layers - 1) // 2
         token_bytes = manifest.model.kv_bytes_per_token_per_layer
         try:
-            layer, kv_bytes = last, self._budget.kv_bytes(manifest, last, last)
+            layer, memory = last, self._divide(manifest, last)
         except CapacityError:
             if manifest.num_layers < 3:
                 raise
-            layer, kv_bytes = middle, self._budget.kv_bytes(manifest, middle, middle)
-        return LayerRange(layer, layer), min(kv_bytes, PROBE_KV_TOKENS * token_bytes)
+            layer, memory = middle, self._divide(manifest, middle)
+        kv_bytes = min(memory.kv_bytes, PROBE_KV_TOKENS * token_bytes)
+        return LayerRange(layer, layer), replace(memory, kv_bytes=kv_bytes)
 
-    def _measure(self, bundle: Bundle, layers: LayerRange, kv_bytes: int) -> Measurement:
+    def _divide(self, manifest: Manifest, layer: int) -> StageMemory:
+        """All experts of the one layer in memory where they fit: what is measured is computing, not flash."""
+        try:
+            return self._budget.divide(manifest, layer, layer, EXPERTS_AUTO)
+        except CapacityError:
+            return self._budget.divide(manifest, layer, layer, self._expert_cache)
+
+    def _measure(self, bundle: Bundle, layers: LayerRange, memory: StageMemory) -> Measurement:
         """On the compute thread, so that no step runs beside it."""
         from edge_runtime.engine.cpu import CpuStage
 
         stage = CpuStage.load(
-            bundle, layers, threads=self._threads, kv_budget_bytes=kv_bytes, executor=self._executor
+            bundle,
+            layers,
+            threads=self._threads,
+            kv_budget_bytes=memory.kv_bytes,
+            executor=self._executor,
+            experts=None if memory.expert_cache_bytes is None else CacheOptions(memory.expert_cache_bytes),
         )
         try:
             return self._probe(bundle, stage)

@@ -6,10 +6,11 @@ Knows: the steps and their order. Does not know: leases' fate, links, or which e
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from edge_runtime.agent.memory import MemoryBudget
+from edge_runtime.agent.memory import EXPERTS_AUTO, ExpertCacheSetting, MemoryBudget, StageMemory
 from edge_runtime.agent.pipeline_events import Loaded
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.agent.slice_fetcher import Progress, SliceFetcher
@@ -19,14 +20,26 @@ from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import Stage
 from edge_runtime.errors import EngineError, ProtocolError
+from edge_runtime.experts.cache import CacheOptions, ExpertCache
+from edge_runtime.experts.flash_store import expert_bytes
 from edge_runtime.protocol.messages import LoadStage
+
+log = logging.getLogger(__name__)
 
 
 class MakeStage(Protocol):
     def __call__(
-        self, bundle: Bundle, layers: LayerRange, *, kv_bytes: int, threads: int, reuse: Stage | None
+        self,
+        bundle: Bundle,
+        layers: LayerRange,
+        *,
+        kv_bytes: int,
+        threads: int,
+        reuse: Stage | None,
+        experts: CacheOptions | None,
     ) -> Stage:
-        """`reuse` is closed; what it holds of `layers` may be kept. Runs on the compute thread."""
+        """`reuse` is closed; what it holds of `layers` may be kept. `experts`: keep them on flash, behind such a cache.
+        Runs on the compute thread."""
         ...
 
 
@@ -34,7 +47,13 @@ def cpu_stages(executor: str) -> MakeStage:
     """Stages on this device's processor; `executor` is native, onnx or auto."""
 
     def make(
-        bundle: Bundle, layers: LayerRange, *, kv_bytes: int, threads: int, reuse: Stage | None
+        bundle: Bundle,
+        layers: LayerRange,
+        *,
+        kv_bytes: int,
+        threads: int,
+        reuse: Stage | None,
+        experts: CacheOptions | None,
     ) -> Stage:
         from edge_runtime.engine.cpu import CpuStage
 
@@ -42,7 +61,13 @@ def cpu_stages(executor: str) -> MakeStage:
         if reuse is not None and kept is None:
             reuse.close()
         return CpuStage.load(
-            bundle, layers, threads=threads, kv_budget_bytes=kv_bytes, executor=executor, reuse=kept
+            bundle,
+            layers,
+            threads=threads,
+            kv_budget_bytes=kv_bytes,
+            executor=executor,
+            reuse=kept,
+            experts=experts,
         )
 
     return make
@@ -59,6 +84,7 @@ class StageLoader:
         threads: int,
         is_row_invariant: Callable[[Bundle, Stage], bool],
         make_stage: MakeStage,
+        expert_cache: ExpertCacheSetting = EXPERTS_AUTO,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
@@ -66,31 +92,57 @@ class StageLoader:
         self._threads = threads
         self._is_row_invariant = is_row_invariant
         self._make_stage = make_stage
+        self._expert_setting = expert_cache
+        self.expert_cache: ExpertCache | None = None  # of the stage loaded last
 
     async def load(self, order: LoadStage, progress: Progress) -> tuple[Loaded, Manifest]:
         """Raises the EdgeRuntimeError that says why not: CapacityError, TamperedError, TrustError, EngineError, …"""
         partial = await self._fetcher.manifest(order.bundle)
         manifest = partial.manifest
         check_order(order, manifest)
-        kv_bytes = self._budget.kv_bytes(manifest, order.first_layer, order.last_layer)
+        memory = self._budget.divide(manifest, order.first_layer, order.last_layer, self._expert_setting)
         blocks = manifest.blocks(order.first_layer, order.last_layer)
         keys = list(dict.fromkeys(key for block in blocks for key in block.slices))
         await self._fetcher.slices(partial, keys, progress)
         total_bytes = sum(manifest.slices[key].size_bytes for key in keys)
         progress("checking", 0, total_bytes)
         bundle = await asyncio.to_thread(partial.open)
-        await asyncio.to_thread(bundle.verify, keys)
+        on_flash: set[str] = set()
+        if memory.expert_cache_bytes is not None:  # these are checked expert by expert, whenever one is read
+            on_flash.update(key for block in blocks for key in manifest.expert_slices(block))
+            _say_what_stays_on_flash(order, manifest, memory.expert_cache_bytes)
+        await asyncio.to_thread(bundle.verify, [key for key in keys if key not in on_flash])
         progress("loading", 0, total_bytes)
-        loaded = await self._worker.call(lambda: self._install(order, bundle, kv_bytes))
+        experts = self._cache_options(order.bundle, memory)
+        loaded = await self._worker.call(lambda: self._install(order, bundle, memory.kv_bytes, experts))
         progress("loading", total_bytes, total_bytes)
         return loaded, manifest
 
-    def _install(self, order: LoadStage, bundle: Bundle, kv_bytes: int) -> Loaded:
+    def _cache_options(self, bundle: str, memory: StageMemory) -> CacheOptions | None:
+        if memory.expert_cache_bytes is None:
+            return None
+        loop = asyncio.get_running_loop()
+
+        def refetch(key: str, offset_bytes: int, length_bytes: int) -> bytes:
+            """On a thread that reads: the event loop fetches."""
+            reading = self._fetcher.read(bundle, key, offset_bytes, length_bytes)
+            return asyncio.run_coroutine_threadsafe(reading, loop).result()
+
+        return CacheOptions(memory.expert_cache_bytes, refetch=refetch)
+
+    def _install(
+        self, order: LoadStage, bundle: Bundle, kv_bytes: int, experts: CacheOptions | None
+    ) -> Loaded:
         """On the compute thread. The stage before, retired but not closed, lends its layers."""
         layers = LayerRange(order.first_layer, order.last_layer)
         reuse = self._worker.take_retired()
-        stage = self._make_stage(bundle, layers, kv_bytes=kv_bytes, threads=self._threads, reuse=reuse)
+        stage = self._make_stage(
+            bundle, layers, kv_bytes=kv_bytes, threads=self._threads, reuse=reuse, experts=experts
+        )
         row_invariant = self._is_row_invariant(bundle, stage)
+        self.expert_cache = _expert_cache_of(stage)
+        if self.expert_cache is not None:
+            self.expert_cache.statistics.reset()  # what the probe asked for says nothing
         vocab_size = bundle.manifest.model.vocab_size
         self._worker.install(
             LoadedStage(
@@ -109,6 +161,22 @@ class StageLoader:
             stage.kv_capacity_tokens,
             vocab_size,
         )
+
+
+def _expert_cache_of(stage: Stage) -> ExpertCache | None:
+    found = getattr(stage, "experts", None)
+    return found if isinstance(found, ExpertCache) else None
+
+
+def _say_what_stays_on_flash(order: LoadStage, manifest: Manifest, cache_bytes: int) -> None:
+    total_bytes = expert_bytes(manifest, order.first_layer, order.last_layer)
+    log.info(
+        "lease %d: experts stay on flash: a cache of %.1f MiB for %.1f MiB of them (%.0f %%)",
+        order.lease,
+        cache_bytes / (1 << 20),
+        total_bytes / (1 << 20),
+        100 * cache_bytes / max(1, total_bytes),
+    )
 
 
 def check_order(order: LoadStage, manifest: Manifest) -> None:

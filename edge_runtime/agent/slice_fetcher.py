@@ -129,6 +129,23 @@ class SliceFetcher:
             done_bytes += sizes[key]
         progress("fetching", total_bytes, total_bytes)
 
+    async def read(self, bundle: str, key: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """A piece of a slice, unchecked: for a caller who knows what it must hash to. Raises as `slices` does."""
+        data = bytearray()
+        tries = 0
+        while len(data) < length_bytes:
+            try:
+                future = await self._channel.ask(bundle, key, offset_bytes + len(data))
+                chunk, _ = await self._channel.answer(future)
+            except TransportError as problem:
+                tries += 1
+                _raise_unless_worth_a_try(problem, tries)
+                continue
+            if not chunk:
+                raise BundleError(f"slice {key}: the sender's copy ends at byte {offset_bytes + len(data)}")
+            data += chunk[: length_bytes - len(data)]
+        return bytes(data)
+
     async def _slice(self, partial: PartialBundle, key: str, here: Callable[[int], None]) -> None:
         size_bytes = partial.manifest.slices[key].size_bytes
         tries = 0

@@ -52,12 +52,42 @@ class Serving:
     last_layer: int
     weight_bytes: int
     kv_capacity_tokens: int
+    expert_cache_bytes: int = 0  # 0: no experts, or all of them in memory
+    expert_bytes: int = 0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"serving layers {self.first_layer}-{self.last_layer} of {self.model}: "
             f"{self.weight_bytes / (1 << 20):.1f} MiB of weights, room for {self.kv_capacity_tokens} tokens"
         )
+        if not self.expert_cache_bytes:
+            return text
+        return (
+            f"{text}; experts on flash: {self.expert_cache_bytes / (1 << 20):.1f} of "
+            f"{self.expert_bytes / (1 << 20):.1f} MiB in memory at a time"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What the expert cache did since the last such line; the worst layer and `mended` since the stage was loaded."""
+
+    hits: int
+    misses: int
+    read_bytes: int
+    waited_seconds: float
+    worst_layer: int
+    worst_layer_hit_rate: float
+    mended: int  # reads that failed or gave wrong bytes at first
+
+    def __str__(self) -> str:
+        rate = 100 * self.hits / max(1, self.hits + self.misses)
+        text = (
+            f"experts: {rate:.1f} % of {self.hits + self.misses} were in memory, {self.read_bytes / (1 << 20):.1f} MiB "
+            f"read, {self.waited_seconds:.1f} s waited; worst layer {self.worst_layer} "
+            f"({100 * self.worst_layer_hit_rate:.1f} %)"
+        )
+        return f"{text}; {self.mended} bad reads mended" if self.mended else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +100,4 @@ class Failed:
         return f"can't serve: {self.reason}" + (f" ({self.hint})" if self.hint else "")
 
 
-Status = Paired | Connected | Disconnected | Loading | Serving | Failed
+Status = Paired | Connected | Disconnected | Loading | Serving | Experts | Failed

@@ -39,6 +39,12 @@ def _configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: one per core)")
     parser.add_argument(
+        "--expert-cache",
+        metavar="SIZE|all|auto",
+        help="memory for the experts of a mixture-of-experts model, which otherwise stay on flash: a size, all, or "
+        "auto: all where they fit, else what the rest leaves (default)",
+    )
+    parser.add_argument(
         "--executor",
         choices=("auto", "native", "onnx"),
         help="who computes: our own kernels, ONNX Runtime, or auto: native where it is fast (default)",
@@ -69,6 +75,7 @@ def _run(arguments: Namespace) -> int:
             "agent.name": arguments.name,
             "agent.memory_bytes": arguments.memory,
             "agent.threads": arguments.threads,
+            "agent.expert_cache": arguments.expert_cache,
             "agent.executor": arguments.executor,
             "general.state_directory": None if arguments.state is None else str(arguments.state),
         }
@@ -95,6 +102,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         data_port=port,
         advertised_address=_advertised(arguments.advertise),
         log_level=settings.general.log_level,
+        expert_cache=settings.agent.expert_cache,
         executor=settings.agent.executor,
     )
 

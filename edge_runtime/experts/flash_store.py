@@ -70,6 +70,18 @@ def expert_bytes(manifest: Manifest, first: int, last: int) -> int:
     return sum(manifest.slices[key].size_bytes for block in blocks for key in manifest.expert_slices(block))
 
 
+def can_stay_on_flash(manifest: Manifest, first: int, last: int) -> bool:
+    """Whether the bundle has a digest of every single expert in layers first..last."""
+    tensors = [
+        manifest.tensors[name]
+        for block in manifest.layers[first : last + 1]
+        for operation in block.operations
+        if operation.kind == "experts"
+        for name in operation.weights.values()
+    ]
+    return all(tensor.expert_digests for tensor in tensors)
+
+
 def token_cycle_bytes(manifest: Manifest, first: int, last: int) -> int:
     """The experts that one token uses in layers first..last: a cache below it can't hold on to anything."""
     return sum(

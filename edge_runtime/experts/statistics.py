@@ -34,6 +34,9 @@ class CacheStatistics:
         own.read_bytes += read_bytes
         own.waited_seconds += waited_seconds
 
+    def reset(self) -> None:
+        self._layers = {layer: LayerStatistics() for layer in self._layers}
+
     @property
     def layers(self) -> Mapping[int, LayerStatistics]:
         return self._layers

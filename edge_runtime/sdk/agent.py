@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from edge_runtime.config import load, parse_size
+from edge_runtime.config import load, parse_expert_cache, parse_size
 from edge_runtime.errors import UsageError
 
 
@@ -16,7 +16,7 @@ class Agent:
     """`await Agent(join=link, name="laptop", memory="2GiB").run()` serves until cancelled.
 
     A device that is paired already needs no link; its key and pairing lie in `state_directory`. `memory` is what the
-    whole process may use.
+    whole process may use; `expert_cache` is the share of it for experts that live on flash (a size, "all" or "auto").
     """
 
     def __init__(
@@ -28,11 +28,13 @@ class Agent:
         join: str = "",
         state_directory: str | Path | None = None,
         reachable: bool = True,
+        expert_cache: str | int = "auto",
     ) -> None:
         from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
 
         try:
             memory_bytes = parse_size(memory)
+            experts = parse_expert_cache(expert_cache)
         except ValueError as problem:
             raise UsageError(f"agent {name}: {problem}") from None
         directory = load().general.state_directory / "agents" / name
@@ -42,6 +44,7 @@ class Agent:
             memory_budget_bytes=memory_bytes,
             threads=threads,
             join=join,
+            expert_cache=experts,
             data_port=0 if reachable else NO_DATA_PORT,
         )
 

@@ -236,6 +236,7 @@ class LocalCluster:
         directory = self._directory / "agents" / spec.name
         arguments = ["agent", "--name", spec.name, "--memory", str(spec.memory_bytes), "--json"]
         arguments += ["--threads", str(spec.threads), "--state", str(directory)]
+        arguments += ["--expert-cache", str(spec.expert_cache)]
         arguments += ["--data-address", "127.0.0.1:0" if spec.reachable else "none"]
         if not (directory / "pairing.json").exists():
             with Client(self._url, api_key=self._api_key) as client:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_runtime.config import parse_size
+from edge_runtime.config import parse_expert_cache, parse_size
 from edge_runtime.errors import UsageError
 
 DEFAULT_MEMORY = "1GiB"
@@ -21,6 +21,7 @@ class DeviceSpec:
     memory: str | int = DEFAULT_MEMORY
     threads: int = 1
     reachable: bool = True
+    expert_cache: str | int = "auto"  # memory for experts on flash: a size, "all" or "auto"
 
     def __post_init__(self) -> None:
         if (
@@ -33,6 +34,7 @@ class DeviceSpec:
         if self.threads < 1:
             raise UsageError(f"device {self.name} needs at least 1 thread")
         try:
+            parse_expert_cache(self.expert_cache)
             parse_size(self.memory)
         except ValueError as problem:
             raise UsageError(f"device {self.name}: {problem}") from None
