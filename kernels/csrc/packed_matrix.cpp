@@ -49,6 +49,19 @@ std::uint16_t half_of(float x) {
   return sign | static_cast<std::uint16_t>((rounded - (112u << 23)) >> 13);
 }
 
+std::uint32_t load_four(const std::uint8_t* p) {
+  std::uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return four;
+}
+void store_four(std::uint8_t* p, std::uint32_t four) { __builtin_memcpy(p, &four, 4); }
+
+// Four nibbles into the low halves of four bytes.
+std::uint32_t spread(std::uint32_t x) {
+  x = (x | x << 8) & 0x00FF00FF;
+  return (x | x << 4) & 0x0F0F0F0F;
+}
+
 // The power of two that brings the largest scale into [2^14, 2^15): smaller ones have 28 powers of two below that to be
 // precise in.
 float power_for(const float* scales, std::int64_t count) {
@@ -109,16 +122,10 @@ void PackedMatrix::pack_tile(const std::uint8_t* data, const float* scales, std:
       const std::int64_t at = (first + o) * block_count + block;
       const std::uint8_t* from = data + at * block_bytes;
       halves[block * kTileOutputs + o] = half_of(scales[at] * (1.0f / unit_));
-      if (bits_ == 8) {
-        for (int k = 0; k < kBlock; ++k) codes[k / 4 * 64 + 4 * o + k % 4] = from[k];
-        continue;
+      for (int four = 0; four < block_bytes; four += 4) {
+        const std::uint32_t bytes = load_four(from + four);
+        store_four(codes + 16 * four + 4 * o, bits_ == 8 ? bytes : spread(bytes & 0xFFFF) | spread(bytes >> 16) << 4);
       }
-      for (int c = 0; c < 4; ++c)
-        for (int i = 0; i < 4; ++i) {
-          const int low = 8 * c + i, high = low + 4;
-          const int low_code = from[low / 2] >> (low % 2 * 4) & 15, high_code = from[high / 2] >> (high % 2 * 4) & 15;
-          codes[64 * c + 4 * o + i] = static_cast<std::uint8_t>(low_code | high_code << 4);
-        }
     }
 }
 
