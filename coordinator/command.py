@@ -43,6 +43,12 @@ def _configure(parser: ArgumentParser) -> None:
         help="how layers are divided (default: auto)",
     )
     add("--devices", default="", metavar="NAME,…", help="devices of the pipeline, in order")
+    add(
+        "--replicas",
+        default="auto",
+        metavar="auto|N",
+        help="pipelines over different devices: as many as slow none of them (default), or N",
+    )
     add("--api-key-file", type=Path, metavar="FILE", help="use this API key instead of a generated one")
     add("--join-links", type=int, default=1, metavar="N", help="join links to print (default: 1)")
     add(
@@ -83,7 +89,7 @@ def coordinator_config(arguments: Namespace, settings: config.Config) -> Coordin
         host=settings.coordinator.host,
         port=arguments.port,
         enroll_port=arguments.enroll_port,
-        split=parse_split(arguments.split, arguments.devices),
+        split=parse_split(arguments.split, arguments.devices, arguments.replicas),
         kv_tokens_wanted=settings.coordinator.kv_tokens,
         limits=Limits(device_timeout_seconds=arguments.device_timeout),
     )

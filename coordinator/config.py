@@ -32,11 +32,26 @@ class CoordinatorConfig:
     limits: Limits = field(default_factory=Limits)
 
 
-def parse_split(text: str, devices: str = "") -> Split:
+MAX_REPLICAS = 64
+
+
+def parse_replicas(text: str) -> int:
+    """`auto` (0) or how many pipelines are wanted."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_REPLICAS:
+        raise UsageError(
+            f"{text!r} is not a number of replicas", hint=f"use auto, or a number from 1 to {MAX_REPLICAS}"
+        )
+    return int(text)
+
+
+def parse_split(text: str, devices: str = "", replicas: str = "auto") -> Split:
     """`auto`, `even`, or `0-1,2-3,4-5`; `devices` are names in pipeline order, separated by commas."""
     names = tuple(name.strip() for name in devices.split(",") if name.strip())
+    count = parse_replicas(replicas)
     if text in ("auto", "even"):
-        return Split(text, (), names)
+        return Split(text, (), names, count)
     try:
         pairs = [part.strip().partition("-") for part in text.split(",")]
         ranges = tuple(LayerRange(int(first), int(last or first)) for first, _, last in pairs)
@@ -46,4 +61,4 @@ def parse_split(text: str, devices: str = "") -> Split:
         ) from None
     if names and len(names) != len(ranges):
         raise UsageError(f"{len(ranges)} layer ranges were given for {len(names)} devices")
-    return Split("ranges", ranges, names)
+    return Split("ranges", ranges, names, count)

@@ -31,6 +31,7 @@ the devices file:
   name = "laptop"
   memory = "4GiB"
   weight_bandwidth = "20GB/s"
+  host = "10.0.0.7"              # whoever names the same one shares its cores; without a name, it may
 
   [[link]]                       # only where two devices reach each other without the coordinator
   between = ["phone", "laptop"]
@@ -48,6 +49,12 @@ def _configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="auto", help="auto (default), even, or ranges such as 0-3,4-7")
     parser.add_argument("--order", default="", metavar="NAMES", help="device names in pipeline order")
+    parser.add_argument(
+        "--replicas",
+        default="auto",
+        metavar="auto|N",
+        help="pipelines over different devices: as many as slow none of them (default), or N",
+    )
     parser.add_argument("--kv-tokens", type=int, default=4096, help="KV room of each stage (default 4096)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -55,18 +62,18 @@ def _configure(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> int:
     from coordinator.config import parse_split
     from coordinator.placement import model_profile
-    from coordinator.planning import place
+    from coordinator.planning import place_all
     from coordinator.planning.devices_toml import load_devices
     from edge_runtime.bundle import Bundle
 
     manifest = Bundle.open(arguments.bundle).manifest
     devices, links = load_devices(arguments.devices, manifest)
-    split = parse_split(arguments.split, arguments.order)
-    plan = place(devices, links, model_profile(manifest, max(arguments.kv_tokens, 1)), split)
+    split = parse_split(arguments.split, arguments.order, arguments.replicas)
+    plans = place_all(devices, links, model_profile(manifest, max(arguments.kv_tokens, 1)), split)
     if arguments.json:
-        result_json(plan_json(plan))
+        result_json({**plan_json(plans[0]), "replicas": [plan_json(plan) for plan in plans[1:]]})
     else:
-        result(plan_text(plan))
+        result("\n\n".join(plan_text(plan) for plan in plans))
     return 0
 
 

@@ -11,6 +11,7 @@
     # layer_decode = "1.2ms"        #   one row through one layer of average weight
     # layer_prefill_row = "0.3ms"   #   per row of a full chunk
     # head = "0.8ms"                #   one row through final norm, head and sampler
+    # host = "10.0.0.7"             # its machine: devices that share one share its cores, and are no free replicas
 
     [[link]]                        # only where two devices reach each other faster than through the coordinator
     between = ["phone", "laptop"]
@@ -47,6 +48,7 @@ _DEVICE_KEYS = (
     "bandwidth",
     "numeric_class",
     "row_invariant",
+    "host",
 )
 _LINK_KEYS = ("between", "rtt", "bandwidth")
 _DEFAULT_KEYS = tuple(key for key in _DEVICE_KEYS if key != "name")
@@ -94,6 +96,9 @@ def _device(table: Table, manifest: Manifest, where: str) -> DeviceProfile:
     numeric_class, row_invariant = table.get("numeric_class", ""), table.get("row_invariant", True)
     if not isinstance(numeric_class, str) or not isinstance(row_invariant, bool):
         raise ConfigError(f"{where}: numeric_class is text and row_invariant is true or false")
+    host = table.get("host", "")
+    if not isinstance(host, str):
+        raise ConfigError(f"{where}: host is text")
     if "weight_bandwidth" in table and "layer_decode" not in table:
         bandwidth = _read(table, "weight_bandwidth", parse_bandwidth, where)
         layers = manifest.layers
@@ -113,6 +118,7 @@ def _device(table: Table, manifest: Manifest, where: str) -> DeviceProfile:
         head_seconds=head,
         numeric_class=numeric_class,
         row_invariant=row_invariant,
+        host=host,
     )
 
 
