@@ -1,13 +1,15 @@
-"""Keys and values of all sessions of a stage, in one reservation of virtual memory.
+"""Keys and values of all sessions of a stage, in pages: `KvPages` in any memory, `KvCache` in this process's.
 
-Pages are committed by the operating system when first written, and given back when nobody needs them, so resident
-memory follows what sessions hold and what is kept for the next one with the same prefix.
+A `KvCache` is one reservation of virtual memory. Pages are committed by the operating system when first written, and
+given back when nobody needs them, so resident memory follows what sessions hold and what is kept for the next one with
+the same prefix.
 Knows: the memory and its layout. Does not know: attention, spans, or where the budget comes from.
 """
 
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,23 +41,23 @@ class KvShape:
         return max(budget_bytes, 0) // self.page_bytes
 
 
-class KvCache:
-    """`pool` is f32[num_pages, layers, 2 (keys, values), 32, kv_heads, head_dim]; `table` says whose page is whose."""
+class KvPages(ABC):
+    """Whose page is whose (`table`), over memory of any kind."""
 
     def __init__(self, shape: KvShape, num_pages: int) -> None:
         self.shape = shape
         self.table = PageTable(num_pages)
-        # At least one page of address space, so that an empty cache is still an array.
-        size_bytes = max(num_pages, 1) * shape.page_bytes
-        self._memory = _reserve(size_bytes)
-        dims = (max(num_pages, 1), shape.layers, 2, PAGE_TOKENS, shape.kv_heads, shape.head_dim)
-        count = size_bytes // FLOAT_BYTES
-        self.pool: NDArray[np.float32] = np.frombuffer(self._memory, np.float32, count).reshape(dims)
 
-    @property
-    def committed_bytes(self) -> int:
-        """Of pages that hold something: what this cache adds to the resident memory of the process."""
-        return self.table.used_pages * self.shape.page_bytes
+    @abstractmethod
+    def write_pages(self, pages: Sequence[int], values: NDArray[np.float32]) -> None:
+        """Values are [pages, layers, 2 (keys, values), 32, kv_heads, head_dim]."""
+
+    @abstractmethod
+    def _copy(self, source: int, target: int) -> None: ...
+
+    @abstractmethod
+    def _release(self, pages: Iterable[int]) -> None:
+        """What lies in these pages is not needed any more."""
 
     def open(self, session: SessionId, max_rows: int, names: Sequence[bytes] = ()) -> list[int]:
         """The ids of the rows that are here already, in pages of these names."""
@@ -65,7 +67,7 @@ class KvCache:
         moves = self.table.append(session, base_row, count)
         self._release(moves.clear)
         for source, target in moves.copy:
-            self.pool[target] = self.pool[source]
+            self._copy(source, target)
 
     def ran(self, session: SessionId, base_row: int, ids: Sequence[int]) -> None:
         """The rows were computed in every layer: from now on others may use the pages they fill."""
@@ -96,10 +98,34 @@ class KvCache:
         return tables
 
     def close(self) -> None:
-        """Drop everything. The address space goes when the last view of `pool` does."""
+        """Drop everything. The memory goes when the last view of it does."""
         for session in self.table.sessions():
             self.drop(session)
         self.give_up_resting()
+
+
+class KvCache(KvPages):
+    """`pool` is f32[num_pages, layers, 2 (keys, values), 32, kv_heads, head_dim]; `table` says whose page is whose."""
+
+    def __init__(self, shape: KvShape, num_pages: int) -> None:
+        super().__init__(shape, num_pages)
+        # At least one page of address space, so that an empty cache is still an array.
+        size_bytes = max(num_pages, 1) * shape.page_bytes
+        self._memory = _reserve(size_bytes)
+        dims = (max(num_pages, 1), shape.layers, 2, PAGE_TOKENS, shape.kv_heads, shape.head_dim)
+        count = size_bytes // FLOAT_BYTES
+        self.pool: NDArray[np.float32] = np.frombuffer(self._memory, np.float32, count).reshape(dims)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Of pages that hold something: what this cache adds to the resident memory of the process."""
+        return self.table.used_pages * self.shape.page_bytes
+
+    def write_pages(self, pages: Sequence[int], values: NDArray[np.float32]) -> None:
+        self.pool[list(pages)] = values
+
+    def _copy(self, source: int, target: int) -> None:
+        self.pool[target] = self.pool[source]
 
     def _release(self, pages: Iterable[int]) -> None:
         """Give whole operating-system pages back; runs of neighbours go together. They read as zeros afterwards."""

@@ -26,7 +26,7 @@ def attention(
     shape: AttentionShape,
     weights: AttentionWeights,
 ) -> Tensor:
-    """Norm and rotate q and k, write k and v into `pool` [pages, layers, 2, 32, kv_heads, d], attend: [R, heads * d]."""
+    """Norm and rotate q and k, write k and v into `pool` [pages, layers, 2, 32, kv_heads, d], attend: [R, heads * d]"""
     if pool.shape[2:] != (2, PAGE_TOKENS, shape.kv_heads, shape.head_dim) or not pool.is_contiguous():
         raise ValueError(f"a pool is [pages, layers, 2, 32, {shape.kv_heads}, {shape.head_dim}], contiguous")
     q = _prepare(row_major(q), row_major(k), row_major(v), pool, layer, rows, shape, weights)

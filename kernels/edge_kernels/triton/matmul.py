@@ -41,7 +41,8 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -
         return out
     splits = splits_of(n, matrix.columns)
     parts = out if splits == 1 else torch.empty((splits, count, n), dtype=torch.float32, device=x.device)
-    operand, dot = operand_types(x.dtype)
+    # fp32 weights stay fp32: a bundle has them where rounding hurts.
+    operand, dot = operand_types(torch.float32 if matrix.data.dtype == torch.float32 else x.dtype)
     grid = (triton.cdiv(count, TILE_ROWS), triton.cdiv(n, TILE_COLUMNS), splits)
     multiply[grid](
         x,

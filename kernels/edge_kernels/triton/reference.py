@@ -73,7 +73,7 @@ def attention(
     shape: AttentionShape,
     weights: AttentionWeights,
 ) -> Tensor:
-    """Norm and rotate q and k, write k and v into `pool` [pages, layers, 2, 32, kv_heads, d], attend: [R, heads * d]."""
+    """Norm and rotate q and k, write k and v into `pool` [pages, layers, 2, 32, kv_heads, d], attend: [R, heads * d]"""
     positions = rows.positions.tolist()
     q = _prepare(q.float(), positions, shape, weights, weights.q_norm).view(-1, shape.heads, shape.head_dim)
     k = _prepare(k.float(), positions, shape, weights, weights.k_norm)
