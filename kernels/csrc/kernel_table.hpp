@@ -113,7 +113,7 @@ struct KernelTable {
   void (*silu_multiply)(const float* gate, const float* up, float* out, int count);
   void (*accumulate)(float* y, const float* x, float factor, int count);  // y = fma(factor, x, y)
 
-  // A tile is `blocks` blocks of 16 outputs (packed_matrix.hpp), then their half-precision scales.
+  // A tile is `blocks` blocks of 16 outputs, and their scales: packed_matrix.hpp.
   void (*linear_int8)(const std::uint8_t* tile, int blocks, const PanelRows& x, const TileOut& out);
   void (*linear_int4)(const std::uint8_t* tile, int blocks, const PanelRows& x, const TileOut& out);
   void (*quantize_row)(const float* x, int columns, int zero_point, const PanelRowOut& out);

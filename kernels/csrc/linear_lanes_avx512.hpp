@@ -39,19 +39,26 @@ struct PartInt4 {
   // Exact dot products of a block with J rows, as floats.
   template <int J>
   static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
-    __m512i sums[J];
+    constexpr int kChains = J == 1 ? 4 : J == 2 ? 2 : 1;  // enough additions side by side to hide their latency
+    __m512i sums[J][kChains];
     EDGE_UNROLL
-    for (int j = 0; j < J; ++j) sums[j] = _mm512_set1_epi32(corrections[j]);
+    for (int j = 0; j < J; ++j)
+      EDGE_UNROLL
+      for (int c = 0; c < kChains; ++c) sums[j][c] = _mm512_set1_epi32(c == 0 ? corrections[j] : 0);
     EDGE_UNROLL
     for (int g = 0; g < 8; ++g)
       EDGE_UNROLL
       for (int j = 0; j < J; ++j) {
         std::int32_t four;
         __builtin_memcpy(&four, x + 32 * j + 4 * g, 4);
-        sums[j] = _mm512_dpbusd_epi32(sums[j], w.group[g], _mm512_set1_epi32(four));
+        sums[j][g % kChains] = _mm512_dpbusd_epi32(sums[j][g % kChains], w.group[g], _mm512_set1_epi32(four));
       }
     EDGE_UNROLL
-    for (int j = 0; j < J; ++j) out[j] = {_mm512_cvtepi32_ps(sums[j])};
+    for (int j = 0; j < J; ++j) {
+      EDGE_UNROLL
+      for (int c = 1; c < kChains; ++c) sums[j][0] = _mm512_add_epi32(sums[j][0], sums[j][c]);
+      out[j] = {_mm512_cvtepi32_ps(sums[j][0])};
+    }
   }
 };
 

@@ -74,9 +74,11 @@ float power_for(const float* scales, std::int64_t count) {
   return std::ldexp(1.0f, std::clamp(15 - (std::ilogb(largest) + 1), -100, 100));
 }
 
+// Two blocks of a tile: codes and half floats.
+std::int64_t pair_bytes_of(int bits) { return 2 * (kTileOutputs * kBlock * bits / 8 + kTileOutputs * 2); }
+
 std::int64_t tile_bytes_of(int bits, std::int64_t blocks) {
-  const std::int64_t bytes = blocks * (kTileOutputs * kBlock * bits / 8 + kTileOutputs * 2);
-  return (bytes + 63) / 64 * 64;
+  return (blocks + 1) / 2 * pair_bytes_of(bits);
 }
 
 std::int64_t checked(bool holds, const char* message, std::int64_t value) {
@@ -115,18 +117,20 @@ std::int64_t PackedMatrix::bytes() const { return bits_ == 32 ? outputs_ * colum
 void PackedMatrix::pack_tile(const std::uint8_t* data, const float* scales, std::int64_t index) {
   const std::int64_t block_count = blocks(), block_bytes = kBlock * bits_ / 8, first = index * kTileOutputs;
   const int outputs = static_cast<int>(std::min<std::int64_t>(kTileOutputs, outputs_ - first));
-  std::uint8_t* codes = memory_.data() + index * tile_bytes_;
-  auto* halves = reinterpret_cast<std::uint16_t*>(codes + block_count * kTileOutputs * block_bytes);
-  for (std::int64_t block = 0; block < block_count; ++block, codes += kTileOutputs * block_bytes)
+  for (std::int64_t block = 0; block < block_count; ++block) {
+    std::uint8_t* pair = memory_.data() + index * tile_bytes_ + block / 2 * pair_bytes_of(bits_);
+    std::uint8_t* codes = pair + block % 2 * kTileOutputs * block_bytes;
+    auto* halves = reinterpret_cast<std::uint16_t*>(pair + 2 * kTileOutputs * block_bytes) + block % 2 * kTileOutputs;
     for (int o = 0; o < outputs; ++o) {
       const std::int64_t at = (first + o) * block_count + block;
       const std::uint8_t* from = data + at * block_bytes;
-      halves[block * kTileOutputs + o] = half_of(scales[at] * (1.0f / unit_));
+      halves[o] = half_of(scales[at] * (1.0f / unit_));
       for (int four = 0; four < block_bytes; four += 4) {
         const std::uint32_t bytes = load_four(from + four);
         store_four(codes + 16 * four + 4 * o, bits_ == 8 ? bytes : spread(bytes & 0xFFFF) | spread(bytes >> 16) << 4);
       }
     }
+  }
 }
 
 }  // namespace edge

@@ -1,8 +1,8 @@
 // A weight matrix in the order `linear` reads it.
 //
-// Quantized: tiles of 16 outputs. A tile holds its blocks of 32 columns one after another, then their scales,
-// [block][16] half floats (`unit` is the power of two that they were divided by), padded to whole cache lines. Of an int8
-// block, byte 64 g + 4 o + i is the code of output o, column 4 g + i. An int4 block is half of that: the codes of byte
+// Quantized: tiles of 16 outputs. A tile is its blocks of 32 columns, two by two: the codes of both, then the scales of
+// both, 16 half floats each (`unit` is the power of two that they were divided by); so that a matrix is one stream of whole
+// cache lines. Of an int8 block, byte 64 g + 4 o + i is the code of output o, column 4 g + i. An int4 block is half of that: the codes of byte
 // 64 c + 4 o + i are of columns 8 c + i (low) and 8 c + 4 + i (high). Codes keep the bundle's zero points.
 // fp32: as it is, rows of columns, where it lies.
 #pragma once

@@ -42,9 +42,9 @@ def packed_bytes(format: str, outputs: int, columns: int) -> int:
     """What a matrix takes once packed. An fp32 one takes no more than the array it is made from."""
     if format == "fp32":
         return outputs * columns * 4
-    blocks = -(-columns // BLOCK)
-    tile = blocks * TILE_OUTPUTS * (BLOCK * BITS[format] // 8 + 2)
-    return -(-outputs // TILE_OUTPUTS) * (-(-tile // 64) * 64)
+    pairs = -(-columns // (2 * BLOCK))
+    pair_bytes = 2 * TILE_OUTPUTS * (BLOCK * BITS[format] // 8 + 2)
+    return -(-outputs // TILE_OUTPUTS) * pairs * pair_bytes
 
 
 def linear(x: F32, matrix: PackedMatrix, bias: F32 | None = None, *, threads: int = 1) -> F32:
