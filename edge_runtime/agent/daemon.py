@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import secrets
 from collections.abc import Callable, Sequence
@@ -190,6 +191,7 @@ class Agent:
             data_address=address,
             memory_budget_bytes=self._config.memory_budget_bytes,
             threads=self._config.threads,
+            pid=os.getpid(),
         )
 
     def _heartbeat(self, sequence: int) -> Heartbeat:
@@ -310,7 +312,7 @@ class Agent:
                 LoadFailed(order.lease, "engine", f"{type(problem).__name__}: {problem}", hint)
             )
             return
-        self._plane.loaded(loaded, manifest.model.hidden_size)
+        self._plane.loaded(loaded, manifest.model.hidden_size, order.wire)
         log.info("lease %d: serving, room for %d tokens", order.lease, loaded.kv_capacity_tokens)
         experts = self._loader.expert_cache
         self._on_status(

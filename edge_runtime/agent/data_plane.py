@@ -15,8 +15,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from edge_runtime.agent.peer_outbox import PeerMessage, PeerOutbox
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
@@ -40,6 +38,7 @@ from edge_runtime.agent.pipeline_events import (
 from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.core import DeviceId, SessionId
+from edge_runtime.engine.wire import FP32, packed, unpacked
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.protocol.messages import (
     FrameRows,
@@ -81,7 +80,8 @@ class DataPlane:
             key, device_id, signing_key, control.relay, data_address, on_message=self._arrived
         )
         self._state = PipelineState()
-        self._hidden_size = 0  # of the stage that is loaded
+        self._hidden_size = 0  # these two of the stage that is loaded
+        self._wire = FP32
 
     # ------------------------------------------------------------ from the agent's loop
 
@@ -98,8 +98,8 @@ class DataPlane:
     def control_lost(self) -> None:
         self._later(self._control_lost)
 
-    def loaded(self, event: Loaded, hidden_size: int) -> None:
-        self._later(self._loaded, event, hidden_size)
+    def loaded(self, event: Loaded, hidden_size: int, wire: str) -> None:
+        self._later(self._loaded, event, hidden_size, wire)
 
     def load_failed(self, event: LoadFailed) -> None:
         self._later(self._handle, event)
@@ -119,7 +119,9 @@ class DataPlane:
             await asyncio.get_running_loop().create_future()
 
     def _arrived(self, source: DeviceId, message: Message, payloads: Sequence[memoryview]) -> None:
-        rows = rows_of(payloads, message, self._hidden_size) if isinstance(message, FrameRows) else None
+        rows = None
+        if isinstance(message, FrameRows) and len(payloads) == 1:
+            rows = unpacked(payloads[0], self._wire, len(message.ids), self._hidden_size)
         self._handle(Received(source, message, rows))
 
     def _apply_lease(self, lease: PeerLease) -> None:
@@ -134,8 +136,8 @@ class DataPlane:
         self._mesh.control_lost()
         self._handle(ControlLost())
 
-    def _loaded(self, event: Loaded, hidden_size: int) -> None:
-        self._hidden_size = hidden_size
+    def _loaded(self, event: Loaded, hidden_size: int, wire: str) -> None:
+        self._hidden_size, self._wire = hidden_size, wire
         self._handle(event)
 
     def _peer_lost(self, message: PeerMessage, reason: str) -> None:
@@ -167,7 +169,7 @@ class DataPlane:
             case OpenRows() | RunRows() | DropRows():
                 self.worker.put(instruction)
             case Send(to, message, rows):
-                self._send(to, message, [] if rows is None else [frame_of(rows)])
+                self._send(to, message, [] if rows is None else [self._frame_of(message, rows)])
             case Load(order):
                 self._peers.clear()
                 self.worker.retire()
@@ -192,16 +194,7 @@ class DataPlane:
         elif isinstance(message, PeerMessage):
             self._peers.post(to, message, payloads)
 
-
-def rows_of(payloads: Sequence[memoryview], frame: FrameRows, hidden_size: int) -> Rows | None:
-    """The payload, where it lies, in the shape of our own plan; None where it has another size."""
-    shape = (len(frame.ids), hidden_size)
-    if len(payloads) != 1 or payloads[0].nbytes != 4 * shape[0] * shape[1]:
-        return None
-    rows = np.frombuffer(payloads[0], np.dtype("<f4")).reshape(shape)
-    return np.require(rows, requirements=("ALIGNED",))  # small frames lie wherever the link put them
-
-
-def frame_of(rows: Rows) -> memoryview:
-    """Little-endian float32, contiguous, where it lies: what FrameRows and Pooled carry."""
-    return np.ascontiguousarray(rows, np.dtype("<f4")).data.cast("B")
+    def _frame_of(self, message: Message, rows: Rows) -> memoryview:
+        return packed(
+            rows if rows.ndim == 2 else rows[None], self._wire if isinstance(message, FrameRows) else FP32
+        )

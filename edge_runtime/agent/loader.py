@@ -18,7 +18,7 @@ from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
-from edge_runtime.engine.base import Stage
+from edge_runtime.engine.base import Stage, StageFormats
 from edge_runtime.errors import EngineError, ProtocolError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_bytes
@@ -37,6 +37,7 @@ class MakeStage(Protocol):
         threads: int,
         reuse: Stage | None,
         experts: CacheOptions | None,
+        formats: StageFormats,
     ) -> Stage:
         """`reuse` is closed; what it holds of `layers` may be kept. `experts`: keep them on flash, behind such a cache.
         Runs on the compute thread."""
@@ -54,6 +55,7 @@ def cpu_stages(executor: str) -> MakeStage:
         threads: int,
         reuse: Stage | None,
         experts: CacheOptions | None,
+        formats: StageFormats,
     ) -> Stage:
         from edge_runtime.engine.cpu import CpuStage
 
@@ -68,6 +70,7 @@ def cpu_stages(executor: str) -> MakeStage:
             executor=executor,
             reuse=kept,
             experts=experts,
+            formats=formats,
         )
 
     return make
@@ -137,7 +140,13 @@ class StageLoader:
         layers = LayerRange(order.first_layer, order.last_layer)
         reuse = self._worker.take_retired()
         stage = self._make_stage(
-            bundle, layers, kv_bytes=kv_bytes, threads=self._threads, reuse=reuse, experts=experts
+            bundle,
+            layers,
+            kv_bytes=kv_bytes,
+            threads=self._threads,
+            reuse=reuse,
+            experts=experts,
+            formats=StageFormats(kv=order.kv, wire=order.wire),
         )
         row_invariant = self._is_row_invariant(bundle, stage)
         self.expert_cache = _expert_cache_of(stage)

@@ -40,6 +40,14 @@ class Batch:
     hidden: Rows | None  # [R, E]
 
 
+@dataclass(frozen=True, slots=True)
+class StageFormats:
+    """How a plan wants numbers kept: part of a stage's numeric class."""
+
+    kv: str = "fp32"  # keys and values in memory: fp32 or int8
+    wire: str = "fp32"  # rows between layers (`wire.py`): fp32, fp16 or int8
+
+
 class Stage(Protocol):
     """Blocks of one bundle, ready to run. Not thread-safe: one compute thread calls it.
 

@@ -13,15 +13,16 @@ import numpy as np
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block, ModelInfo
 from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import Batch, Rows
+from edge_runtime.engine.base import Batch, Rows, StageFormats
 from edge_runtime.engine.blocks import LoadedBlock, run_context
 from edge_runtime.engine.cut_operations import RopeTables
-from edge_runtime.engine.executors import AUTO, chosen_executor, numeric_class_of
+from edge_runtime.engine.executors import AUTO, DEFAULT_FORMATS, chosen_executor, numeric_class_of
 from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.resident import return_free_memory
 from edge_runtime.engine.rope import rope_tables
 from edge_runtime.engine.spans import StageShape, check_batch, check_open
+from edge_runtime.engine.wire import FP32, check_wire, rounded
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_layers
@@ -40,11 +41,12 @@ class CpuStage:
         blocks: dict[str, LoadedBlock],
         cache: KvCache,
         experts: ExpertCache | None = None,
+        formats: StageFormats = DEFAULT_FORMATS,
     ) -> None:
         manifest = bundle.manifest
         self.layers = layers
         self.executor = executor
-        self.numeric_class = numeric_class_of(executor, manifest.model.weights)
+        self.numeric_class = numeric_class_of(executor, manifest.model.weights, formats)
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
         if experts is not None:
             self.weight_bytes += experts.arena_bytes - experts.total_bytes
@@ -53,6 +55,8 @@ class CpuStage:
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
         self._blocks = blocks
         self._cache = cache
+        self._wire = formats.wire
+        self._rounds_after = self._shape.boundaries if formats.wire != FP32 else frozenset()
         self.ropes = _ropes(bundle, cache)
         self._closed = False
 
@@ -67,6 +71,7 @@ class CpuStage:
         executor: str = AUTO,
         reuse: CpuStage | None = None,
         experts: CacheOptions | None = None,
+        formats: StageFormats = DEFAULT_FORMATS,
     ) -> CpuStage:
         """Load the blocks of `layers`. `executor` is native, onnx or auto (`engine/executors.py`).
 
@@ -79,6 +84,7 @@ class CpuStage:
         if threads < 1:
             raise EngineError(f"a stage computes with at least 1 thread, not {threads}")
         executor = chosen_executor(executor)
+        check_wire(formats.wire)
         StageShape(bundle.manifest.model, layers, bundle.manifest.num_layers)  # layers exist
         wanted = bundle.manifest.blocks(layers.first, layers.last)
         cache = _make_cache(wanted, kv_budget_bytes, layers)
@@ -95,7 +101,7 @@ class CpuStage:
                 else:
                     blocks[block.name] = LoadedBlock(bundle, block, executor, threads, expert_cache)
             return_free_memory()
-            return cls(bundle, layers, executor, blocks, cache, expert_cache)
+            return cls(bundle, layers, executor, blocks, cache, expert_cache, formats)
         except BaseException:
             if expert_cache is not None:
                 expert_cache.close()
@@ -204,6 +210,8 @@ class CpuStage:
                     return np.zeros((0, self._shape.model.vocab_size), np.float32)
             hidden = block.run(hidden, context, kv_layer)
             kv_layer += block.attention_count
+            if name in self._rounds_after:
+                hidden = rounded(hidden, self._wire)
         return hidden
 
     def _check_usable(self) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block, Segment
+from edge_runtime.engine.base import StageFormats
 from edge_runtime.engine.numeric_class import native_class, onnx_class
 from edge_runtime.errors import EngineError
 
@@ -24,6 +25,7 @@ NATIVE = "native"
 ONNX = "onnx"
 AUTO = "auto"
 CHOICES = (AUTO, NATIVE, ONNX)
+DEFAULT_FORMATS = StageFormats()
 
 
 class SegmentStep(Protocol):
@@ -64,10 +66,10 @@ def import_executor(name: str) -> None:
         import edge_runtime.engine.native  # noqa: F401
 
 
-def numeric_class_of(executor: str, weights: str) -> str:
+def numeric_class_of(executor: str, weights: str, formats: StageFormats = DEFAULT_FORMATS) -> str:
     """Of stages that this process would load with `executor`."""
     if executor == NATIVE:
-        return native_class(weights)
+        return native_class(weights, formats)
     import onnxruntime
 
-    return onnx_class(onnxruntime.__version__, weights)
+    return onnx_class(onnxruntime.__version__, weights, formats)

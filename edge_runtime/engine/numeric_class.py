@@ -13,6 +13,8 @@ from pathlib import Path
 
 import edge_kernels
 
+from edge_runtime.engine.base import StageFormats
+
 # Features by which the executor's kernels choose their paths; two processors with the same ones take the same paths.
 _FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni"),
@@ -21,21 +23,26 @@ _FEATURES = (
 )
 
 
-def onnx_class(onnxruntime_version: str, weights: str) -> str:
+def onnx_class(onnxruntime_version: str, weights: str, formats: StageFormats) -> str:
     """`onnx-version/machine+features/isa of our kernels/w:weights/kv:fp32/wire:fp32/k:kernel version`."""
     processor = "+".join((platform.machine().lower(), *processor_features()))
-    return _class(f"onnx-{onnxruntime_version}", processor, edge_kernels.isa(), weights)
+    return _class(f"onnx-{onnxruntime_version}", processor, edge_kernels.isa(), weights, formats)
 
 
-def native_class(weights: str) -> str:
+def native_class(weights: str, formats: StageFormats) -> str:
     """`native/any/any/w:weights/…/k:kernel version`: our kernels compute the same bits on every processor."""
-    return _class("native", "any", "any", weights)
+    return _class("native", "any", "any", weights, formats)
 
 
-def _class(executor: str, processor: str, isa: str, weights: str) -> str:
+def _class(executor: str, processor: str, isa: str, weights: str, formats: StageFormats) -> str:
     kernels = f"k:{version('edge-runtime')}"  # they ship with the package
-    parts = (executor, processor, isa, f"w:{weights}", "kv:fp32", "wire:fp32", kernels)
+    parts = (executor, processor, isa, f"w:{weights}", f"kv:{formats.kv}", f"wire:{formats.wire}", kernels)
     return "/".join(parts).replace(" ", "")
+
+
+def without_wire(numeric_class: str) -> str:
+    """The class that rounds nothing between layers: what is measured within one layer holds for both."""
+    return re.sub(r"/wire:[^/]*", "/wire:fp32", numeric_class)
 
 
 def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

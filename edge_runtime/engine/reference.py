@@ -21,6 +21,7 @@ from edge_runtime.engine.page_table import PageTable, pages_for
 from edge_runtime.engine.rope import rope_tables
 from edge_runtime.engine.spans import RowLayout, StageShape, check_batch, check_open, lay_out
 from edge_runtime.engine.weights import RowTable, read_expert, read_tensor
+from edge_runtime.engine.wire import check_wire, rounded
 
 Values = dict[str, Rows]
 
@@ -28,13 +29,19 @@ Values = dict[str, Rows]
 class ReferenceStage:
     """A Stage. Attention's keys and values are plain lists of rows per session and operation."""
 
-    def __init__(self, bundle: Bundle, layers: LayerRange, *, kv_tokens: int = 4096) -> None:
+    def __init__(
+        self, bundle: Bundle, layers: LayerRange, *, kv_tokens: int = 4096, wire: str = "fp32"
+    ) -> None:
         manifest = bundle.manifest
         self.layers = layers
-        self.numeric_class = f"reference/numpy-{np.__version__}/w:{manifest.model.weights}/kv:fp32/wire:fp32"
+        self.numeric_class = (
+            f"reference/numpy-{np.__version__}/w:{manifest.model.weights}/kv:fp32/wire:{wire}"
+        )
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
         self._bundle = bundle
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
+        self._wire = check_wire(wire)
+        self._boundaries = self._shape.boundaries
         self._blocks = manifest.blocks(layers.first, layers.last)
         self._table = PageTable(pages_for(kv_tokens))
         self._kv: dict[SessionId, dict[str, tuple[list[Rows], list[Rows]]]] = {}
@@ -93,6 +100,8 @@ class ReferenceStage:
                 if not len(rows):
                     return np.zeros((0, self._shape.model.vocab_size), np.float32)
             rows = self._run_block(block, rows, batch, layout)
+            if block.name in self._boundaries:
+                rows = rounded(rows, self._wire)
         return rows
 
     def _run_block(self, block: Block, rows: Rows, batch: Batch, layout: RowLayout) -> Rows:

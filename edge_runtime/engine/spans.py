@@ -41,6 +41,12 @@ class StageShape:
     def is_tail(self) -> bool:
         return self.layers.last == self.num_layers - 1
 
+    @property
+    def boundaries(self) -> frozenset[str]:
+        """Names of the blocks after which another layer comes: where a model may be cut."""
+        last = min(self.layers.last, self.num_layers - 2)
+        return frozenset(f"layers.{index}" for index in range(self.layers.first, last + 1))
+
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:

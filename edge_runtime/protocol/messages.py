@@ -64,6 +64,7 @@ class Hello:
     data_address: str  # where peers may dial this agent; "" for nowhere (browser, NAT): use the relay
     memory_budget_bytes: int  # of the whole process
     threads: int
+    pid: int  # for a person who looks for the process; 0 where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,8 @@ class ProfileReport:
     head_seconds: float  # one row through final norm, head and sampler
     memory_free_bytes: int  # of the budget, for weights and KV
     overhead_bytes: int  # the process without weights
+    flash_bytes_per_second: float = 0.0  # experts may stay on flash and are read so fast; 0: all must be in memory
+    expert_cache_bytes: int = 0  # memory for those; 0: what weights and KV leave
 
 
 # ---------------------------------------------------------------- bundle transfer (agent asks, coordinator serves)
@@ -184,6 +187,8 @@ class LoadStage:
     first_layer: int
     last_layer: int
     prefill_chunk_tokens: int
+    wire: str = "fp32"  # of rows between layers, and so of frames: fp32, fp16, int8
+    kv: str = "fp32"  # of keys and values in memory: fp32, int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +259,7 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class FrameRows:
-    """Stage -> next stage. Payload: float32 [len(ids), hidden]. The wire's hot path.
+    """Stage -> next stage. Payload: rows [len(ids), hidden] in the plan's wire format. The wire's hot path.
 
     A stage may pass a frame on in pieces: of the same `seq`, each from the row where the one before ended.
 

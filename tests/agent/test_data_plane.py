@@ -7,10 +7,10 @@ import threading
 
 import numpy as np
 
-from edge_runtime.agent.data_plane import frame_of, rows_of
 from edge_runtime.agent.pipeline_events import Work, WorkFinished
 from edge_runtime.agent.stage_worker import StageWorker, _split_rows, batch_of
 from edge_runtime.core import SessionId
+from edge_runtime.engine.wire import FP32, packed, unpacked
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import FrameRows
 from edge_runtime.transport import zeromq
@@ -34,7 +34,7 @@ def test_the_result_of_a_step_is_what_is_sent() -> None:
     for event in events:
         assert isinstance(event, WorkFinished)
         assert event.rows is not None
-        sent = codec.encode(frame(len(event.rows)), [frame_of(event.rows)])[1]
+        sent = codec.encode(frame(len(event.rows)), [packed(event.rows, FP32)])[1]
         assert np.shares_memory(np.frombuffer(sent, np.float32), result)
 
 
@@ -44,16 +44,15 @@ async def test_what_is_received_is_what_the_engine_gets() -> None:
     near = await zeromq.connect(listener.address, key, key.public)
     far = await listener.accept()
     rows = np.random.default_rng(1).standard_normal((40, HIDDEN), np.float32)
-    await near.send(codec.encode(frame(40), [frame_of(rows)]))
+    await near.send(codec.encode(frame(40), [packed(rows, FP32)]))
     message, payloads = codec.decode(await far.receive())
     assert isinstance(message, FrameRows)
-    received = rows_of(payloads, message, HIDDEN)
+    received = unpacked(payloads[0], FP32, 40, HIDDEN)
     assert received is not None
     batch = batch_of([work(40, received)])
     assert np.shares_memory(batch.hidden, np.frombuffer(payloads[0], np.uint8))
     assert not received.flags.writeable  # nobody changes a frame that somebody else may still read
     np.testing.assert_array_equal(received, rows)
-    assert rows_of(payloads, message, HIDDEN + 1) is None
     await near.close()
     await listener.close()
 

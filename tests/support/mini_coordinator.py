@@ -199,7 +199,9 @@ class MiniCoordinator:
     def device(self, name: str) -> str:
         return self.links[name].connection.peer.device_id
 
-    async def load(self, names: Sequence[str], edges: Sequence[int], chunk: int = 4) -> int:
+    async def load(
+        self, names: Sequence[str], edges: Sequence[int], chunk: int = 4, wire: str = "fp32"
+    ) -> int:
         """A plan over `names`, cut before the layers `edges`; sent, not waited for. Returns its lease."""
         lease = next(self.numbers)
         devices = tuple(self.device(name) for name in names)
@@ -215,7 +217,9 @@ class MiniCoordinator:
             )
             await link.send(sign_lease(self.signing, PeerLeaseBody(lease, self.device(name), peers)))
             first, last = bounds[stage], bounds[stage + 1] - 1
-            await link.send(LoadStage(lease, str(self.bundle.digest), stage, devices, first, last, chunk))
+            await link.send(
+                LoadStage(lease, str(self.bundle.digest), stage, devices, first, last, chunk, wire)
+            )
         return lease
 
     async def open(
