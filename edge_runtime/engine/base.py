@@ -48,6 +48,9 @@ class StageFormats:
     wire: str = "fp32"  # rows between layers (`wire.py`): fp32, fp16 or int8
 
 
+DEFAULT_FORMATS = StageFormats()
+
+
 class Stage(Protocol):
     """Blocks of one bundle, ready to run. Not thread-safe: one compute thread calls it.
 

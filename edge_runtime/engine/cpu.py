@@ -13,10 +13,10 @@ import numpy as np
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block, ModelInfo
 from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import Batch, Rows, StageFormats
+from edge_runtime.engine.base import DEFAULT_FORMATS, Batch, Rows, StageFormats
 from edge_runtime.engine.blocks import LoadedBlock, run_context
 from edge_runtime.engine.cut_operations import RopeTables
-from edge_runtime.engine.executors import AUTO, DEFAULT_FORMATS, chosen_executor, numeric_class_of
+from edge_runtime.engine.executors import AUTO, chosen_executor, numeric_class_of
 from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.resident import return_free_memory

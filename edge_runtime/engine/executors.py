@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block, Segment
-from edge_runtime.engine.base import StageFormats
+from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
 from edge_runtime.engine.numeric_class import native_class, onnx_class
 from edge_runtime.errors import EngineError
 
@@ -25,7 +25,6 @@ NATIVE = "native"
 ONNX = "onnx"
 AUTO = "auto"
 CHOICES = (AUTO, NATIVE, ONNX)
-DEFAULT_FORMATS = StageFormats()
 
 
 class SegmentStep(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import edge_kernels
 
-from edge_runtime.engine.base import StageFormats
+from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
 
 # Features by which the executor's kernels choose their paths; two processors with the same ones take the same paths.
 _FEATURES = (
@@ -23,13 +23,13 @@ _FEATURES = (
 )
 
 
-def onnx_class(onnxruntime_version: str, weights: str, formats: StageFormats) -> str:
+def onnx_class(onnxruntime_version: str, weights: str, formats: StageFormats = DEFAULT_FORMATS) -> str:
     """`onnx-version/machine+features/isa of our kernels/w:weights/kv:fp32/wire:fp32/k:kernel version`."""
     processor = "+".join((platform.machine().lower(), *processor_features()))
     return _class(f"onnx-{onnxruntime_version}", processor, edge_kernels.isa(), weights, formats)
 
 
-def native_class(weights: str, formats: StageFormats) -> str:
+def native_class(weights: str, formats: StageFormats = DEFAULT_FORMATS) -> str:
     """`native/any/any/w:weights/…/k:kernel version`: our kernels compute the same bits on every processor."""
     return _class("native", "any", "any", weights, formats)
 

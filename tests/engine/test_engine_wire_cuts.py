@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import numpy as np
 import pytest
@@ -128,10 +129,8 @@ def test_demo_model_top_1_agreement(executor: str, capsys: pytest.CaptureFixture
                 wire: int(each.run(span(number, row, [token]))[0].argmax()) for wire, each in stages.items()
             }
     with capsys.disabled():
-        print(
-            f"\n{executor}: same best id as fp32 of {total}:",
-            {w: f"{n / total:.3f}" for w, n in same.items()},
-        )
+        shares = ", ".join(f"{wire} {count / total:.3f}" for wire, count in same.items())
+        sys.stdout.write(f"\n{executor}: same best id as fp32, of {total}: {shares}\n")
     assert same["fp32"] == total
     assert same["fp16"] >= 0.97 * total
     assert same["int8"] >= 0.85 * total
