@@ -71,6 +71,7 @@ class AgentNews:
                 hello.data_address,
                 hello.memory_budget_bytes,
                 self._clock(),
+                hello.pid,
             )
         )
 
@@ -110,7 +111,8 @@ class AgentNews:
         if device is None or report.bundle != self._bundle:
             return
         seconds = (report.layer_decode_seconds, report.layer_prefill_row_seconds, report.head_seconds)
-        if min(seconds) < 0 or report.memory_free_bytes < 0:
+        sizes = (report.memory_free_bytes, report.expert_cache_bytes, report.flash_bytes_per_second)
+        if min(seconds) < 0 or min(sizes) < 0:
             raise ProtocolError("its profile has negative times or sizes")
         profile = DeviceProfile(
             device_id,
@@ -119,6 +121,8 @@ class AgentNews:
             *seconds,
             report.numeric_class,
             report.row_invariant,
+            flash_bytes_per_second=report.flash_bytes_per_second,
+            expert_cache_bytes=report.expert_cache_bytes,
         )
         self._loop.tell(ev.ProfileArrived(device_id, connection, profile, self._clock()))
 

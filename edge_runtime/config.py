@@ -139,6 +139,7 @@ class AgentConfig:
     """What a device offers."""
 
     name: str = _setting("", _text, "name of this device ('' for the host name)")
+    join: str = _setting("", _text, "join link of the coordinator; needed once", secret=True)
     memory_bytes: int = _setting(0, parse_size, "memory of the whole process (0: half of what is free)")
     threads: int = _setting(0, _count, "compute threads (0: one per core)")
     expert_cache: int | str = _setting(

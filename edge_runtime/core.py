@@ -19,6 +19,14 @@ RequestId = NewType("RequestId", str)
 Digest = NewType("Digest", str)
 """`sha256:` followed by 64 lower-case hex digits."""
 
+MAX_DEVICE_NAME_CHARACTERS = 64
+DEVICE_NAME_RULE = f"a device name has 1 to {MAX_DEVICE_NAME_CHARACTERS} printable characters and no comma"
+
+
+def is_device_name(text: str) -> bool:
+    """Lists of names are written with commas, so none may be in one."""
+    return 1 <= len(text) <= MAX_DEVICE_NAME_CHARACTERS and text.isprintable() and "," not in text
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class LayerRange:

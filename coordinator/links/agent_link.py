@@ -13,6 +13,7 @@ from typing import Protocol
 
 from coordinator.links.outbox import Outbox
 from coordinator.slice_server import SliceServer
+from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
 from edge_runtime.errors import EdgeRuntimeError, ProtocolError, TransportError
 from edge_runtime.protocol.codec import decode, encode
 from edge_runtime.protocol.messages import (
@@ -36,7 +37,6 @@ SMALL_REPLY_BYTES, LARGE_REPLY_BYTES = 8, 1 << 20
 SMALL_PROBES = 3
 MAX_SLICE_REQUESTS = 64  # waiting, of one device
 SEEN_SECONDS = 0.5  # how often the handler hears that a device is alive
-MAX_NAME_CHARS = 64
 
 
 class LinkHandler(Protocol):
@@ -109,8 +109,8 @@ class AgentLink:
                 f"the coordinator speaks {PROTOCOL_VERSION}",
                 "install the same edge-runtime version on both",
             )
-        if not 1 <= len(hello.device_name) <= MAX_NAME_CHARS or not hello.device_name.isprintable():
-            return Refused("usage", f"a device name has 1 to {MAX_NAME_CHARS} printable characters", "")
+        if not is_device_name(hello.device_name):
+            return Refused("usage", DEVICE_NAME_RULE, "give the agent another --name")
         return None
 
     async def _refuse(self, refused: Refused) -> None:

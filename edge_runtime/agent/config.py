@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
 from edge_runtime.errors import ConfigError
 
 MIN_MEMORY_BYTES = 64 << 20
 NO_DATA_PORT = -1
-MAX_NAME_CHARACTERS = 64
 EXPERT_CACHES = ("auto", "all")
 EXECUTORS = ("auto", "native", "onnx")
 
@@ -36,8 +36,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         checks = (
             (
-                1 <= len(self.name) <= MAX_NAME_CHARACTERS and self.name.isprintable(),
-                f"a device name has 1 to {MAX_NAME_CHARACTERS} printable characters",
+                is_device_name(self.name),
+                DEVICE_NAME_RULE,
             ),
             (self.memory_budget_bytes >= MIN_MEMORY_BYTES, "an agent needs at least 64 MiB of memory"),
             (self.threads >= 1, "an agent computes with at least 1 thread"),

@@ -28,7 +28,13 @@ _FALLBACK_MEMORY_BYTES = 1 << 30
 
 def _configure(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--join", default="", metavar="LINK", help="join link of the coordinator; needed once"
+        "--join",
+        metavar="LINK|-",
+        help="join link of the coordinator; needed once. -: the first line of stdin, as others on this machine can "
+        "read command lines",
+    )
+    parser.add_argument(
+        "--join-file", type=Path, metavar="FILE", help="the join link is the first line of this file"
     )
     parser.add_argument("--name", help="name of this device (default: the host name)")
     parser.add_argument(
@@ -77,6 +83,7 @@ def _run(arguments: Namespace) -> int:
             "agent.threads": arguments.threads,
             "agent.expert_cache": arguments.expert_cache,
             "agent.executor": arguments.executor,
+            "agent.join": _join_link(arguments),
             "general.state_directory": None if arguments.state is None else str(arguments.state),
         }
     )
@@ -97,7 +104,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         state_directory=directory if arguments.state is not None else directory / "agent",
         memory_budget_bytes=settings.agent.memory_bytes or _half_of_free_memory(),
         threads=settings.agent.threads or _cores(),
-        join=arguments.join,
+        join=settings.agent.join,
         data_host=host,
         data_port=port,
         advertised_address=_advertised(arguments.advertise),
@@ -105,6 +112,28 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         expert_cache=settings.agent.expert_cache,
         executor=settings.agent.executor,
     )
+
+
+def _join_link(arguments: Namespace) -> str | None:
+    """Of the flag, stdin or a file; None where none was given."""
+    if arguments.join_file is not None:
+        if arguments.join is not None:
+            raise UsageError("a join link was given twice", hint="use --join or --join-file")
+        try:
+            return _first_line(arguments.join_file.read_text(encoding="utf-8"), str(arguments.join_file))
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UsageError(f"{arguments.join_file}: no join link can be read there: {problem}") from None
+    if arguments.join == "-":
+        return _first_line(sys.stdin.readline(), "stdin")
+    link: str | None = arguments.join
+    return link
+
+
+def _first_line(text: str, where: str) -> str:
+    link = text.partition("\n")[0].strip()
+    if not link:
+        raise UsageError(f"{where} holds no join link", hint="it is the line that the coordinator prints")
+    return link
 
 
 def _data_address(text: str) -> tuple[str, int]:

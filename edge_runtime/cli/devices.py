@@ -56,12 +56,13 @@ def _list(status: dict[str, Any], *, as_json: bool) -> None:
     if not devices:
         note("no device is paired; `edge-runtime devices link` makes a join link")
         return
-    rows = [("NAME", "STATE", "LAYERS", "WEIGHTS", "RTT", "ID")]
+    rows = [("NAME", "STATE", "LAYERS", "WEIGHTS", "RTT", "PID", "ID")]
     for device in devices:
         layers = "-".join(map(str, device["layers"])) if device["layers"] else ""
         weights = format_amount(device["weight_bytes"], "B") if device["weight_bytes"] else ""
         rtt = f"{device['rtt_seconds'] * 1e3:.1f} ms" if device["rtt_seconds"] else ""
-        rows.append((device["name"], device["state"], layers, weights, rtt, device["id"]))
+        pid = str(device["pid"]) if device["pid"] else ""
+        rows.append((device["name"], device["state"], layers, weights, rtt, pid, device["id"]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     reasons = ["", *(device["reason"] for device in devices)]
     for row, reason in zip(rows, reasons, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import shutil
 import tempfile
 import threading
@@ -43,6 +44,8 @@ class LocalCluster:
     """`with LocalCluster(bundle, devices=[DeviceSpec(name="phone")]) as cluster:`, or `async with`.
 
     `split`: "auto", "even", or a list of (first, last) layers for the first devices; devices beyond it are spares.
+    `replicas`: pipelines over different devices, "auto" or how many. Devices of one machine share its cores, so "auto"
+    is one here.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class LocalCluster:
         *,
         devices: Sequence[DeviceSpec],
         split: Split = "auto",
+        replicas: int | str = "auto",
         state_directory: str | Path | None = None,
         start_timeout_seconds: float = 180.0,
         on_progress: Callable[[str], None] = lambda line: None,
@@ -63,6 +67,7 @@ class LocalCluster:
         self._bundle = demo_bundle() if bundle == DEMO else Path(bundle)
         self._specs = {device.name: device for device in devices}
         self._split, self._named = _split_arguments(split, names)
+        self._replicas = _replicas_argument(replicas)
         self._own_directory = state_directory is None
         self._directory = Path() if state_directory is None else Path(state_directory)
         self._timeout_seconds = start_timeout_seconds
@@ -226,6 +231,7 @@ class LocalCluster:
         self._on_progress("starting the coordinator")
         arguments = ["coordinator", str(self._bundle), "--state", str(self._directory / "coordinator")]
         arguments += ["--http-port", "0", "--join-links", "0", "--split", self._split, "--json"]
+        arguments += ["--replicas", self._replicas]
         if self._named:
             arguments += ["--devices", ",".join(self._named)]
         self._coordinator = ChildProcess("the coordinator", arguments, self._directory / "coordinator.log")
@@ -240,7 +246,10 @@ class LocalCluster:
         arguments += ["--data-address", "127.0.0.1:0" if spec.reachable else "none"]
         if not (directory / "pairing.json").exists():
             with Client(self._url, api_key=self._api_key) as client:
-                arguments += ["--join", client.create_join_link()]
+                arguments += [
+                    "--join-file",
+                    str(_private_file(directory / "join.link", client.create_join_link())),
+                ]
         self._on_progress(f"starting device {spec.name}")
         log_path = self._directory / f"agent-{spec.name}.log"
         self._agents[spec.name] = self._agent_process(spec.name, arguments, log_path)
@@ -306,3 +315,19 @@ def _split_arguments(split: Split, names: Sequence[str]) -> tuple[str, list[str]
     if not 1 <= len(ranges) <= len(names):
         raise UsageError(f"{len(ranges)} layer ranges for {len(names)} devices")
     return ",".join(f"{first}-{last}" for first, last in ranges), list(names[: len(ranges)])
+
+
+def _replicas_argument(replicas: int | str) -> str:
+    is_count = isinstance(replicas, int) and not isinstance(replicas, bool) and replicas >= 1
+    if not is_count and replicas != "auto":
+        raise UsageError(f"{replicas!r} is not a number of replicas", hint='use "auto", or 1 and more')
+    return str(replicas)
+
+
+def _private_file(path: Path, text: str) -> Path:
+    """Only its owner can read it; a command line, everybody on this machine can."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text + "\n")
+    return path

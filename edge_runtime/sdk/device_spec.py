@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_runtime.config import parse_expert_cache, parse_size
+from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
 from edge_runtime.errors import UsageError
 
 DEFAULT_MEMORY = "1GiB"
@@ -24,13 +25,9 @@ class DeviceSpec:
     expert_cache: str | int = "auto"  # memory for experts on flash: a size, "all" or "auto"
 
     def __post_init__(self) -> None:
-        if (
-            not self.name
-            or not self.name.isprintable()
-            or "/" in self.name
-            or self.name.startswith((".", "-"))
-        ):
-            raise UsageError(f"{self.name!r} is not a device name", hint="use letters, digits and dashes")
+        if not is_device_name(self.name) or "/" in self.name or self.name.startswith((".", "-")):
+            hint = f"use letters, digits and dashes: {DEVICE_NAME_RULE}"
+            raise UsageError(f"{self.name!r} is not a device name", hint=hint)
         if self.threads < 1:
             raise UsageError(f"device {self.name} needs at least 1 thread")
         try:

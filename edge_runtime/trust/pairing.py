@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from edge_runtime.core import DeviceId
+from edge_runtime.core import DEVICE_NAME_RULE, DeviceId, is_device_name
 from edge_runtime.errors import ConnectionClosed, EdgeRuntimeError, ProtocolError, TransportError, TrustError
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import EnrollAccepted, EnrollRequest, Message, Refused
@@ -38,7 +38,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ENROLL_TIMEOUT_SECONDS = 10.0
-MAX_NAME_CHARACTERS = 64
 ENROLL_LIMITS = zeromq.Limits(
     frame_bytes=64 << 10, window_bytes=64 << 10, unaccepted=32, connections_per_key=1
 )
@@ -57,7 +56,7 @@ _NOT_NOW = Refused(
 )
 _BAD_NAME = Refused(
     "bad_device_name",
-    f"a device name has 1 to {MAX_NAME_CHARACTERS} printable characters",
+    DEVICE_NAME_RULE,
     "choose another name",
 )
 _BAD_REQUEST = Refused(
@@ -202,7 +201,7 @@ class EnrollmentServer:
             return Refused(error.code, error.message, error.hint)
         if not isinstance(request, EnrollRequest):
             return _BAD_REQUEST
-        if not 1 <= len(request.device_name) <= MAX_NAME_CHARACTERS or not request.device_name.isprintable():
+        if not is_device_name(request.device_name):
             return _BAD_NAME
         hashed = token_hash(request.token)
         if not self._by_token.allow(hashed, self._clock()):

@@ -29,7 +29,7 @@ from edge_runtime.transport.base import Connection
 from edge_runtime.trust.admission import Admission
 from edge_runtime.trust.identity import KeyPair
 
-HELLO = Hello(PROTOCOL_VERSION, "0", "phone", "boot", "", 1, 1)
+HELLO = Hello(PROTOCOL_VERSION, "0", "phone", "boot", "", 1, 1, 0)
 WELCOME = Welcome("id", 5.0, 30.0)
 
 

@@ -402,7 +402,7 @@ async def test_another_protocol_version_is_refused_in_words(tmp_path):
         connection = await zeromq.connect(
             f"tcp://127.0.0.1:{w.runtime.port}", agent.key, w.runtime.registry.keys.link.public
         )
-        await connection.send(codec.encode(Hello(7, "0.0.1", "old", "boot", "", 1, 1)))
+        await connection.send(codec.encode(Hello(7, "0.0.1", "old", "boot", "", 1, 1, 0)))
         refused, _ = codec.decode(await connection.receive())
         assert isinstance(refused, Refused)
         assert refused.code == "protocol_version"

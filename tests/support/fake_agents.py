@@ -170,7 +170,7 @@ class FakeAgent:
             f"tcp://127.0.0.1:{runtime.port}", self.key, runtime.registry.keys.link.public
         )
         self.cluster.agents[self.device_id] = self
-        await self.send(Hello(1, "test", self.name, boot_id, "", self.memory_bytes, 1))
+        await self.send(Hello(1, "test", self.name, boot_id, "", self.memory_bytes, 1, 4242))
         self.cluster.tasks.create_task(self._run())
 
     async def start(self, runtime: CoordinatorRuntime) -> None:

@@ -196,7 +196,7 @@ async def test_a_registry_that_fails_refuses_and_the_next_device_is_served(coord
         [b""],
         [b"\x93\x01\x01"],
         [bytes(60_000)],
-        codec.encode(Hello(1, "1", "phone", "b", "", 1, 1)),
+        codec.encode(Hello(1, "1", "phone", "b", "", 1, 1, 0)),
         [codec.encode_message(EnrollRequest("t", "n")), b"payload"],
     ],
 )
