@@ -16,7 +16,7 @@ from benchmarks import report
 from benchmarks.clusters import device, running
 from benchmarks.models import MODELS, Model
 from benchmarks.peers.environment import PeerProcess, peers_python
-from benchmarks.samples import Measure, in_turns, listed, median, ratio
+from benchmarks.samples import Measure, in_turns, listed
 from benchmarks.streams import Prompts, stream
 from edge_runtime import AsyncClient
 
@@ -67,22 +67,23 @@ async def main() -> None:
                 arms[f"llama.cpp, {threads} threads"] = llamacpp(peer, model)
         for arm in arms.values():
             await arm()  # warm
-        found = await in_turns(arms, rounds, lambda name, value: report.say(f"{name}: {value:.2f}"))
-    if not arguments.no_peers:
-        found |= await others(model)
-    for name, values in found.items():
-        page.line(f"{name:28} {listed(values, 2)}")
+        found = await in_turns(arms, rounds)
+    for name in arms:
+        page.line(f"{name:28} {listed(found.values(name), 2)}")
     figures: dict[str, object] = {
-        "decode_vs_llamacpp": ratio(found, "ours, 2 threads", "llama.cpp, 2 threads"),
-        "decode_vs_llamacpp_1_thread": ratio(found, "ours, 1 threads", "llama.cpp, 1 threads"),
-        **{f"tokens_per_second {name}": median(values) for name, values in found.items()},
+        "decode_vs_llamacpp": found.ratio("ours, 2 threads", "llama.cpp, 2 threads"),
+        "decode_vs_llamacpp_1_thread": found.ratio("ours, 1 threads", "llama.cpp, 1 threads"),
+        **{f"tokens_per_second {name}": found.median(name) for name in arms},
+        "other_cores": found.other_cores,
     }
+    if not arguments.no_peers:
+        figures |= await for_information(page, model)
     page.line(f"vs llama.cpp: {figures['decode_vs_llamacpp']}")
     page.end(figures)
 
 
-async def others(model: Model) -> dict[str, list[float]]:
-    """For information: transformers in our own environment, where it is installed."""
+async def for_information(page: report.Report, model: Model) -> dict[str, object]:
+    """transformers in our own environment, where it is installed."""
     name = "transformers bf16, 2 threads"
     try:
         peer = PeerProcess(
@@ -91,7 +92,9 @@ async def others(model: Model) -> dict[str, list[float]]:
         async with peer:
             question = {"prompt": model.decode_prompt_tokens, "tokens": min(16, model.decode_tokens)}
             answer = await peer.ask(what="decode", **question)
-            return {name: [question["tokens"] / float(answer["seconds"])]}
+            speed = question["tokens"] / float(answer["seconds"])
+            page.line(f"{name:28} {speed:.2f}")
+            return {f"tokens_per_second {name}": speed}
     except (RuntimeError, OSError) as problem:
         report.say(f"{name} was left out: {problem}")
         return {}

@@ -22,7 +22,7 @@ from benchmarks.clusters import Running, device, running
 from benchmarks.models import MODELS, Model
 from benchmarks.peers.environment import PeerProcess, peers_python
 from benchmarks.plans import PlanResult, measure_plans, plan_errors
-from benchmarks.samples import Measure, in_turns, listed, median, percentile, ratio
+from benchmarks.samples import Measure, Samples, in_turns, listed, percentile
 from benchmarks.shaping_proxy import Shape
 from benchmarks.steps import Step, ring_hops, row_hops
 from benchmarks.streams import Prompts, stream, together, total_tokens_per_second
@@ -45,17 +45,12 @@ class Bench:
 
     model: Model
     prompts: Prompts
-    windows: list[tuple[float, float]] = field(default_factory=list)  # when the pair ran one session alone
     overhead_bytes: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # (when, RSS - weights)
 
-    def one(self, cluster: Running, windows: list[tuple[float, float]] | None = None) -> Measure:
+    def one(self, cluster: Running) -> Measure:
         async def once() -> float:
-            begin = time.monotonic()
             prompt = self.prompts.new(self.model.decode_prompt_tokens)
-            found = await stream(cluster.client, prompt, self.model.decode_tokens)
-            if windows is not None:
-                windows.append((begin, found.ended))
-            return found.decode_tokens_per_second
+            return (await stream(cluster.client, prompt, self.model.decode_tokens)).decode_tokens_per_second
 
         return once
 
@@ -87,9 +82,7 @@ def within(steps: Sequence[Step], windows: Sequence[tuple[float, float]]) -> lis
     return [step for step in steps if any(begin <= step.begin <= end for begin, end in windows)]
 
 
-async def compare(
-    bench: Bench, rounds: int, *, peers: bool
-) -> tuple[dict[str, list[float]], list[PlanResult], Running]:
+async def compare(bench: Bench, rounds: int, *, peers: bool) -> tuple[Samples, list[PlanResult], Running]:
     """All arms in turns; the plans among them; the pair, with its notes read."""
     model = bench.model
     async with AsyncExitStack() as stack:
@@ -102,7 +95,7 @@ async def compare(
         )
         arms: dict[str, Measure] = {
             SOLO: bench.one(solo),
-            PAIR: bench.one(pair, bench.windows),
+            PAIR: bench.one(pair),
             FOUR: bench.four(pair),
             WAN: bench.one(wan),
         }
@@ -113,12 +106,11 @@ async def compare(
             )
         for arm in arms.values():
             await arm()  # warm
-        bench.windows.clear()
-        found = await in_turns(arms, rounds, lambda name, value: report.say(f"{name}: {value:.2f}"))
+        found = await in_turns(arms, rounds)
         plans = [
-            PlanResult("one device, 1 thread", await predicted(solo), statistics.median(found[SOLO])),
+            PlanResult("one device, 1 thread", await predicted(solo), statistics.median(found.values(SOLO))),
             PlanResult(
-                f"two devices, {model.balanced}", await predicted(pair), statistics.median(found[PAIR])
+                f"two devices, {model.balanced}", await predicted(pair), statistics.median(found.values(PAIR))
             ),
         ]
     return found, plans, pair
@@ -156,9 +148,9 @@ async def main() -> None:
     )
     bench = Bench(model, Prompts(model.shape.vocab_size))
     found, plans, pair = await compare(bench, rounds, peers=not arguments.no_peers)
-    for name, values in found.items():
-        page.line(f"{name:28} {listed(values, 2)}")
-    stages = [within(pair.steps[name], bench.windows) for name in ("front", "back")]
+    for name in found.by_arm:
+        page.line(f"{name:28} {listed(found.values(name), 2)}")
+    stages = [within(pair.steps[name], found.windows(PAIR)) for name in ("front", "back")]
     rows, ring = row_hops(stages), ring_hops(stages)
     for name, hops in (("rows to the next stage", rows), ("ids back to stage 1", ring)):
         page.line(
@@ -167,23 +159,25 @@ async def main() -> None:
     plans += await measure_plans(bench.model, bench.prompts)
     for plan in plans:
         page.line(str(plan))
-    solo_seconds = statistics.median(1 / value for value in found[SOLO])
+    solo_seconds = statistics.median(1 / value for value in found.values(SOLO))
+    wan_speed = statistics.median(found.values(WAN))
     wan_limit = 1 / (solo_seconds + RTT_SECONDS)
-    page.line(f"20 ms apart: {median(found[WAN]):.2f} of {wan_limit:.2f} tokens/s")
+    page.line(f"20 ms apart: {wan_speed:.2f} of {wan_limit:.2f} tokens/s")
     page.end(
         {
-            "pipeline_vs_solo": ratio(found, PAIR, SOLO),
-            "pipeline_vs_llamacpp_rpc": ratio(found, PAIR, RPC),
-            "four_sessions_vs_solo": ratio(found, FOUR, SOLO),
+            "pipeline_vs_solo": found.ratio(PAIR, SOLO),
+            "pipeline_vs_llamacpp_rpc": found.ratio(PAIR, RPC),
+            "four_sessions_vs_solo": found.ratio(FOUR, SOLO),
             "hop_ms_p50": 1e3 * max(statistics.median(rows), statistics.median(ring)),
             "hop_rows_ms_p50": 1e3 * statistics.median(rows),
             "hop_ids_ms_p50": 1e3 * statistics.median(ring),
-            "wan_efficiency": statistics.median(found[WAN]) / wan_limit,
+            "wan_efficiency": wan_speed / wan_limit,
             "plan_error_max": max(plan_errors(plans)),
             "plan_error_median": statistics.median(plan_errors(plans)),
             "plans": len(plans),
             "agent_overhead_mib": agent_overhead_mib(bench, pair),
-            **{f"tokens_per_second {name}": median(values) for name, values in found.items()},
+            **{f"tokens_per_second {name}": found.median(name) for name in found.by_arm},
+            "other_cores": found.other_cores,
         }
     )
 

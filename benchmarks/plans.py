@@ -5,13 +5,15 @@ Knows: a list of plans over small devices. Does not know: how predictions are ma
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.clusters import device, running
+from benchmarks.clusters import Running, device, running
 from benchmarks.models import Model
 from benchmarks.report import say
+from benchmarks.samples import in_turns
 from benchmarks.streams import Prompts, stream
 from edge_runtime import DeviceSpec
 
@@ -42,15 +44,17 @@ async def measure_plans(model: Model, prompts: Prompts) -> list[PlanResult]:
     for name, devices, split in _plans(model):
         async with running(model, devices, split=split) as cluster:
             plan = await cluster.plan()
-            speeds = []
-            for _ in range(RUNS + 1):
-                found = await stream(
-                    cluster.client, prompts.new(model.decode_prompt_tokens), model.decode_tokens
-                )
-                speeds.append(found.decode_tokens_per_second)
-        results.append(PlanResult(name, plan["predicted_tokens_per_second"], statistics.median(speeds[1:])))
+            measure = functools.partial(_once, cluster, model, prompts)
+            await measure()  # warm
+            speeds = (await in_turns({name: measure}, RUNS)).values(name)
+        results.append(PlanResult(name, plan["predicted_tokens_per_second"], statistics.median(speeds)))
         say(str(results[-1]))
     return results
+
+
+async def _once(cluster: Running, model: Model, prompts: Prompts) -> float:
+    prompt = prompts.new(model.decode_prompt_tokens)
+    return (await stream(cluster.client, prompt, model.decode_tokens)).decode_tokens_per_second
 
 
 def _plans(model: Model) -> list[tuple[str, list[DeviceSpec], str | list[tuple[int, int]]]]:

@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.clusters import Running, device, running
 from benchmarks.models import MODELS, Model
 from benchmarks.peers.environment import PeerProcess, peers_python
-from benchmarks.samples import Measure, in_turns, listed, median, ratio
+from benchmarks.samples import Measure, in_turns, listed, median
 from benchmarks.streams import Prompts, stream
 
 BIG, SOLO, SPLIT = "one device, 2 threads", "one device, 1 thread", "two devices, 1 thread"
@@ -77,18 +77,19 @@ async def main() -> None:
             arms = {BIG: arms[BIG], PEER: bench.peer(peer), SOLO: arms[SOLO], SPLIT: arms[SPLIT]}
         for cluster in (big, solo, split):
             await stream(cluster.client, bench.prompts.new(model.decode_prompt_tokens), 4)  # warm
-        found = await in_turns(arms, rounds, lambda name, value: report.say(f"{name}: {value:.3f} s"))
+        found = await in_turns(arms, rounds)
         pairs = [await bench.prefix_ratio(big) for _ in range(max(1, rounds // 2))]
-    for name, values in found.items():
-        speed = model.prefill_tokens / (median(values) or 1)
-        page.line(f"{name:24} {listed(values, 3)} s, {speed:.1f} tokens/s")
+    for name in arms:
+        speed = model.prefill_tokens / (found.median(name) or 1)
+        page.line(f"{name:24} {listed(found.values(name), 3)} s, {speed:.1f} tokens/s")
     page.line("shared prefix, first and second: " + ", ".join(f"{a:.3f} {b:.3f} s" for a, b in pairs))
     page.end(
         {
-            "prefill_vs_llamacpp": ratio(found, PEER, BIG),  # of seconds: inverse of tokens/s
-            "ttft_split_vs_solo": ratio(found, SPLIT, SOLO),
+            "prefill_vs_llamacpp": found.ratio(PEER, BIG),  # of seconds: inverse of tokens/s
+            "ttft_split_vs_solo": found.ratio(SPLIT, SOLO),
             "prefix_ttft_ratio": median([second / first for first, second in pairs]),
-            **{f"ttft_seconds {name}": median(values) for name, values in found.items()},
+            **{f"ttft_seconds {name}": found.median(name) for name in arms},
+            "other_cores": found.other_cores,
         }
     )
 

@@ -1,38 +1,85 @@
 """Repeated measurements, taken in turns, and what is said of them.
 
 Two programs are compared within one run, A B then B A, so that what else the machine does meets both alike; the ratio
-is the median of the ratios of neighbours. Knows: numbers. Does not know: where they come from.
+is the median of the ratios of neighbours. A sample beside which other programs kept the machine busy is taken again, a
+few times. Knows: arms, turns, numbers. Does not know: what is measured.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.other_work import OtherWork
+from benchmarks.report import say
 
 Measure = Callable[[], Awaitable[float]]
 
+QUIET_CORES = 0.1  # that others may use beside a sample
+TRIES = 4
 
-async def in_turns(
-    arms: Mapping[str, Measure],
-    rounds: int,
-    after_each: Callable[[str, float], None] = lambda name, value: None,
-) -> dict[str, list[float]]:
+
+@dataclass(frozen=True)
+class Sample:
+    value: float
+    begin: float  # on the machine's monotonic clock
+    end: float
+    other_cores: float  # that programs which are not ours kept busy
+
+
+@dataclass(frozen=True)
+class Samples:
+    """By arm, one a round. An arm nobody measured has none."""
+
+    by_arm: Mapping[str, Sequence[Sample]]
+
+    def values(self, arm: str) -> list[float]:
+        return [sample.value for sample in self.by_arm.get(arm, ())]
+
+    def median(self, arm: str) -> float | None:
+        return median(self.values(arm))
+
+    def ratio(self, ours: str, theirs: str) -> float | None:
+        """Median over rounds of ours / theirs; None where one of them was not measured."""
+        if not self.by_arm.get(ours) or not self.by_arm.get(theirs):
+            return None
+        return statistics.median(a / b for a, b in zip(self.values(ours), self.values(theirs), strict=True))
+
+    def windows(self, arm: str) -> list[tuple[float, float]]:
+        return [(sample.begin, sample.end) for sample in self.by_arm[arm]]
+
+    @property
+    def other_cores(self) -> float:
+        """At the worst of the samples."""
+        return max((sample.other_cores for each in self.by_arm.values() for sample in each), default=0.0)
+
+
+async def in_turns(arms: Mapping[str, Measure], rounds: int, *, tries: int = TRIES) -> Samples:
     """Every arm once a round, in an order that turns round each time: nobody is always first."""
     names = list(arms)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Sample]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            value = await arms[name]()
-            found[name].append(value)
-            after_each(name, value)
-    return found
+            found[name].append(await quiet_sample(name, arms[name], tries=tries))
+    return Samples(found)
 
 
-def ratio(found: Mapping[str, Sequence[float]], ours: str, theirs: str) -> float | None:
-    """Median over rounds of ours / theirs; None where one of them was not measured."""
-    if not found.get(ours) or not found.get(theirs):
-        return None
-    return statistics.median(a / b for a, b in zip(found[ours], found[theirs], strict=True))
+async def quiet_sample(name: str, measure: Measure, *, tries: int = TRIES) -> Sample:
+    """The first sample that others left alone, else the one they disturbed least."""
+    taken: list[Sample] = []
+    for _ in range(tries):
+        begin, others = time.monotonic(), OtherWork()
+        value = await measure()
+        sample = Sample(value, begin, time.monotonic(), others.cores())
+        taken.append(sample)
+        quiet = sample.other_cores <= QUIET_CORES
+        said = "" if quiet else f", beside other programs on {sample.other_cores:.2f} cores"
+        say(f"{name}: {value:.4g}{said}")
+        if quiet:
+            break
+    return min(taken, key=lambda sample: sample.other_cores)
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -1,0 +1,40 @@
+"""How busy others keep this machine while we measure.
+
+Knows: the processor time of the machine and of our own processes (this one and all it started). Does not know: what is
+done about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import psutil
+
+
+class OtherWork:
+    """From its making on: cores that were busy, less ours."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._busy, self._ours = _busy_seconds(), _our_seconds()
+
+    def cores(self) -> float:
+        seconds = max(time.monotonic() - self._begin, 1e-3)
+        return max(0.0, _busy_seconds() - self._busy - (_our_seconds() - self._ours)) / seconds
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+
+def _our_seconds() -> float:
+    """A process that ends takes its time with it: it then counts as others'."""
+    me = psutil.Process()
+    total = 0.0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
