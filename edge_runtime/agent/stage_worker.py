@@ -258,6 +258,8 @@ class StageWorker:
             case RunRows(work):
                 if work.session in loaded.open:
                     loaded.queue.add(work)
+                    if work.is_decode:
+                        loaded.pace.came(work.session)
             case DropRows():
                 if command.page_names and command.session in loaded.open and loaded.queue.shared:
                     loaded.stage.keep(command.session, command.first_page, command.page_names, command.ids)
@@ -283,6 +285,7 @@ class StageWorker:
 
     def _drop(self, loaded: LoadedStage, session: SessionId) -> None:
         loaded.queue.drop(session)
+        loaded.pace.left(session)
         loaded.tails.pop(session, None)
         if session in loaded.open:
             loaded.open.discard(session)

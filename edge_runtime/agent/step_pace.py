@@ -1,4 +1,4 @@
-"""How many prompt rows may ride in a step, so that those who decode hardly notice a prompt being read.
+"""How many prompt rows ride in a step, so that those who decode hardly notice a prompt being read.
 
 A step with decode rows takes at most STRETCH times as long as it would without prompt rows, as measured here, on this
 device, lately. A step of prompt rows alone is begun while others decode only if it ends before their rows are expected
@@ -9,47 +9,59 @@ Knows: how long steps took and when decode rows went and came. Does not know: cl
 
 from __future__ import annotations
 
+from edge_runtime.core import SessionId
+
 STRETCH = 1.7  # promised is 2 at the 99th percentile: the rest is for what measuring misses
-DECODING_SECONDS = 0.5  # without a decode row, after which nobody decodes any more
+PATIENCE_SECONDS = 5.0  # without a decode row, after which those who decode count as stuck
 WAIT_SECONDS = 0.002  # beyond the time that decode rows usually stay away
 SEEN_SECONDS = 0.001  # what has arrived during a step is seen within so much of its end
 FIRST_ROWS = 4  # before anything was measured
 REFRESH_STEPS = 64  # a step without prompt rows now and then keeps the comparison honest
 WEIGHT = 0.2  # of the latest measurement
+QUICK, SLOW = 0.5, 0.05  # towards an extreme, and back from it
 
 
 class StepPace:
     def __init__(self) -> None:
         self._alone: dict[int, float] = {}  # seconds of a step by number of decode rows (its power of two)
         self._row_seconds = 0.0  # that one more prompt row takes; 0: not measured
-        self._away_seconds = 0.0  # from the end of a decode step to the next decode row
+        self._least_away = 0.0  # seconds from the end of a decode step to the next decode row
+        self._most_away = 0.0
         self._decoded_at = float("-inf")  # end of the last step with decode rows
         self._decode_rows = 0  # of it
-        self._filled_until = float("-inf")  # end of the last step without any
-        self._mixed_steps = 0
+        self._fill_began = self._fill_ended = float("-inf")  # the last step without any
+        self._since_refresh = 0  # steps with prompt rows since one without
+        self._decoding: set[SessionId] = set()
 
     # ------------------------------------------------------------ what happened
 
+    def came(self, session: SessionId) -> None:
+        """With a decode row."""
+        self._decoding.add(session)
+
+    def left(self, session: SessionId) -> None:
+        self._decoding.discard(session)
+
     def began(self, decode_rows: int, came_at: float) -> None:
         """A step with decode rows begins; the first of them came at `came_at`."""
-        if decode_rows and self._decoded_at > float("-inf"):
-            away = max(0.0, came_at - self._decoded_at)
-            if came_at - self._filled_until < SEEN_SECONDS:
-                away /= 2  # they were there when a step of prompt rows ended, nobody knows for how long
-            if away < DECODING_SECONDS:
-                self._away_seconds += WEIGHT * (away - self._away_seconds)
+        if self._fill_began > self._decoded_at and came_at < self._fill_ended + SEEN_SECONDS:
+            came_at = self._fill_began  # during that step, nobody knows when: not before it, in any case
+        away = max(0.0, came_at - self._decoded_at)
+        if decode_rows and away < PATIENCE_SECONDS:
+            self._least_away += (QUICK if away < self._least_away else SLOW) * (away - self._least_away)
+            self._most_away += (QUICK if away > self._most_away else SLOW) * (away - self._most_away)
 
     def ended(self, decode_rows: int, prompt_rows: int, seconds: float, now: float) -> None:
         if decode_rows:
             self._decoded_at, self._decode_rows = now, decode_rows
         else:
-            self._filled_until = now
+            self._fill_began, self._fill_ended = now - seconds, now
         if not prompt_rows:
             key = decode_rows.bit_length()
             self._alone[key] = seconds + (1 - WEIGHT) * (self._alone.get(key, seconds) - seconds)
-            self._mixed_steps = 0
+            self._since_refresh = 0
             return
-        self._mixed_steps += 1
+        self._since_refresh += 1
         base = self._alone_seconds(decode_rows) or 0.0
         row_seconds = max(seconds - base, 0.05 * seconds) / prompt_rows
         before = self._row_seconds or row_seconds
@@ -61,7 +73,8 @@ class StepPace:
         """How long to wait for decode rows before a step without any. 0: go."""
         if decode_rows or not self._others_decode(now) or self._rows_while_away(now):
             return 0.0
-        return max(0.0, self._decoded_at + 2 * self._away_seconds + WAIT_SECONDS - now)
+        margin = self._alone_seconds(self._decode_rows) or 0.0  # other stages take prompt rows along, too
+        return max(0.0, self._decoded_at + 2 * self._most_away + margin + WAIT_SECONDS - now)
 
     def prompt_rows(self, decode_rows: int, now: float) -> int | None:
         """How many may ride in the step that begins now. None: nobody decodes, as many as are efficient."""
@@ -72,11 +85,11 @@ class StepPace:
         return self._rows_while_away(now) or max(FIRST_ROWS, self._rows_beside(self._decode_rows))
 
     def _others_decode(self, now: float) -> bool:
-        return now - self._decoded_at < max(DECODING_SECONDS, 4 * self._away_seconds)
+        return bool(self._decoding) and now - self._decoded_at < PATIENCE_SECONDS
 
     def _rows_beside(self, decode_rows: int) -> int:
         alone = self._alone_seconds(decode_rows)
-        if alone is None or self._mixed_steps >= REFRESH_STEPS:
+        if alone is None or self._since_refresh >= REFRESH_STEPS:
             return 0
         if not self._row_seconds:
             return FIRST_ROWS
@@ -85,7 +98,7 @@ class StepPace:
     def _rows_while_away(self, now: float) -> int:
         """That a step can take and still end before decode rows are back; 0 where it is not worth it."""
         base = self._alone_seconds(1)
-        left = self._decoded_at + 0.9 * self._away_seconds - now
+        left = self._decoded_at + 0.9 * self._least_away - now
         if base is None or not self._row_seconds or left < 2 * base:
             return 0
         return int((left - base) / self._row_seconds)

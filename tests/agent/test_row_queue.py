@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,6 +50,63 @@ def test_a_chunk_larger_than_the_budget_still_runs() -> None:
     assert taken(queue) == [1]
 
 
+def rows_taken(queue: RowQueue, prompt_rows: int) -> list[tuple[int, int, int]]:
+    """(session, first row, rows)"""
+    return [(work.session, work.base_row, len(work.ids)) for work in queue.take(prompt_rows)]
+
+
+def test_chunks_are_cut_where_few_prompt_rows_may_ride() -> None:
+    queue = RowQueue(16)
+    queue.add(work(1, 10))
+    queue.add(work(2, 1))
+    queue.add(work(3, 10))
+    assert rows_taken(queue, 4) == [(2, 0, 1), (1, 0, 4)]
+    queue.add(work(2, 1))
+    assert rows_taken(queue, 0) == [(2, 0, 1)]
+    assert rows_taken(queue, 8) == [(1, 4, 6), (3, 0, 2)]
+    assert rows_taken(queue, 99) == [(3, 2, 8)]
+    assert not queue
+
+
+def test_a_prompt_whose_chunk_was_cut_stays_first_until_the_chunk_is_done() -> None:
+    queue = RowQueue(16)
+    for session in (1, 2):
+        queue.add(work(session, 6, 1))
+        queue.add(work(session, 6, 2))
+    taken_rows = [rows_taken(queue, 4) for _ in range(6)]
+    assert taken_rows == [
+        [(1, 0, 4)],
+        [(1, 4, 2), (2, 0, 2)],
+        [(2, 2, 4)],
+        [(1, 0, 4)],
+        [(1, 4, 2), (2, 0, 2)],
+        [(2, 2, 4)],
+    ]
+
+
+def test_pieces_of_a_frame_have_its_seq_its_rows_and_its_logits_at_the_end() -> None:
+    hidden = np.arange(12, dtype=np.float32).reshape(6, 2)
+    whole = Work(1, SessionId(1), 3, 7, 20, tuple(range(6)), hidden, 1, False, True)
+    queue = RowQueue(16)
+    queue.add(whole)
+    pieces = [queue.take(4)[0] for _ in range(2)]
+    assert [(piece.turn, piece.seq, piece.base_row, piece.ids) for piece in pieces] == [
+        (3, 7, 20, (0, 1, 2, 3)),
+        (3, 7, 24, (4, 5)),
+    ]
+    assert [piece.logit_rows for piece in pieces] == [0, 1]
+    assert np.array_equal(np.concatenate([piece.hidden for piece in pieces]), hidden)
+
+
+def test_what_must_run_in_one_step_is_never_cut() -> None:
+    verify = Work(1, SessionId(1), 0, 1, 0, (1, 2, 3), None, 3, False)
+    encoder = Work(1, SessionId(2), 0, 1, 0, (1, 2, 3), None, 0, True)
+    for each in (verify, encoder):
+        queue = RowQueue(16)
+        queue.add(each)
+        assert queue.take(1) == [each]
+
+
 def test_without_sharing_every_work_has_its_own_step() -> None:
     queue = RowQueue(8, shared=False)
     for session in (1, 2):
@@ -64,18 +122,28 @@ def test_a_dropped_session_is_gone() -> None:
     assert len(queue) == 0
 
 
-@given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 9)), max_size=200), st.booleans())
-def test_everything_runs_once_and_in_order(items: list[tuple[int, int]], shared: bool) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(1, 9)), max_size=200),
+    st.booleans(),
+    st.sampled_from([None, 1, 3, 50]),
+)
+def test_everything_runs_once_and_in_order(
+    items: list[tuple[int, int]], shared: bool, prompt_rows: int | None
+) -> None:
     queue = RowQueue(8, shared=shared)
     for seq, (session, rows) in enumerate(items):
         queue.add(work(session, rows, seq))
-    ran: dict[int, list[int]] = {}
+    ran: dict[int, list[tuple[int, int]]] = {}
+    rows = 0
     while len(queue):
-        step = queue.take()
+        step = queue.take(prompt_rows)
+        if shared and prompt_rows is not None:
+            assert sum(len(w.ids) for w in step if not w.is_decode) <= prompt_rows
         assert step, "work is left, yet nothing was taken"
         assert len({w.session for w in step}) == len(step)
         assert sum(w.is_decode for w in step) <= MAX_DECODE_ROWS
         for w in step:
-            ran.setdefault(w.session, []).append(w.seq)
-    assert all(seqs == sorted(seqs) for seqs in ran.values())
-    assert sum(map(len, ran.values())) == len(items)
+            ran.setdefault(w.session, []).append((w.seq, w.base_row))
+            rows += len(w.ids)
+    assert all(works == sorted(set(works)) for works in ran.values())
+    assert rows == sum(count for _, count in items)

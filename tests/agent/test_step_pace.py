@@ -1,0 +1,203 @@
+"""Those who decode hardly notice a prompt, and the prompt gets through: stages simulated with a clock of their own."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from edge_runtime.agent.pipeline_events import Work
+from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.step_pace import StepPace
+from edge_runtime.core import SessionId
+
+PROMPT = SessionId(99)
+CHUNK = 64
+WINDOW = 4 * CHUNK
+
+
+@dataclass
+class SimulatedStage:
+    """A step of n rows takes fixed + n * row seconds."""
+
+    fixed_seconds: float
+    row_seconds: float
+    queue: RowQueue = field(default_factory=lambda: RowQueue(CHUNK))
+    pace: StepPace = field(default_factory=StepPace)
+    busy: bool = False
+    came_at: float | None = None
+
+
+class Simulation:
+    """Sessions that decode go round the stages; a prompt goes through them once, within a window."""
+
+    def __init__(
+        self, stages: list[SimulatedStage], hop_seconds: float, decoding: int, seed: int = 0
+    ) -> None:
+        self.stages = stages
+        self.hop_seconds = hop_seconds
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self.token_times: dict[int, list[float]] = {session: [] for session in range(decoding)}
+        self.prompt_left = 0
+        self.prompt_issued = self.prompt_through = 0
+        self.prompt_done_at: float | None = None
+        for session in range(decoding):
+            self.at(session * 0.7e-3, lambda s=session: self.arrive(0, decode_row(s, 0)))
+
+    def at(self, delay: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (self.now + delay, next(self._order), what))
+
+    def run_until(self, end: float) -> None:
+        while self._events and self._events[0][0] <= end:
+            self.now, _, what = heapq.heappop(self._events)
+            what()
+        self.now = end
+
+    def add_prompt(self, rows: int) -> None:
+        self.prompt_left = rows
+        self.prompt_done_at = None
+        self.issue()
+
+    def issue(self) -> None:
+        while self.prompt_left and self.prompt_issued - self.prompt_through < WINDOW:
+            count = min(CHUNK, self.prompt_left)
+            ids = tuple(range(count))
+            self.arrive(
+                0, Work(1, PROMPT, 0, self.prompt_issued + 1, self.prompt_issued, ids, None, 0, False, True)
+            )
+            self.prompt_issued += count
+            self.prompt_left -= count
+
+    def arrive(self, place: int, work: Work) -> None:
+        stage = self.stages[place]
+        stage.queue.add(work)
+        if work.is_decode:
+            stage.pace.came(work.session)
+            stage.came_at = self.now if stage.came_at is None else stage.came_at
+        self.turn(place)
+
+    def turn(self, place: int) -> None:
+        stage = self.stages[place]
+        if stage.busy or not stage.queue:
+            return
+        decode_rows = stage.queue.decode_rows
+        pause = stage.pace.pause_seconds(decode_rows, self.now)
+        if pause > 0:
+            self.at(pause + 1e-9, lambda: self.turn(place))
+            return
+        if decode_rows:
+            stage.pace.began(decode_rows, self.now if stage.came_at is None else stage.came_at)
+            stage.came_at = None
+        works = stage.queue.take(stage.pace.prompt_rows(decode_rows, self.now))
+        assert works
+        rows = sum(len(work.ids) for work in works)
+        decode_rows = sum(work.is_decode for work in works)
+        seconds = stage.fixed_seconds + rows * stage.row_seconds
+        stage.busy = True
+        self.at(seconds, lambda: self.step_ended(place, works, decode_rows, rows - decode_rows, seconds))
+
+    def step_ended(self, place: int, works: list[Work], decode: int, prompt: int, seconds: float) -> None:
+        stage = self.stages[place]
+        stage.busy = False
+        stage.pace.ended(decode, prompt, seconds, self.now)
+        for work in works:
+            if place + 1 < len(self.stages):
+                self.at(self.hop_seconds, lambda w=work: self.arrive(place + 1, w))
+            elif work.is_decode:
+                self.token_times[work.session].append(self.now)
+                following = decode_row(work.session, work.base_row + 1)
+                self.at(self.hop_seconds, lambda w=following: self.arrive(0, w))
+            else:
+                self.at(self.hop_seconds, lambda w=work: self.came_through(w))
+        self.at(0.0, lambda: self.turn(place))
+
+    def came_through(self, work: Work) -> None:
+        self.prompt_through = work.base_row + len(work.ids)
+        if not self.prompt_left and self.prompt_through == self.prompt_issued:
+            self.prompt_done_at = self.now
+        self.issue()
+
+    def gaps(self, since: float, until: float) -> list[float]:
+        """Between tokens of each session."""
+        found = []
+        for times in self.token_times.values():
+            kept = [t for t in times if since <= t <= until]
+            found += [later - earlier for earlier, later in itertools.pairwise(kept)]
+        return sorted(found)
+
+
+def decode_row(session: int, row: int) -> Work:
+    return Work(1, SessionId(session), 0, row + 1, row, (0,), None, 0, False)
+
+
+def p99(values: list[float]) -> float:
+    return values[int(0.99 * (len(values) - 1))]
+
+
+# fixed and per-row seconds: a 1 B model on a slow core, the demo model, a GPU
+SLOW, SMALL, GPU = (0.055, 0.025), (0.4e-3, 0.09e-3), (8e-3, 0.05e-3)
+
+
+@pytest.mark.parametrize("decoding", [1, 4, 12])
+@pytest.mark.parametrize(
+    ("speeds", "hop_seconds"),
+    [
+        ([SLOW], 0.0),
+        ([SMALL], 0.2e-3),
+        ([GPU], 0.2e-3),
+        ([SLOW, SLOW], 0.5e-3),
+        ([SMALL, SMALL], 0.5e-3),
+        ([SMALL, SMALL, SMALL], 0.5e-3),
+        ([GPU, SLOW], 10e-3),
+        ([SLOW, GPU], 1e-3),
+    ],
+)
+def test_a_long_prompt_at_most_doubles_the_latency_of_others(
+    speeds: list[tuple[float, float]], hop_seconds: float, decoding: int
+) -> None:
+    simulation = Simulation([SimulatedStage(*speed) for speed in speeds], hop_seconds, decoding)
+    cycle = sum(fixed + decoding * row for fixed, row in speeds) + hop_seconds * len(speeds)
+    settled, end = 50 * cycle, 250 * cycle
+    simulation.run_until(end)
+    alone = simulation.gaps(settled, end)
+    prompt_rows = 2048
+    simulation.add_prompt(prompt_rows)
+    undisturbed = max(fixed * prompt_rows / CHUNK + row * prompt_rows for fixed, row in speeds)
+    limit = end + 40 * undisturbed
+    while simulation.prompt_done_at is None and simulation.now < limit:
+        simulation.run_until(simulation.now + 10 * cycle)
+    assert simulation.prompt_done_at is not None, "the prompt starves"
+    beside = simulation.gaps(end, simulation.prompt_done_at)
+    assert p99(beside) <= 2 * p99(alone), (p99(beside), p99(alone))
+    assert simulation.prompt_done_at - end < 8 * undisturbed
+
+
+def test_without_anybody_decoding_chunks_are_whole() -> None:
+    pace = StepPace()
+    assert pace.pause_seconds(0, 100.0) == 0
+    assert pace.prompt_rows(0, 100.0) is None
+
+
+def test_after_the_last_decode_row_chunks_are_whole_again() -> None:
+    pace = StepPace()
+    pace.came(SessionId(1))
+    pace.began(1, 0.0)
+    pace.ended(1, 0, 0.01, 0.01)
+    assert pace.pause_seconds(0, 0.011) > 0
+    assert pace.prompt_rows(0, 0.02) is not None
+    pace.left(SessionId(1))
+    assert pace.pause_seconds(0, 0.02) == 0
+    assert pace.prompt_rows(0, 0.02) is None
+
+
+def test_a_session_that_decoded_and_stands_still_is_not_waited_for_for_ever() -> None:
+    pace = StepPace()
+    pace.came(SessionId(1))
+    pace.began(1, 0.0)
+    pace.ended(1, 0, 0.01, 0.01)
+    assert pace.prompt_rows(0, 60.0) is None
