@@ -15,6 +15,7 @@ from coordinator.planning.model import DeviceProfile, ModelProfile, Plan, Split
 from coordinator.state import ClusterState
 from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.errors import PlanError
+from edge_runtime.experts.flash_store import expert_bytes, token_cycle_bytes
 
 FLOAT32_BYTES = 4
 
@@ -35,6 +36,8 @@ def model_profile(manifest: Manifest, kv_tokens_wanted: int) -> ModelProfile:
         hidden_bytes_per_row=model.hidden_size * FLOAT32_BYTES,
         kv_bytes_per_token_per_layer=model.kv_bytes_per_token_per_layer,
         kv_tokens_wanted=min(kv_tokens_wanted, model.max_context_tokens),
+        layer_expert_bytes=tuple(expert_bytes(manifest, k, k) for k in range(manifest.num_layers)),
+        layer_cycle_bytes=tuple(token_cycle_bytes(manifest, k, k) for k in range(manifest.num_layers)),
     )
 
 

@@ -1,7 +1,8 @@
 """What a stage weighs and how long it takes, on one device or between two.
 
 Decoding one token costs the sum of every stage's compute and every hop, the hop from the tail back to stage 1 (ids
-only) included. A stage fits where its weights and the KV room wanted do.
+only) included. A stage fits where its weights and the KV room wanted do; experts may stay on flash where a device
+reads them from there, which costs time instead of memory.
 
 Knows: the cost model. Does not know: how a good plan is found, or how it is told.
 """
@@ -14,6 +15,7 @@ from itertools import pairwise
 
 from coordinator.planning.model import COORDINATOR, DeviceProfile, Link, Links, ModelProfile, StagePlan
 from edge_runtime.core import LayerRange
+from edge_runtime.experts.cost import expected_hit_rate, missed_seconds
 
 ID_BYTES = 64  # a message of token ids, from the tail to stage 1
 UNMEASURED_LINK = Link(rtt_seconds=0.1, bytes_per_second=1e6)  # pessimistic: nobody should split over a guess
@@ -58,7 +60,34 @@ class Costs:
         return self.weight_bytes(layers) + self.kv_bytes(layers)
 
     def fits(self, device: int, layers: LayerRange) -> bool:
-        return self.needed_bytes(layers) <= self.devices[device].memory_free_bytes
+        return self._room_bytes(device, layers) >= 0
+
+    def expert_bytes(self, layers: LayerRange) -> int:
+        """What may stay on flash."""
+        return sum(self.model.layer_expert_bytes[layers.first : layers.last + 1])
+
+    def cycle_bytes(self, layers: LayerRange) -> int:
+        """The experts that one token uses."""
+        return sum(self.model.layer_cycle_bytes[layers.first : layers.last + 1])
+
+    def expert_cache_bytes(self, device: int, layers: LayerRange) -> int | None:
+        """Memory for experts where some of them stay on flash; None: all are in memory."""
+        profile, experts = self.devices[device], self.expert_bytes(layers)
+        if not profile.flash_bytes_per_second or not experts:
+            return None
+        left = profile.memory_free_bytes - self.needed_bytes(layers) + experts
+        cache = profile.expert_cache_bytes or left
+        return None if cache >= experts else cache
+
+    def _room_bytes(self, device: int, layers: LayerRange) -> int:
+        """What is left where everything that must be in memory is; negative: that does not fit."""
+        needed = self.needed_bytes(layers)
+        cache = self.expert_cache_bytes(device, layers)
+        if cache is not None:
+            if cache < self.cycle_bytes(layers):
+                return -1
+            needed += cache - self.expert_bytes(layers)
+        return self.devices[device].memory_free_bytes - needed
 
     @property
     def all_layers(self) -> LayerRange:
@@ -78,7 +107,17 @@ class Costs:
         profile = self.devices[device]
         has_head = layers.last == self.model.num_layers - 1
         seconds = self.relative_weight(layers) * profile.layer_decode_seconds
+        seconds += self.flash_seconds(device, layers)
         return seconds + (profile.head_seconds if has_head else 0.0)
+
+    def flash_seconds(self, device: int, layers: LayerRange) -> float:
+        """Of a token: reading the experts that memory will probably lack. Overlap is not counted on."""
+        cache = self.expert_cache_bytes(device, layers)
+        if cache is None:
+            return 0.0
+        hit_rate = expected_hit_rate(cache / self.expert_bytes(layers))
+        bandwidth = self.devices[device].flash_bytes_per_second
+        return missed_seconds(self.cycle_bytes(layers), hit_rate, bandwidth)
 
     def row_hop_seconds(self, source: int, target: int) -> float:
         return self._one_way(source, target, self.model.hidden_bytes_per_row)
@@ -134,6 +173,8 @@ class Costs:
                     compute_seconds=self.compute_seconds(device, layers),
                     hop_seconds=hop,
                     numeric_class=profile.numeric_class,
+                    flash_seconds=self.flash_seconds(device, layers),
+                    expert_cache_bytes=self.expert_cache_bytes(device, layers) or 0,
                 )
             )
         return tuple(stages)
@@ -142,7 +183,7 @@ class Costs:
         per_token = self.model.kv_bytes_per_token_per_layer * len(layers)
         if per_token == 0:
             return self.model.kv_tokens_wanted
-        return (self.devices[device].memory_free_bytes - self.weight_bytes(layers)) // per_token
+        return self.model.kv_tokens_wanted + self._room_bytes(device, layers) // per_token
 
     # ------------------------------------------------------------ prefill
 

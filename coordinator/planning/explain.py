@@ -34,9 +34,15 @@ def stage_reasons(stages: Sequence[StagePlan]) -> list[str]:
         where = stages[0].name if last else stages[item + 1].name
         hop = "" if len(stages) == 1 else f", then {milliseconds(stage.hop_seconds)} to {where}"
         head = " and the head" if last else ""
+        flash = ""
+        if stage.expert_cache_bytes:
+            flash = (
+                f", experts on flash behind a cache of {mebibytes(stage.expert_cache_bytes)}"
+                f" (about {milliseconds(stage.flash_seconds)} of it)"
+            )
         reasons.append(
             f"{stage.name}: layers {stage.layers}{head}, {mebibytes(stage.weight_bytes)} of weights,"
-            f" {milliseconds(stage.compute_seconds)} a token{hop}"
+            f" {milliseconds(stage.compute_seconds)} a token{flash}{hop}"
         )
     return reasons
 

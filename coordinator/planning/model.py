@@ -27,6 +27,8 @@ class DeviceProfile:
     host: str = (
         ""  # of the address it is dialled at; "" where that is unknown: it may share a machine with others
     )
+    flash_bytes_per_second: float = 0.0  # of experts that stay on flash; 0: all must be in memory
+    expert_cache_bytes: int = 0  # memory for those; 0: what weights and KV leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class ModelProfile:
     hidden_bytes_per_row: int
     kv_bytes_per_token_per_layer: int
     kv_tokens_wanted: int  # KV room a stage must have beside its weights
+    layer_expert_bytes: tuple[int, ...] = ()  # of layer_weight_bytes: what may stay on flash; (): nothing
+    layer_cycle_bytes: tuple[int, ...] = ()  # the experts that one token uses
 
     @property
     def num_layers(self) -> int:
@@ -77,6 +81,8 @@ class StagePlan:
     compute_seconds: float  # per decoded token
     hop_seconds: float  # from this stage to the next (the tail: back to the first)
     numeric_class: str = ""  # of the device: a replacement must match it
+    flash_seconds: float = 0.0  # of compute_seconds: reading the experts that memory will probably lack
+    expert_cache_bytes: int = 0  # 0: no experts, or all of them in memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,6 +224,17 @@ class _Table:
             device, until = before, since
 
 
+def _add_flash(costs: Costs, device: int, table: Vector) -> None:
+    """Ranges whose experts are read from flash: some that did not fit do, and all of them take longer."""
+    count = costs.model.num_layers
+    for first in range(count):
+        for after in range(first + 1, count + 1):
+            layers = LayerRange(first, after - 1)
+            if costs.expert_cache_bytes(device, layers) is not None:
+                fits = costs.fits(device, layers)
+                table[first, after] = costs.compute_seconds(device, layers) if fits else np.inf
+
+
 def _stage_seconds(costs: Costs, devices: Sequence[int]) -> dict[int, Vector]:
     """Per device: [k, k'] seconds of layers k..k'-1; infinite where they don't fit."""
     model = costs.model
@@ -244,5 +255,7 @@ def _stage_seconds(costs: Costs, devices: Sequence[int]) -> dict[int, Vector]:
         table = relative * profile.layer_decode_seconds
         table[:, count] += profile.head_seconds
         table[(lengths <= 0) | (needed > profile.memory_free_bytes)] = np.inf
+        if profile.flash_bytes_per_second and sum(model.layer_expert_bytes):
+            _add_flash(costs, device, table)
         seconds[device] = table
     return seconds

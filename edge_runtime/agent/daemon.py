@@ -177,6 +177,7 @@ class Agent:
             self._profiler.is_row_invariant,
             self._make_stage,
             self._config.expert_cache,
+            self._profiler.flash_lanes,
         )
         self._expert_reporter = ExpertReporter()
 

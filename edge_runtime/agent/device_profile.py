@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edge_runtime.agent.memory import (
+    EXPERTS_ALL,
     EXPERTS_AUTO,
     SCRATCH_BYTES,
     ExpertCacheSetting,
@@ -28,6 +29,9 @@ from edge_runtime.engine.base import Stage
 from edge_runtime.engine.numeric_class import without_wire
 from edge_runtime.errors import CapacityError
 from edge_runtime.experts.cache import CacheOptions
+from edge_runtime.experts.flash_probe import measure_flash
+from edge_runtime.experts.flash_store import can_stay_on_flash, expert_layers
+from edge_runtime.experts.reader import DEFAULT_LANES
 from edge_runtime.protocol.messages import ProfileReport
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,8 @@ class Measurement:
     layer_decode_seconds: float
     layer_prefill_row_seconds: float
     head_seconds: float
+    flash_bytes_per_second: float = 0.0  # experts can't stay on flash, or there are none
+    flash_lanes: int = DEFAULT_LANES
 
 
 class MeasurementCache:
@@ -112,7 +118,14 @@ class DeviceProfiler:
             head_seconds=found.head_seconds,
             memory_free_bytes=self._budget.free_bytes,
             overhead_bytes=self._budget.overhead_bytes + SCRATCH_BYTES,
+            flash_bytes_per_second=0.0 if self._expert_cache == EXPERTS_ALL else found.flash_bytes_per_second,
+            expert_cache_bytes=self._expert_cache if isinstance(self._expert_cache, int) else 0,
         )
+
+    def flash_lanes(self, manifest: Manifest, bundle: str) -> int:
+        """How many reads at a time flash wants, as far as it was measured with this bundle."""
+        found = self._cache.get(bundle, self._numeric_class(manifest), self._threads)
+        return DEFAULT_LANES if found is None else found.flash_lanes
 
     def is_row_invariant(self, bundle: Bundle, stage: Stage) -> bool:
         """Of a stage just loaded; measured now where it was not before. On the compute thread."""
@@ -177,6 +190,7 @@ class DeviceProfiler:
             result.layer_decode_seconds,
             result.layer_prefill_row_seconds,
             head_seconds if manifest.model.kind == "generator" else 0.0,
+            *_flash(bundle, stage.layers),
         )
         if not found.row_invariant:
             log.warning("rows depend on their neighbours on this device: %s", found.why_not)
@@ -190,6 +204,24 @@ class DeviceProfiler:
         if stage.layers.last == manifest.num_layers - 1:  # with the head, where rows could differ too
             self._cache.put(str(bundle.digest), self._threads, found)
         return found
+
+
+def _flash(bundle: Bundle, layers: LayerRange) -> tuple[float, int]:
+    """(bytes a second, lanes) of single experts, where these may stay on flash."""
+    manifest = bundle.manifest
+    is_possible = can_stay_on_flash(manifest, layers.first, layers.last)
+    experts = expert_layers(bundle, manifest.layers[layers.first : layers.last + 1]) if is_possible else ()
+    if not experts:
+        return 0.0, DEFAULT_LANES
+    try:
+        speed = measure_flash(experts)
+    except OSError as problem:
+        log.warning("flash could not be measured: %s", problem)
+        return 0.0, DEFAULT_LANES
+    log.info(
+        "flash gives experts at %.2f GB/s with %d reads at a time", speed.bytes_per_second / 1e9, speed.lanes
+    )
+    return speed.bytes_per_second, speed.lanes
 
 
 def _head_by_size(manifest: Manifest, layer_seconds: float) -> float:

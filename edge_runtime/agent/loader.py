@@ -22,6 +22,7 @@ from edge_runtime.engine.base import Stage, StageFormats
 from edge_runtime.errors import EngineError, ProtocolError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_bytes
+from edge_runtime.experts.reader import DEFAULT_LANES
 from edge_runtime.protocol.messages import LoadStage
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class StageLoader:
         is_row_invariant: Callable[[Bundle, Stage], bool],
         make_stage: MakeStage,
         expert_cache: ExpertCacheSetting = EXPERTS_AUTO,
+        flash_lanes: Callable[[Manifest, str], int] = lambda manifest, bundle: DEFAULT_LANES,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
@@ -96,6 +98,7 @@ class StageLoader:
         self._is_row_invariant = is_row_invariant
         self._make_stage = make_stage
         self._expert_setting = expert_cache
+        self._flash_lanes = flash_lanes
         self.expert_cache: ExpertCache | None = None  # of the stage loaded last
 
     async def load(self, order: LoadStage, progress: Progress) -> tuple[Loaded, Manifest]:
@@ -116,12 +119,12 @@ class StageLoader:
             _say_what_stays_on_flash(order, manifest, memory.expert_cache_bytes)
         await asyncio.to_thread(bundle.verify, [key for key in keys if key not in on_flash])
         progress("loading", 0, total_bytes)
-        experts = self._cache_options(order.bundle, memory)
+        experts = self._cache_options(order.bundle, manifest, memory)
         loaded = await self._worker.call(lambda: self._install(order, bundle, memory.kv_bytes, experts))
         progress("loading", total_bytes, total_bytes)
         return loaded, manifest
 
-    def _cache_options(self, bundle: str, memory: StageMemory) -> CacheOptions | None:
+    def _cache_options(self, bundle: str, manifest: Manifest, memory: StageMemory) -> CacheOptions | None:
         if memory.expert_cache_bytes is None:
             return None
         loop = asyncio.get_running_loop()
@@ -131,7 +134,8 @@ class StageLoader:
             reading = self._fetcher.read(bundle, key, offset_bytes, length_bytes)
             return asyncio.run_coroutine_threadsafe(reading, loop).result()
 
-        return CacheOptions(memory.expert_cache_bytes, refetch=refetch)
+        lanes = self._flash_lanes(manifest, bundle)
+        return CacheOptions(memory.expert_cache_bytes, lanes=lanes, refetch=refetch)
 
     def _install(
         self, order: LoadStage, bundle: Bundle, kv_bytes: int, experts: CacheOptions | None

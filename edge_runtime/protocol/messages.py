@@ -115,7 +115,7 @@ class ProfileReport:
     head_seconds: float  # one row through final norm, head and sampler
     memory_free_bytes: int  # of the budget, for weights and KV
     overhead_bytes: int  # the process without weights
-    flash_bytes_per_second: float = 0.0  # experts may stay on flash and are read so fast; 0: all must be in memory
+    flash_bytes_per_second: float = 0.0  # of experts that stay on flash; 0: all must be in memory
     expert_cache_bytes: int = 0  # memory for those; 0: what weights and KV leave
 
 
