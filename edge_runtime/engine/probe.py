@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.core import SamplingParams, SessionId
+from edge_runtime.bundle.manifest import ModelInfo
+from edge_runtime.core import LayerRange, SamplingParams, SessionId
 from edge_runtime.engine.base import Span
-from edge_runtime.engine.blocks import LoadedBlock, run_context
+from edge_runtime.engine.blocks import run_context
 from edge_runtime.engine.cpu import CpuStage
-from edge_runtime.engine.kv_cache import KvCache, KvShape
-from edge_runtime.engine.page_table import pages_for
+from edge_runtime.engine.kv_cache import KvCache, KvPages, KvShape
+from edge_runtime.engine.page_table import PAGE_TOKENS, pages_for
 from edge_runtime.engine.sampler import Sampler
 
 Rows = NDArray[np.float32]
@@ -55,35 +57,72 @@ class ProbeResult:
     head_seconds: float  # one row through final norm, head and sampler; 0 where the stage has no head
 
 
+class ProbedBlock(Protocol):
+    is_causal: bool
+    attention_count: int
+
+
+class ProbedStage(Protocol):
+    """A stage of another executor than the CPU's: it makes pages for the probe and runs a block over them."""
+
+    layers: LayerRange
+    numeric_class: str
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def kv_shape(self) -> KvShape: ...
+
+    @property
+    def kv_capacity_tokens(self) -> int: ...
+
+    @property
+    def blocks(self) -> Mapping[str, ProbedBlock]: ...
+
+    def scratch_pages(self, shape: KvShape, num_pages: int) -> Any: ...
+
+    def run_block(self, name: str, hidden: Rows, spans: Sequence[Span], pages: Any) -> Rows: ...
+
+
 def probe(
-    stage: CpuStage, *, budget_seconds: float = 2.0, seed: int = 0, clock: Clock = time.perf_counter
+    stage: CpuStage | ProbedStage,
+    *,
+    budget_seconds: float = 2.0,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
 ) -> ProbeResult:
     """Half the budget goes to invariance, half to timings. The stage's sessions are not touched."""
     start = clock()
     layer = _LayerProbe(stage, np.random.default_rng(seed))
     why_not, checked = _invariance(layer, clock, start + 0.5 * budget_seconds)
-    head = stage.blocks.get("head") if stage.model.kind == "generator" else None
-    if head is not None and not why_not:
-        why_not = _head_invariance(layer, head)
+    has_head = "head" in stage.blocks and stage.model.kind == "generator"
+    if has_head and not why_not:
+        why_not = _head_invariance(layer)
     decode = layer.time_decode(clock, 0.15 * budget_seconds)
     prefill = layer.time_prefill(clock, 0.2 * budget_seconds, decode)
-    head_seconds = _time_head(layer, head, clock, 0.1 * budget_seconds) if head is not None else 0.0
+    head_seconds = _time_head(layer, clock, 0.1 * budget_seconds) if has_head else 0.0
     return ProbeResult(stage.numeric_class, not why_not, why_not, checked, decode, prefill, head_seconds)
 
 
 class _LayerProbe:
     """One layer of a stage with KV memory of its own."""
 
-    def __init__(self, stage: CpuStage, rng: np.random.Generator) -> None:
-        name = f"layers.{stage.layers.first}"
-        self.block: LoadedBlock = stage.blocks[name]
+    def __init__(self, stage: CpuStage | ProbedStage, rng: np.random.Generator) -> None:
+        self._stage = stage
+        self._name = f"layers.{stage.layers.first}"
+        self.block: ProbedBlock = stage.blocks[self._name]
         self.vocab_size = stage.model.vocab_size
-        self.ropes = stage.ropes
         positions = min(MAX_CONTEXT_ROWS, stage.model.max_context_tokens, stage.kv_capacity_tokens)
         self.max_rows = positions
         self.rows = rng.standard_normal((max(PROBE_ROWS, CHUNK_ROWS), stage.model.hidden_size), np.float32)
         shape = KvShape(self.block.attention_count, stage.kv_shape.kv_heads, stage.kv_shape.head_dim)
-        self.cache = KvCache(shape, 2 * pages_for(positions) + 8 * pages_for(PROBE_ROWS))
+        num_pages = 2 * pages_for(positions) + 8 * pages_for(PROBE_ROWS)
+        self.cache: KvPages
+        if isinstance(stage, CpuStage):
+            self.cache = KvCache(shape, num_pages)
+        else:
+            self.cache = stage.scratch_pages(shape, num_pages)
         self._rng = rng
 
     def run(self, *parts: tuple[int, int, Rows]) -> Rows:
@@ -96,7 +135,16 @@ class _LayerProbe:
             self.cache.append(SessionId(session), base, len(rows))
             spans.append(Span(SessionId(session), base, (0,) * len(rows)))
         hidden = np.concatenate([rows for _, _, rows in parts])
-        return self.block.run(hidden, run_context(spans, self.cache, self.ropes), 0)
+        return self._run(self._name, hidden, spans)
+
+    def run_head(self, rows: Rows) -> Rows:
+        return self._run("head", rows, ())
+
+    def _run(self, name: str, rows: Rows, spans: Sequence[Span]) -> Rows:
+        if not isinstance(self._stage, CpuStage):
+            return self._stage.run_block(name, rows, spans, self.cache)
+        assert isinstance(self.cache, KvCache)
+        return self._stage.blocks[name].run(rows, run_context(spans, self.cache, self._stage.ropes), 0)
 
     def fill(self, session: int, rows: int) -> None:
         """Make `session` hold `rows` rows of random keys and values, without computing them."""
@@ -105,8 +153,9 @@ class _LayerProbe:
         if rows:
             self.cache.append(SessionId(session), 0, rows)
             pages = self.cache.table.get(SessionId(session)).pages
-            shape = (len(pages), *self.cache.pool.shape[1:])
-            self.cache.pool[pages] = self._rng.standard_normal(shape, np.float32)
+            kv = self.cache.shape
+            dims = (len(pages), kv.layers, 2, PAGE_TOKENS, kv.kv_heads, kv.head_dim)
+            self.cache.write_pages(pages, self._rng.standard_normal(dims, np.float32))
 
     def time_decode(self, clock: Clock, budget_seconds: float) -> float:
         base = self.max_rows // 2 if self.block.is_causal else 0
@@ -124,8 +173,7 @@ class _LayerProbe:
     def _again(self, base: int, count: int) -> None:
         session = SessionId(1)
         self.cache.append(session, base, count)  # a new parent: the rows of the last time go
-        context = run_context([Span(session, base, (0,) * count)], self.cache, self.ropes)
-        self.block.run(self.rows[:count], context, 0)
+        self._run(self._name, self.rows[:count], [Span(session, base, (0,) * count)])
 
 
 def _invariance(layer: _LayerProbe, clock: Clock, deadline: float) -> tuple[str, int]:
@@ -174,26 +222,21 @@ def _encoder_invariance(layer: _LayerProbe, count: int) -> tuple[str, int]:
     return ("" if same else "sequences change when they run together"), sum(lengths)
 
 
-def _head_invariance(layer: _LayerProbe, head: LoadedBlock) -> str:
+def _head_invariance(layer: _LayerProbe) -> str:
     sizes = (2, 4, 16)
-    alone = np.concatenate([_run_head(layer, head, layer.rows[r : r + 1]) for r in range(max(sizes))])
+    alone = np.concatenate([layer.run_head(layer.rows[r : r + 1]) for r in range(max(sizes))])
     for size in sizes:
-        if not np.array_equal(_run_head(layer, head, layer.rows[:size]), alone[:size]):
+        if not np.array_equal(layer.run_head(layer.rows[:size]), alone[:size]):
             return f"the head's logits of {size} rows differ from {size} rows one by one"
     return ""
 
 
-def _run_head(layer: _LayerProbe, head: LoadedBlock, rows: Rows) -> Rows:
-    return head.run(rows, run_context([], layer.cache, layer.ropes), 0)
-
-
-def _time_head(layer: _LayerProbe, head: LoadedBlock, clock: Clock, budget_seconds: float) -> float:
+def _time_head(layer: _LayerProbe, clock: Clock, budget_seconds: float) -> float:
     sampler = Sampler(_SAMPLING, layer.vocab_size)
     positions = iter(range(1 << 30))
 
     def once() -> None:
-        logits = _run_head(layer, head, layer.rows[:1])
-        sampler.sample(logits[0], next(positions))
+        sampler.sample(layer.run_head(layer.rows[:1])[0], next(positions))
 
     return _median(once, clock, budget_seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Rows, Stage
+from edge_runtime.engine.probe import probe
 from edge_runtime.engine.reference import ReferenceStage
 from edge_runtime.engine.torch_stage.arithmetic import Arithmetic, choose
 from edge_runtime.engine.torch_stage.blocks import TorchBlock
@@ -327,6 +329,37 @@ def test_an_encoder_pools_each_sequence_on_its_own(
     if make is on_cpu:
         for row, one in zip(together, spans, strict=True):
             assert np.array_equal(pipeline.run(one)[0], row)
+
+
+def test_the_cpu_path_is_row_invariant_and_timed(bundles: dict[str, Bundle]) -> None:
+    result = probe(on_cpu(bundles["experts-int4"], LayerRange(0, 2)), budget_seconds=0.5)
+    assert result.row_invariant, result.why_not
+    assert result.layer_decode_seconds > 0
+    assert result.head_seconds > 0
+    assert result.numeric_class.startswith("torch-")
+
+
+def test_rows_that_depend_on_their_number_are_found(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TorchBlock.run
+
+    def dependent(self: TorchBlock, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        result = run(self, hidden, *rest)
+        return result * 1.000001 if len(hidden) == 2 else result
+
+    monkeypatch.setattr(TorchBlock, "run", dependent)
+    result = probe(on_cpu(bundles["int8"], LayerRange(1, 1)), budget_seconds=0.2)
+    assert not result.row_invariant
+    assert "2 rows" in result.why_not
+
+
+def test_warming_up_leaves_nothing_behind(bundles: dict[str, Bundle]) -> None:
+    """On a GPU it compiles every program before the first request, and before anything is timed."""
+    stage = on_triton("bf16")(bundles["experts-int4"], LayerRange(1, 2))
+    stage.warm_up()
+    assert stage.kv_used_tokens == 0
+    on_cpu(bundles["dense"], LayerRange(0, 0)).warm_up()
 
 
 def test_the_class_names_everything_that_decides_bits() -> None:

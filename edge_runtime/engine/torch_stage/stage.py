@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -85,7 +86,10 @@ class TorchStage:
         }
         return_free_memory()
         pages = _make_pages(kv_shape(wanted), kv_budget_bytes, layers, arithmetic)
-        return cls(bundle, layers, arithmetic, blocks, matrices, pages)
+        stage = cls(bundle, layers, arithmetic, blocks, matrices, pages)
+        if arithmetic.is_cuda:
+            stage.warm_up()
+        return stage
 
     @property
     def model(self) -> ModelInfo:
@@ -197,6 +201,17 @@ class TorchStage:
         """Rows come in float32 and were rounded to this stage's type by the stage before, if it is of this class."""
         given = np.zeros((0, 0), np.float32) if rows is None else np.array(rows)
         return torch.from_numpy(given).to(self.arithmetic.device, self.arithmetic.dtype)
+
+    def warm_up(self) -> None:
+        """Run every block once: on a GPU, programs are compiled when they are first launched, which takes seconds."""
+        session = SessionId(0)
+        for name, block in self._blocks.items():
+            shape = replace(self._pages.shape, layers=max(block.attention_count, 1))
+            pages = self.scratch_pages(shape, 1)
+            pages.open(session, 2)
+            pages.append(session, 0, 2)
+            hidden = np.zeros((2, self._shape.model.hidden_size), np.float32)
+            self.run_block(name, hidden, [Span(session, 0, (0, 0))], pages)
 
     # ------------------------------------------------------------ for probes
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def prepare(
     q, k, v, q_out, pool, positions, sequence, block_tables, q_norm, k_norm, cos, sin, epsilon,
     table_stride, page_stride, layer_offset, values_offset,
@@ -77,7 +77,7 @@ def tanh(x):
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "table_stride"])
 def attend(
     q, pool, tiles, positions, sequence, block_tables, lengths, sums, stats,
     scale, softcap, window, splits, table_stride, page_stride, layer_offset, values_offset,

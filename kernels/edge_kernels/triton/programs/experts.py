@@ -95,7 +95,7 @@ def close_down(
         n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
         inside = n < hidden
         start = expert * stride_bytes
-        if BITS == 32:  # noqa: SIM108: the two are pointers of different types
+        if BITS == 32:  # noqa: SIM108  (pointers of different types)
             data = floats + (start + down_at) // 4
         else:
             data = buffer + start + down_at
