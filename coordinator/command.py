@@ -49,6 +49,12 @@ def _configure(parser: ArgumentParser) -> None:
         metavar="auto|N",
         help="pipelines over different devices: as many as slow none of them (default), or N",
     )
+    add(
+        "--wire",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="rows between layers: fp32 (default), fp16 (half the bytes), int8 (a quarter; approximate)",
+    )
     add("--api-key-file", type=Path, metavar="FILE", help="use this API key instead of a generated one")
     add("--join-links", type=int, default=1, metavar="N", help="join links to print (default: 1)")
     add(
@@ -81,6 +87,7 @@ def _run(arguments: Namespace) -> int:
 def coordinator_config(arguments: Namespace, settings: config.Config) -> CoordinatorConfig:
     from coordinator.config import CoordinatorConfig, parse_split
     from coordinator.decisions import Limits
+    from edge_runtime.engine.base import StageFormats
 
     directory = settings.general.state_directory
     return CoordinatorConfig(
@@ -91,6 +98,7 @@ def coordinator_config(arguments: Namespace, settings: config.Config) -> Coordin
         enroll_port=arguments.enroll_port,
         split=parse_split(arguments.split, arguments.devices, arguments.replicas),
         kv_tokens_wanted=settings.coordinator.kv_tokens,
+        formats=StageFormats(wire=arguments.wire),
         limits=Limits(device_timeout_seconds=arguments.device_timeout),
     )
 

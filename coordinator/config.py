@@ -11,6 +11,7 @@ from pathlib import Path
 from coordinator.decisions import Limits
 from coordinator.planning.model import Split
 from edge_runtime.core import LayerRange
+from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
 from edge_runtime.errors import UsageError
 
 
@@ -25,6 +26,7 @@ class CoordinatorConfig:
     enroll_port: int = 0  # of agents that join
     split: Split = field(default_factory=Split)
     kv_tokens_wanted: int = 4096
+    formats: StageFormats = DEFAULT_FORMATS
     max_waiting: int = 1024
     stall_seconds: float = 15.0  # silence of a pipeline with an open session before it is opened again
     drain_seconds: float = 5.0  # at the end, for streams that are running

@@ -250,6 +250,8 @@ class ControlLoop:
                 first_layer=part.layers.first,
                 last_layer=part.layers.last,
                 prefill_chunk_tokens=pipeline.plan.prefill_chunk_tokens,
+                wire=pipeline.plan.formats.wire,
+                kv=pipeline.plan.formats.kv,
             )
             self._post(part.device_id, load)
 

@@ -14,13 +14,15 @@ from coordinator.planning import improved, place, place_all, place_another, repl
 from coordinator.planning.model import DeviceProfile, ModelProfile, Plan, Split
 from coordinator.state import ClusterState
 from edge_runtime.bundle.manifest import Block, Manifest
+from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
+from edge_runtime.engine.wire import row_bytes
 from edge_runtime.errors import PlanError
 from edge_runtime.experts.flash_store import expert_bytes, token_cycle_bytes
 
-FLOAT32_BYTES = 4
 
-
-def model_profile(manifest: Manifest, kv_tokens_wanted: int) -> ModelProfile:
+def model_profile(
+    manifest: Manifest, kv_tokens_wanted: int, formats: StageFormats = DEFAULT_FORMATS
+) -> ModelProfile:
     """A slice that two blocks share counts where it is met first: a tied head costs little beside the embedding."""
     model = manifest.model
 
@@ -33,9 +35,10 @@ def model_profile(manifest: Manifest, kv_tokens_wanted: int) -> ModelProfile:
         embedding_bytes=size_bytes(manifest.embedding),
         head_bytes=size_bytes(manifest.head, embedding),
         tied=bool(embedding & set(manifest.head.slices)),
-        hidden_bytes_per_row=model.hidden_size * FLOAT32_BYTES,
+        hidden_bytes_per_row=row_bytes(formats.wire, model.hidden_size),
         kv_bytes_per_token_per_layer=model.kv_bytes_per_token_per_layer,
         kv_tokens_wanted=min(kv_tokens_wanted, model.max_context_tokens),
+        formats=formats,
         layer_expert_bytes=tuple(expert_bytes(manifest, k, k) for k in range(manifest.num_layers)),
         layer_cycle_bytes=tuple(token_cycle_bytes(manifest, k, k) for k in range(manifest.num_layers)),
     )

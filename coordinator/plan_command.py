@@ -55,6 +55,9 @@ def _configure(parser: ArgumentParser) -> None:
         metavar="auto|N",
         help="pipelines over different devices: as many as slow none of them (default), or N",
     )
+    parser.add_argument(
+        "--wire", choices=("fp32", "fp16", "int8"), default="fp32", help="rows between layers (default fp32)"
+    )
     parser.add_argument("--kv-tokens", type=int, default=4096, help="KV room of each stage (default 4096)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -65,11 +68,13 @@ def _run(arguments: Namespace) -> int:
     from coordinator.planning import place_all
     from coordinator.planning.devices_toml import load_devices
     from edge_runtime.bundle import Bundle
+    from edge_runtime.engine.base import StageFormats
 
     manifest = Bundle.open(arguments.bundle).manifest
     devices, links = load_devices(arguments.devices, manifest)
     split = parse_split(arguments.split, arguments.order, arguments.replicas)
-    plans = place_all(devices, links, model_profile(manifest, max(arguments.kv_tokens, 1)), split)
+    model = model_profile(manifest, max(arguments.kv_tokens, 1), StageFormats(wire=arguments.wire))
+    plans = place_all(devices, links, model, split)
     if arguments.json:
         result_json({**plan_json(plans[0]), "replicas": [plan_json(plan) for plan in plans[1:]]})
     else:

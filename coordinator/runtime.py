@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -30,6 +31,7 @@ from coordinator.registry import Keys, Registry
 from coordinator.request_desk import RequestDesk
 from coordinator.service import ClusterStatus, GenerateRequest, TokenEvent
 from coordinator.sessions.host import SessionHost
+from coordinator.sessions.page_names import SECRET_BYTES, PageNames
 from coordinator.slice_server import SliceServer
 from coordinator.speed_meter import SpeedMeter
 from coordinator.text_codec import TextCodec
@@ -109,7 +111,7 @@ class CoordinatorRuntime:
 
     def _wire_up(self, listener: zeromq.ZeromqListener, keys: Keys) -> None:
         config, manifest = self.config, self.bundle.manifest
-        model = model_profile(manifest, config.kv_tokens_wanted)
+        model = model_profile(manifest, config.kv_tokens_wanted, config.formats)
         self.loop = ControlLoop(
             bundle=self.bundle.digest,
             split=config.split,
@@ -142,6 +144,7 @@ class CoordinatorRuntime:
             pipeline=lambda lease: self.loop.state.find(lease),
             meter=self._meter,
             step_seconds=config.limits.step_seconds,
+            names=PageNames(secrets.token_bytes(SECRET_BYTES), self.bundle.digest),
         )
         self.loop.links, self.loop.sessions = self.links, self.sessions
         news.links, news.sessions = self.links, self.sessions

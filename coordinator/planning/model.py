@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_runtime.core import LayerRange
+from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class ModelProfile:
     hidden_bytes_per_row: int
     kv_bytes_per_token_per_layer: int
     kv_tokens_wanted: int  # KV room a stage must have beside its weights
+    formats: StageFormats = DEFAULT_FORMATS  # of rows between layers, of keys and values
     layer_expert_bytes: tuple[int, ...] = ()  # of layer_weight_bytes: what may stay on flash; (): nothing
     layer_cycle_bytes: tuple[int, ...] = ()  # the experts that one token uses
 
@@ -95,6 +97,7 @@ class Plan:
     reasons: tuple[str, ...]
     excluded: Mapping[str, str]
     prefill_chunk_tokens: int
+    formats: StageFormats = DEFAULT_FORMATS
     is_fallback: bool = False  # not the split that was asked for: that one could not be kept
 
     @property

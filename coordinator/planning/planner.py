@@ -186,7 +186,9 @@ def plan_of(
             *explain.stage_reasons(stages),
             *explain.guessed_links(costs, chosen),
             *explain.numeric_reasons(costs, chosen),
+            *explain.format_reasons(costs.model, len(chosen)),
         ),
         excluded=excluded,
         prefill_chunk_tokens=chunk,
+        formats=costs.model.formats,
     )

@@ -45,7 +45,7 @@ class LocalCluster:
 
     `split`: "auto", "even", or a list of (first, last) layers for the first devices; devices beyond it are spares.
     `replicas`: pipelines over different devices, "auto" or how many. Devices of one machine share its cores, so "auto"
-    is one here.
+    is one here. `wire`: rows between layers, "fp32", "fp16" (half the bytes) or "int8" (a quarter; approximate).
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class LocalCluster:
         devices: Sequence[DeviceSpec],
         split: Split = "auto",
         replicas: int | str = "auto",
+        wire: str = "fp32",
         state_directory: str | Path | None = None,
         start_timeout_seconds: float = 180.0,
         on_progress: Callable[[str], None] = lambda line: None,
@@ -68,6 +69,7 @@ class LocalCluster:
         self._specs = {device.name: device for device in devices}
         self._split, self._named = _split_arguments(split, names)
         self._replicas = _replicas_argument(replicas)
+        self._wire = wire
         self._own_directory = state_directory is None
         self._directory = Path() if state_directory is None else Path(state_directory)
         self._timeout_seconds = start_timeout_seconds
@@ -231,7 +233,7 @@ class LocalCluster:
         self._on_progress("starting the coordinator")
         arguments = ["coordinator", str(self._bundle), "--state", str(self._directory / "coordinator")]
         arguments += ["--http-port", "0", "--join-links", "0", "--split", self._split, "--json"]
-        arguments += ["--replicas", self._replicas]
+        arguments += ["--replicas", self._replicas, "--wire", self._wire]
         if self._named:
             arguments += ["--devices", ",".join(self._named)]
         self._coordinator = ChildProcess("the coordinator", arguments, self._directory / "coordinator.log")
