@@ -25,6 +25,7 @@ from edge_runtime.protocol.messages import (
     ProfileReport,
     Refused,
     Relay,
+    RowsHeld,
     SessionFailed,
     StageFailed,
     StageProgress,
@@ -98,7 +99,7 @@ class AgentNews:
                 self._stage_ready(device_id, message)
             case StageFailed():
                 self._stage_failed(device_id, message)
-            case Tokens() | Gap() | SessionFailed() | Pooled():
+            case Tokens() | RowsHeld() | Gap() | SessionFailed() | Pooled():
                 self._route(device_id, message, payloads)
             case Relay():
                 if self.links is not None:
@@ -141,7 +142,10 @@ class AgentNews:
             self._loop.tell(ev.StageBroke(device_id, failed.lease, reason, self._clock()))
 
     def _route(
-        self, device_id: str, message: Tokens | Gap | SessionFailed | Pooled, payloads: Sequence[memoryview]
+        self,
+        device_id: str,
+        message: Tokens | RowsHeld | Gap | SessionFailed | Pooled,
+        payloads: Sequence[memoryview],
     ) -> None:
         """Results only from the tail, complaints only from members; what is of another lease is late."""
         members = self._loop.members(message.lease)
@@ -156,7 +160,7 @@ class AgentNews:
             return
         if device_id != members[-1]:
             raise ProtocolError("it sends results, and is not the tail of the pipeline")
-        if isinstance(message, Tokens):
+        if isinstance(message, Tokens | RowsHeld):
             self.sessions.deliver_to_number(message.session, message)
             return
         if len(payloads) != 1 or payloads[0].nbytes != 4 * self._hidden_size:

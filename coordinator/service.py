@@ -39,6 +39,7 @@ class TokenEvent:
     text: str
     logprob: TokenLogprob | None = None
     finish_reason: str = ""  # "stop" or "length" on the last event
+    cached_tokens: int = 0  # on the first event: of the prompt, that needed no computing
 
 
 @dataclass(frozen=True, slots=True)

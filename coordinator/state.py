@@ -93,6 +93,11 @@ class Pipeline:
         return min(stage.ready.kv_capacity_tokens for stage in self.stages if stage.ready is not None)
 
     @property
+    def is_row_invariant(self) -> bool:
+        """Rows are the same whatever runs beside them, so that one session may use another's."""
+        return all(stage.ready is not None and stage.ready.row_invariant for stage in self.stages)
+
+    @property
     def class_map(self) -> tuple[str, ...]:
         """The numeric class of each layer."""
         return tuple(

@@ -13,11 +13,12 @@ from collections.abc import AsyncGenerator, Sequence
 
 from coordinator.service import GenerateRequest, TokenEvent
 from coordinator.sessions.live_session import LiveSession, crashed
-from coordinator.sessions.port import Cancel, Inbound, Rebind, RequestJournal, SessionPort
+from coordinator.sessions.port import Cancel, Inbound, KeptPages, Rebind, RequestJournal, SessionPort
 from coordinator.text import Decoder, TextStream
 from edge_runtime.core import Token
+from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
-from edge_runtime.protocol.messages import Feed, OpenSession, Tokens
+from edge_runtime.protocol.messages import PAGE_NAME_BYTES, Feed, OpenSession, RowsHeld, Tokens
 
 FAILED = "error"
 PREFILL_PATIENCE_SECONDS_PER_ROW = 0.05
@@ -55,6 +56,8 @@ class Generation(LiveSession):
         self.was_abandoned = False
         self._is_detached = is_detached  # it goes on with nobody listening
         self._last_commit_at = 0.0
+        self._page_names = b""  # of the leading pages, given when it was opened last
+        self._cached_tokens = 0  # of the prompt, where it was opened first
         for token in tokens:
             self._show(token)
 
@@ -100,8 +103,10 @@ class Generation(LiveSession):
 
     def _opening(self, number: int, lease: int) -> tuple[OpenSession, Feed]:
         request = self.request
-        ids = (*request.prompt_ids, *(token.id for token in self._tokens))
+        ids = self._ids()
         self._last_commit_at = 0.0
+        # All but the last row: it has to be run, since its logits are what is wanted.
+        self._page_names = self._port.page_names(lease, request.tenant, ids[:-1])
         opening = OpenSession(
             session=number,
             lease=lease,
@@ -111,8 +116,27 @@ class Generation(LiveSession):
             stop_ids=self._stop_ids,
             sampling=request.sampling,
             tail="sampler",
+            page_names=self._page_names,
+            held_rows=len(self._page_names) // PAGE_NAME_BYTES * PAGE_TOKENS,
         )
         return opening, Feed(number, lease, 0, ids)
+
+    def _ids(self, more: Sequence[Token] = ()) -> tuple[int, ...]:
+        return (*self.request.prompt_ids, *(token.id for token in (*self._tokens, *more)))
+
+    def _kept(self, more: Sequence[Token] = ()) -> KeptPages:
+        """The answer's pages: the next turn of a conversation begins with them. The last id was never run."""
+        ids = self._ids(more)[:-1]
+        named = len(self._page_names) // PAGE_NAME_BYTES * PAGE_TOKENS
+        rest = ids[named : len(ids) // PAGE_TOKENS * PAGE_TOKENS]
+        after = self._page_names[-PAGE_NAME_BYTES:]
+        names = self._port.page_names(self._lease, self.request.tenant, rest, after=after)
+        return KeptPages(names, rest) if names else KeptPages()
+
+    def _on_rows_held(self, message: RowsHeld) -> None:
+        super()._on_rows_held(message)
+        if message.reused and not self._tokens and self._openings == 1:
+            self._cached_tokens = max(0, min(message.rows, len(self.request.prompt_ids)))
 
     def _patience_seconds(self) -> float:
         forced_rows = 0 if self._progressed else len(self.request.prompt_ids) + len(self._tokens)
@@ -131,7 +155,7 @@ class Generation(LiveSession):
         self._count(len(pieces))
         finish_reason = pieces[-1][1].finish_reason
         if finish_reason:
-            self._close()  # now: the devices' memory is needed by others
+            self._close(self._kept([token for token, _ in pieces]))  # now: others need the devices' memory
             if self._journal is not None:
                 await self._journal.finish_request(self.request.id, finish_reason)
             self.ended = True
@@ -190,7 +214,8 @@ class Generation(LiveSession):
         piece = self._text.push(token.id, is_last=bool(finish_reason))
         if piece.is_stop:
             finish_reason = "stop"
-        return TokenEvent(index, token.id, piece.text, token.logprob, finish_reason)
+        cached_tokens = 0 if index else self._cached_tokens
+        return TokenEvent(index, token.id, piece.text, token.logprob, finish_reason, cached_tokens)
 
     def _show(self, token: Token) -> None:
         self._events.append(self._event(len(self._tokens), token))
@@ -216,7 +241,7 @@ class Generation(LiveSession):
 
     async def _on_cancelled(self) -> None:
         """The journal keeps the request open: a reader who comes back gets its ids, and the rest."""
-        self._close()
+        self._close(self._kept())
         self.was_abandoned = True
 
     def _on_crashed(self) -> None:

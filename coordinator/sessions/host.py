@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from coordinator import events as ev
 from coordinator.sessions.live_session import LiveSession
-from coordinator.sessions.port import Fail, Inbound
+from coordinator.sessions.page_names import PageNames
+from coordinator.sessions.port import Fail, Inbound, KeptPages
 from coordinator.speed_meter import SpeedMeter
 from coordinator.state import Pipeline
 from edge_runtime.errors import RequestFailed
@@ -37,6 +38,7 @@ class SessionHost:
         pipeline: Callable[[int], Pipeline | None],
         meter: SpeedMeter,
         step_seconds: float,
+        names: PageNames,
     ) -> None:
         """`pipeline(lease)`: the one under this lease, broken or not. `step_seconds`: beyond what was measured."""
         self._tasks = tasks
@@ -47,6 +49,7 @@ class SessionHost:
         self._pipeline = pipeline
         self._meter = meter
         self._step_seconds = step_seconds
+        self._names = names
         self._sessions: dict[str, LiveSession] = {}
         self._by_number: dict[int, str] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -145,13 +148,19 @@ class SessionHost:
             self._post(pipeline.members[0], opening)
             self._post(pipeline.members[0], feed)
 
-    def close(self, session: int, lease: int) -> None:
+    def close(self, session: int, lease: int, kept: KeptPages) -> None:
         """A pipeline that is over needs no telling: its sessions went with its lease."""
         self._by_number.pop(session, None)
         pipeline = self._pipeline(lease)
         if pipeline is not None and not pipeline.broken:
             for member in pipeline.members:
-                self._post(member, CloseSession(session, lease))
+                self._post(member, CloseSession(session, lease, kept.names, kept.ids))
+
+    def page_names(self, lease: int, tenant: str, ids: Sequence[int], *, after: bytes = b"") -> bytes:
+        pipeline = self._pipeline(lease)
+        if pipeline is None or not pipeline.is_row_invariant:
+            return b""
+        return self._names.chain(tenant, pipeline.class_map, ids, after=after)
 
     def broke(self, key: str, lease: int, reason: str, *, progressed: bool) -> None:
         log.warning("request %s is started again: %s", key, reason)

@@ -11,9 +11,11 @@ import asyncio
 from abc import ABC, abstractmethod
 
 from coordinator.sessions.port import (
+    NOTHING_KEPT,
     Cancel,
     Fail,
     Inbound,
+    KeptPages,
     Open,
     PipelineLost,
     PooledVector,
@@ -22,7 +24,10 @@ from coordinator.sessions.port import (
     SessionPort,
 )
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
-from edge_runtime.protocol.messages import Feed, Gap, OpenSession, SessionFailed, Tokens
+from edge_runtime.protocol.messages import Feed, Gap, OpenSession, RowsHeld, SessionFailed, Tokens
+
+# Failures that another try would only repeat, and what to do about them.
+HOPELESS = {"wire_overflow": "start the coordinator with --wire fp32"}
 
 
 class LiveSession(ABC):
@@ -37,6 +42,7 @@ class LiveSession(ABC):
         self._lease = 0  # open under it; 0: not open
         self._number = 0
         self._forced_rows = 0
+        self._held_rows = 0  # of the forced ones: as far as the tail has come
         self._progressed = False
         self._openings = 0
         self._quiet_since = 0.0  # opened then, or brought something
@@ -97,6 +103,9 @@ class LiveSession(ABC):
     def _brought(self) -> None:
         """The pipeline got this session on. Late and repeated messages do not count: they would hide a stall."""
         self._progressed = True
+        self._is_alive()
+
+    def _is_alive(self) -> None:
         self._quiet_since = self._looked_at = self._port.clock()
 
     async def _handle(self, message: Inbound) -> None:
@@ -121,11 +130,17 @@ class LiveSession(ABC):
                 if self._is_current(message):
                     self._break(f"a stage lost rows from {message.wanted_row} on")
             case SessionFailed():
-                if self._is_current(message):
+                if self._is_current(message) and message.code in HOPELESS:
+                    await self._on_failed(RequestFailed(message.reason, hint=HOPELESS[message.code]))
+                    self.ended = True
+                elif self._is_current(message):
                     self._break(message.reason)
             case Tokens():
                 if self._is_current(message):
                     await self._on_tokens(message)
+            case RowsHeld():
+                if self._is_current(message):
+                    self._on_rows_held(message)
             case PooledVector():
                 if self._is_current(message.message):
                     await self._on_pooled(message)
@@ -135,15 +150,21 @@ class LiveSession(ABC):
         number = await self._port.next_session()
         opening, feed = self._opening(number, lease)
         self._lease, self._number, self._progressed = lease, number, False
-        self._forced_rows = opening.forced_rows
+        self._forced_rows, self._held_rows = opening.forced_rows, 0
         self._quiet_since = self._looked_at = self._port.clock()
         self._openings += 1
         self._port.start(self.key, opening, feed)
 
-    def _close(self) -> None:
+    def _close(self, kept: KeptPages = NOTHING_KEPT) -> None:
         if self.is_open:
-            self._port.close(self._number, self._lease)
+            self._port.close(self._number, self._lease, kept)
             self._lease = 0
+
+    def _on_rows_held(self, message: RowsHeld) -> None:
+        """A long prompt is getting on."""
+        if self._held_rows < message.rows <= self._forced_rows:
+            self._held_rows = message.rows
+            self._is_alive()
 
     def _break(self, reason: str) -> None:
         lease, progressed = self._lease, self._progressed

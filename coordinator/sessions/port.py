@@ -5,7 +5,7 @@ Knows: the interface. Does not know: links, devices, the cluster's state; `runti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.core import RequestId, Token
 from edge_runtime.errors import EdgeRuntimeError
-from edge_runtime.protocol.messages import Feed, Gap, OpenSession, Pooled, SessionFailed, Tokens
+from edge_runtime.protocol.messages import Feed, Gap, OpenSession, Pooled, RowsHeld, SessionFailed, Tokens
 
 # ---------------------------------------------------------------- into a session
 
@@ -65,9 +65,21 @@ class PooledVector:
     vector: NDArray[np.float32]  # [E]
 
 
-Inbound = Open | PipelineLost | Reopen | Rebind | Fail | Cancel | Tokens | PooledVector | Gap | SessionFailed
+FromStages = Tokens | RowsHeld | PooledVector | Gap | SessionFailed
+Inbound = Open | PipelineLost | Reopen | Rebind | Fail | Cancel | FromStages
 
 # ---------------------------------------------------------------- out of a session
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPages:
+    """Pages after those named when the session was opened, and the ids of the rows they must hold."""
+
+    names: bytes = b""
+    ids: tuple[int, ...] = ()
+
+
+NOTHING_KEPT = KeptPages()
 
 
 class SessionPort(Protocol):
@@ -82,8 +94,15 @@ class SessionPort(Protocol):
         """Send both to the first stage, in this order; route what comes back to the session `key`."""
         ...
 
-    def close(self, session: int, lease: int) -> None:
-        """Tell every stage to free the session; nothing of it is routed any more."""
+    def close(self, session: int, lease: int, kept: KeptPages) -> None:
+        """Tell every stage to free the session, but for `kept`; nothing of it is routed any more."""
+        ...
+
+    def page_names(self, lease: int, tenant: str, ids: Sequence[int], *, after: bytes = b"") -> bytes:
+        """Names of the full pages of `ids`, the first of which follows the page named `after`.
+
+        b"" where the rows of this pipeline are no other session's.
+        """
         ...
 
     def broke(self, key: str, lease: int, reason: str, *, progressed: bool) -> None:

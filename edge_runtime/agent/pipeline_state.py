@@ -55,6 +55,7 @@ from edge_runtime.protocol.messages import (
 
 CLOSED_SESSIONS_KEPT = 1 << 16  # an OpenSession that comes after its CloseSession must not open it again
 CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would only fill memory
+PROGRESS_ROWS = 256  # of a prompt, after which the coordinator hears that it is getting on
 
 FromPeers = OpenSession | Feed | FrameRows | Tokens | RowsHeld | CloseSession
 
@@ -258,7 +259,7 @@ class PipelineState:
             session.rows = held
         answer: list[Instruction] = []
         if self.is_tail:
-            message = RowsHeld(session.id, self.lease, held)
+            message = RowsHeld(session.id, self.lease, held, reused=True)
             answer = [Send(to, message) for to in dict.fromkeys((self._ring_to, COORDINATOR))]
         return [*self._pass_on_order(session, held), *answer, *self._go_on(session)]
 
@@ -425,8 +426,7 @@ class PipelineState:
         if session.order.tail == "pooler":
             return [Send(COORDINATOR, Pooled(session.id, self.lease), event.rows)]
         if not work.logit_rows:
-            held = RowsHeld(session.id, self.lease, work.base_row + len(work.ids))
-            return [] if self.is_first else [Send(self._ring_to, held)]
+            return self._prompt_came_through(session, work.base_row, len(work.ids))
         return self._commit(session, work, event.tokens)
 
     def _pass_on(self, work: Work, rows: Rows | None) -> Send:
@@ -442,6 +442,13 @@ class PipelineState:
             bidirectional=work.bidirectional,
         )
         return Send(self.order.devices[self._stage + 1], frame, rows)
+
+    def _prompt_came_through(self, session: Session, base_row: int, count: int) -> list[Instruction]:
+        message = RowsHeld(session.id, self.lease, base_row + count, reused=False)
+        receivers = [] if self.is_first else [self._ring_to]
+        if base_row // PROGRESS_ROWS != message.rows // PROGRESS_ROWS:
+            receivers.append(COORDINATOR)
+        return [Send(to, message) for to in receivers]
 
     def _commit(self, session: Session, work: Work, sampled: tuple[Token, ...]) -> list[Instruction]:
         assert self.order is not None

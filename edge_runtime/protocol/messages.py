@@ -290,15 +290,16 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class RowsHeld:
-    """Tail -> stage 1: every stage holds the rows below `rows`.
+    """Tail -> stage 1 (the way goes on) and coordinator (it goes on at all): every stage holds the rows below `rows`.
 
-    Once per session before any row is run, where stage 1 found some (then to the coordinator, too): stage 1 begins there.
-    After that for prompt rows that have come through: stage 1 sends no more than a window beyond them.
+    `reused`: before any row is run, where stage 1 found rows of another session: it begins there. Later for prompt rows
+    that have come through: stage 1 sends no more than a window beyond them; the coordinator hears of it now and then.
     """
 
     session: int
     lease: int
     rows: int
+    reused: bool
 
 
 @dataclass(frozen=True, slots=True)
