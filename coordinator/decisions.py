@@ -25,6 +25,7 @@ from coordinator.events import (
     OpenOnPipeline,
     RebindSession,
     ReviewPlan,
+    SessionStalled,
     UnloadStages,
 )
 from coordinator.planning.model import Split
@@ -118,7 +119,7 @@ def _give_up_on_stuck_stages(at: _Situation) -> Sequence[Action]:
         if session.stall is None or pipeline is None or not pipeline.is_ready:
             continue
         members = [at.state.devices[member] for member in pipeline.members]
-        stuck = next((d for d in members if _is_stuck(d, session.stall.since, at.limits)), None)
+        stuck = next((d for d in members if _is_stuck(d, session.stall, at.limits)), None)
         if stuck is None:
             continue
         seconds = at.now - session.stall.since
@@ -130,8 +131,15 @@ def _give_up_on_stuck_stages(at: _Situation) -> Sequence[Action]:
     return []
 
 
-def _is_stuck(device: Device, since: float, limits: Limits) -> bool:
-    return device.steps_at < since and device.beat_at - since >= limits.step_seconds / 2
+def _is_stuck(device: Device, stall: SessionStalled, limits: Limits) -> bool:
+    """It made no step since the session was opened; or, where that went on for a while, none lately.
+
+    A heartbeat may tell late of a step made before: that is why a session that went on is opened anew before anybody
+    is blamed. Who is not heard of at all is `_drop_silent_devices`' business.
+    """
+    if stall.progressed:
+        return device.beat_at - max(device.steps_at, stall.since) >= limits.step_seconds / 2
+    return device.steps_at < stall.since and device.beat_at - stall.since >= limits.step_seconds / 2
 
 
 def _give_up_on_faulty_stages(at: _Situation) -> Sequence[Action]:

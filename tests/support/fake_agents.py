@@ -122,6 +122,11 @@ class FakeCluster:
     def opened(self) -> list[OpenSession]:
         return [message for _, message in self.told if isinstance(message, OpenSession)]
 
+    def members_of(self, lease: int) -> tuple[str, ...]:
+        """Names, in order, as agents were told."""
+        loads = [m for _, m in self.told if isinstance(m, LoadStage) and m.lease == lease]
+        return tuple(self.agents[device].name for device in loads[0].devices)
+
     def told_to(self, name: str, kind: type[Message]) -> list[Message]:
         return [message for who, message in self.told if who == name and isinstance(message, kind)]
 
@@ -153,6 +158,7 @@ class FakeAgent:
         self.class_name = str(settings.get("class_name", "fake-1"))
         self.kv_tokens = int(str(settings.get("kv_tokens", 4096)))
         self.memory_bytes = int(str(settings.get("memory_bytes", 1 << 20)))
+        self.seconds = float(str(settings.get("seconds", 1e-3)))  # of one row through one layer
         self.fails_to_load = str(settings.get("fails_to_load", ""))
         self.is_silent = False
         self._opening: dict[int, OpenSession] = {}
@@ -203,7 +209,14 @@ class FakeAgent:
             case ProfileRequest():
                 await self.send(
                     ProfileReport(
-                        message.bundle, self.class_name, True, 1e-3, 1e-4, 1e-3, self.memory_bytes, 1024
+                        message.bundle,
+                        self.class_name,
+                        True,
+                        self.seconds,
+                        self.seconds / 10,
+                        self.seconds,
+                        self.memory_bytes,
+                        1024,
                     )
                 )
             case LoadStage():
@@ -228,8 +241,8 @@ class FakeAgent:
         tail = self.cluster.agents[self.members[-1]]
         self.cluster.tasks.create_task(self.cluster.generate(tail, opening, feed))
 
-    async def beat(self, sequence: int = 1) -> None:
-        await self.send(Heartbeat(sequence, 0, 0, 0, 0))
+    async def beat(self, sequence: int = 1, *, steps: int = 0) -> None:
+        await self.send(Heartbeat(sequence, steps, 0, 0, 0))
 
 
 __all__ = ["FakeAgent", "FakeCluster", "SessionFailed", "undisturbed", "write_fake_bundle"]
