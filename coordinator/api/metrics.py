@@ -32,6 +32,8 @@ class Metrics:
         self._model = service.model.name
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in kept pages.")
+        self._cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found there, and not computed.")
         self._success = self._counter("request_success", "Finished generations.", "finished_reason")
         self._failures = self._counter(
             "request_failure", "Generations that failed or were cancelled.", "reason"
@@ -54,6 +56,7 @@ class Metrics:
     def generation(self, prompt_tokens: int) -> GenerationMetrics:
         """Starts the clock of one generation."""
         self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        self._cache_queries.labels(self._model).inc(prompt_tokens)
         self._prompt_size.labels(self._model).observe(prompt_tokens)
         return GenerationMetrics(self, self._clock())
 
@@ -69,11 +72,13 @@ class GenerationMetrics:
         self._started_at = self._last_at = started_at
         self._tokens = 0
 
-    def token(self) -> None:
+    def token(self, cached_tokens: int = 0) -> None:
+        """`cached_tokens` of the prompt come with the first."""
         metrics, now = self._metrics, self._metrics._clock()
         histogram = metrics._between if self._tokens else metrics._first
         histogram.labels(metrics._model).observe(now - self._last_at)
         metrics._generation_tokens.labels(metrics._model).inc()
+        metrics._cache_hits.labels(metrics._model).inc(cached_tokens)
         self._last_at = now
         self._tokens += 1
 

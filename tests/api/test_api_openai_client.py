@@ -47,6 +47,17 @@ async def test_chat(client):
     assert answer._request_id == answer.id
 
 
+async def test_tokens_that_needed_no_computing_are_told_once_per_prompt(server, client):
+    server.service.cached_tokens = 2
+    answer = await client.completions.create(model="tiny", prompt=["abcd", "abce"], n=3, max_tokens=2)
+    assert answer.usage.prompt_tokens == 8
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
+    async with server.http.get(f"{server.url}/metrics") as response:
+        text = await response.text()
+    assert 'edge_runtime_prefix_cache_queries_total{model_name="tiny"} 24.0' in text
+    assert 'edge_runtime_prefix_cache_hits_total{model_name="tiny"} 12.0' in text
+
+
 async def test_chat_stream_with_usage(client):
     stream = await client.chat.completions.create(
         model="tiny",

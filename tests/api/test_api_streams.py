@@ -57,7 +57,8 @@ async def test_golden_chat_stream(server):
         + head
         + '[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}\n\n'
         + head
-        + '[],"usage":{"prompt_tokens":19,"completion_tokens":2,"total_tokens":21}}\n\n'
+        + '[],"usage":{"prompt_tokens":19,"completion_tokens":2,"total_tokens":21,'
+        + '"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
         + "data: [DONE]\n\n"
     )
 

@@ -49,6 +49,7 @@ class FakeService:
     probe_error: EdgeRuntimeError | None = None
     hold: asyncio.Event | None = None  # tokens wait for it, after the first
     max_running: int = 64
+    cached_tokens: int = 0  # of every prompt
     ready: bool = True
     running: dict[RequestId, GenerateRequest] = field(default_factory=dict)
     journal: dict[RequestId, GenerateRequest] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class FakeService:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def encode_chat(self, messages: Sequence[dict[str, object]]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[dict[str, object]]) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,7 +99,8 @@ class FakeService:
             piece = texts.push(token, is_last=index == request.max_tokens - 1)
             finish = "stop" if piece.is_stop else "length" if index == request.max_tokens - 1 else ""
             self.generated += 1
-            yield TokenEvent(index, token, piece.text, _logprob(request, token), finish)
+            cached = 0 if index else self.cached_tokens
+            yield TokenEvent(index, token, piece.text, _logprob(request, token), finish, cached)
             if finish:
                 return
 

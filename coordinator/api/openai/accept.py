@@ -67,6 +67,6 @@ def accept(
             options.stop,
             options.ignore_eos,
         )
-        choices.append(Choice(index, ids[-1], ids))
+        choices.append(Choice(index, ids[-1], ids, copy=copy))
         sources.append(Source(api.service.generate(wanted), api.metrics.generation(len(ids))))
     return make_answer(api.service, request_id, ticket, choices), sources

@@ -44,11 +44,14 @@ class Answer:
         }
 
     def _usage(self) -> Json:
+        """A prompt counts once, however many choices it has: so do its cached tokens."""
         generated = sum(len(choice.ids) for choice in self.choices)
+        cached = sum(choice.cached_tokens for choice in self.choices if choice.copy == 0)
         return {
             "prompt_tokens": self.ticket.prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self.ticket.prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def _chunk(self, entries: Sequence[Json], more: Json | None = None) -> Json:

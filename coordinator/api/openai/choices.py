@@ -29,12 +29,15 @@ class Choice:
     ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     token_characters: int = 0  # of the tokens' own texts: where the next one starts
+    copy: int = 0  # of its prompt: 0 to n - 1
+    cached_tokens: int = 0  # of its prompt, that needed no computing
 
     def absorb(self, event: TokenEvent) -> None:
         self.texts.append(event.text)
         self.ids.append(event.id)
         self.previous = event.id
         self.finish_reason = event.finish_reason
+        self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
 
     @property
     def text(self) -> str:
@@ -100,7 +103,7 @@ async def _pump(index: int, source: Source, queue: _Queue) -> None:
     try:
         async for event in source.events:
             if source.metrics is not None:
-                source.metrics.token()
+                source.metrics.token(event.cached_tokens)
             finish_reason = event.finish_reason
             await queue.put((index, event))
             if finish_reason:
