@@ -148,7 +148,9 @@ class AgentConfig:
         "memory for experts on flash: a size, all (none stays there) or auto (what is left)",
     )
     executor: str = _setting(
-        "auto", _one_of("auto", "native", "onnx"), "who computes: native kernels or ONNX Runtime"
+        "auto",
+        _one_of("auto", "native", "onnx", "torch"),
+        "who computes: native kernels, ONNX Runtime, or torch (auto: torch on a CUDA device)",
     )
 
 
@@ -157,6 +159,10 @@ class CoordinatorConfig:
     host: str = _setting("127.0.0.1", _text, "address the HTTP API binds to")
     port: int = _setting(8080, _port, "port of the HTTP API (0: any)")
     kv_tokens: int = _setting(4096, _count, "KV room each stage must have, in tokens")
+    keep_requests_seconds: float = _setting(
+        7 * 86400.0, parse_duration, "how long finished requests stay in the journal, e.g. 168h"
+    )
+    keep_requests: int = _setting(100_000, _count, "how many finished requests stay in the journal")
 
 
 _SECTIONS: Mapping[str, type[Any]] = {

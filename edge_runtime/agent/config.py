@@ -14,7 +14,7 @@ from edge_runtime.errors import ConfigError
 MIN_MEMORY_BYTES = 64 << 20
 NO_DATA_PORT = -1
 EXPERT_CACHES = ("auto", "all")
-EXECUTORS = ("auto", "native", "onnx")
+EXECUTORS = ("auto", "native", "onnx", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,9 @@ class AgentConfig:
     )
     log_level: str = "info"
     expert_cache: int | str = "auto"  # bytes; all: in memory or not at all; auto: what is left of the memory
-    executor: str = "auto"  # native, onnx, or auto: native where it is fast
+    executor: str = (
+        "auto"  # native, onnx, torch, or auto: torch on a CUDA device, else native where it is fast
+    )
 
     def __post_init__(self) -> None:
         checks = (

@@ -24,8 +24,8 @@ from edge_runtime.agent.data_address import data_address
 from edge_runtime.agent.data_plane import DataPlane
 from edge_runtime.agent.device_profile import DeviceProfiler, MeasurementCache
 from edge_runtime.agent.expert_report import ExpertReporter
-from edge_runtime.agent.loader import MakeStage, StageLoader, cpu_stages
-from edge_runtime.agent.memory import MemoryBudget, resident_bytes
+from edge_runtime.agent.loader import MakeStage, StageLoader, device_stages
+from edge_runtime.agent.memory import EXPERTS_ALL, MemoryBudget, resident_bytes
 from edge_runtime.agent.pairing_file import load_pairing, save_pairing
 from edge_runtime.agent.pipeline_events import (
     LoadFailed,
@@ -34,6 +34,7 @@ from edge_runtime.agent.progress import ProgressGate
 from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
 from edge_runtime.agent.status import Connected, Disconnected, Failed, Loading, Paired, Serving, Status
 from edge_runtime.bundle.store import BundleStore
+from edge_runtime.engine.executors import TORCH, device_memory_bytes
 from edge_runtime.errors import ConfigError, ConnectionClosed, EdgeRuntimeError, TransportError, TrustError
 from edge_runtime.protocol.messages import (
     PROTOCOL_VERSION,
@@ -75,7 +76,8 @@ class Agent:
     ) -> None:
         self._config = config
         self._on_status = on_status
-        self._make_stage = make_stage or cpu_stages(config.executor)
+        self._make_stage = make_stage
+        self._executor = config.executor  # until `run` knows what `auto` is here
         self._boot_id = secrets.token_hex(8)
         self._gave_back_at = 0.0
         self._loading: asyncio.Task[None] | None = None
@@ -89,8 +91,8 @@ class Agent:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = KeyPair.load_or_create(directory / KEY_FILE)
         pairing = await self._pair(key)
-        await asyncio.to_thread(_import_engine, self._config.executor)
-        self._budget = MemoryBudget(self._config.memory_budget_bytes, resident_bytes())
+        self._executor = await asyncio.to_thread(_import_engine, self._config.executor)
+        self._budget = _budget(self._config.memory_budget_bytes, self._executor)
         self._loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
@@ -159,15 +161,17 @@ class Agent:
         self._slices = SliceChannel(self._ask)
         fetcher = SliceFetcher(BundleStore(directory), self._slices, {pairing.signing_key}, self._disk)
         threads = self._config.threads
+        # A torch stage has all its experts in the device's memory.
+        experts = EXPERTS_ALL if self._executor == TORCH else self._config.expert_cache
         cache = MeasurementCache(directory / PROFILE_FILE)
         self._profiler = DeviceProfiler(
             fetcher,
             self._worker,
             self._budget,
-            self._config.executor,
+            self._executor,
             threads,
             cache,
-            self._config.expert_cache,
+            experts,
         )
         self._loader = StageLoader(
             fetcher,
@@ -175,8 +179,8 @@ class Agent:
             self._budget,
             threads,
             self._profiler.is_row_invariant,
-            self._make_stage,
-            self._config.expert_cache,
+            self._make_stage or device_stages(self._executor),
+            experts,
             self._profiler.flash_lanes,
         )
         self._expert_reporter = ExpertReporter()
@@ -190,7 +194,7 @@ class Agent:
             device_name=self._config.name,
             boot_id=self._boot_id,
             data_address=address,
-            memory_budget_bytes=self._config.memory_budget_bytes,
+            memory_budget_bytes=self._budget.total_bytes,
             threads=self._config.threads,
             pid=os.getpid(),
         )
@@ -356,12 +360,25 @@ def _resolve(future: asyncio.Future[str], result: str) -> None:
         future.set_result(result)
 
 
-def _import_engine(executor: str) -> None:
-    """Before memory is measured: the libraries are part of the process that the budget is for."""
-    import edge_runtime.engine.probe  # noqa: F401
-    from edge_runtime.engine.executors import import_executor
+def _import_engine(name: str) -> str:
+    """Before memory is measured: the libraries are part of the process that the budget is for.
 
+    Returns the executor that `auto` is on this device.
+    """
+    import edge_runtime.engine.probe  # noqa: F401
+    from edge_runtime.engine.executors import device_executor, import_executor
+
+    executor = device_executor(name)
     import_executor(executor)
+    return executor
+
+
+def _budget(total_bytes: int, executor: str) -> MemoryBudget:
+    """Of this process, or of a GPU: then the process itself is not in it."""
+    gpu_bytes = device_memory_bytes(executor) if executor == TORCH else None
+    if gpu_bytes is None:
+        return MemoryBudget(total_bytes, resident_bytes())
+    return MemoryBudget(min(total_bytes, gpu_bytes), 0)
 
 
 def _first(problems: BaseExceptionGroup[EdgeRuntimeError]) -> EdgeRuntimeError:

@@ -12,6 +12,7 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from edge_runtime.agent.loader import device_stages
 from edge_runtime.agent.memory import (
     EXPERTS_ALL,
     EXPERTS_AUTO,
@@ -25,7 +26,7 @@ from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
-from edge_runtime.engine.base import Stage
+from edge_runtime.engine.base import DEFAULT_FORMATS, Stage
 from edge_runtime.engine.numeric_class import without_wire
 from edge_runtime.errors import CapacityError
 from edge_runtime.experts.cache import CacheOptions
@@ -94,7 +95,7 @@ class DeviceProfiler:
         self._fetcher = fetcher
         self._worker = worker
         self._budget = budget
-        self._executor = executor  # native, onnx or auto
+        self._executor = executor  # native, onnx or torch; auto: native or onnx
         self._threads = threads
         self._cache = cache
 
@@ -133,9 +134,10 @@ class DeviceProfiler:
         return found.row_invariant if found is not None else self._probe(bundle, stage).row_invariant
 
     def _numeric_class(self, manifest: Manifest) -> str:
-        from edge_runtime.engine.executors import chosen_executor, numeric_class_of
+        from edge_runtime.engine.executors import TORCH, chosen_executor, numeric_class_of
 
-        return numeric_class_of(chosen_executor(self._executor), manifest.model.weights)
+        executor = self._executor if self._executor == TORCH else chosen_executor(self._executor)
+        return numeric_class_of(executor, manifest.model.weights)
 
     def _what_fits(self, manifest: Manifest) -> tuple[LayerRange, StageMemory]:
         """The last layer with the head; a middle layer alone on a device too small for the head."""
@@ -159,15 +161,14 @@ class DeviceProfiler:
 
     def _measure(self, bundle: Bundle, layers: LayerRange, memory: StageMemory) -> Measurement:
         """On the compute thread, so that no step runs beside it."""
-        from edge_runtime.engine.cpu import CpuStage
-
-        stage = CpuStage.load(
+        stage = device_stages(self._executor)(
             bundle,
             layers,
+            kv_bytes=memory.kv_bytes,
             threads=self._threads,
-            kv_budget_bytes=memory.kv_bytes,
-            executor=self._executor,
+            reuse=None,
             experts=None if memory.expert_cache_bytes is None else CacheOptions(memory.expert_cache_bytes),
+            formats=DEFAULT_FORMATS,
         )
         try:
             return self._probe(bundle, stage)
@@ -176,9 +177,9 @@ class DeviceProfiler:
 
     def _probe(self, bundle: Bundle, stage: Stage) -> Measurement:
         from edge_runtime.engine.cpu import CpuStage
-        from edge_runtime.engine.probe import probe
+        from edge_runtime.engine.probe import ProbedStage, probe
 
-        if not isinstance(stage, CpuStage):
+        if not isinstance(stage, CpuStage | ProbedStage):
             return Measurement(stage.numeric_class, True, "", 0.0, 0.0, 0.0)
         result = probe(stage)
         manifest = bundle.manifest

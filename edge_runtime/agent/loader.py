@@ -19,6 +19,7 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import Stage, StageFormats
+from edge_runtime.engine.executors import TORCH
 from edge_runtime.errors import EngineError, ProtocolError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_bytes
@@ -75,6 +76,36 @@ def cpu_stages(executor: str) -> MakeStage:
         )
 
     return make
+
+
+def torch_stages() -> MakeStage:
+    """Stages on a CUDA device, or on the processor as a reference. All weights are in the device's memory."""
+
+    def make(
+        bundle: Bundle,
+        layers: LayerRange,
+        *,
+        kv_bytes: int,
+        threads: int,
+        reuse: Stage | None,
+        experts: CacheOptions | None,
+        formats: StageFormats,
+    ) -> Stage:
+        from edge_runtime.engine.torch_stage.stage import TorchStage
+
+        if experts is not None:
+            raise EngineError("the torch executor keeps no experts on flash", hint="use --expert-cache all")
+        kept = reuse if isinstance(reuse, TorchStage) else None
+        if reuse is not None and kept is None:
+            reuse.close()
+        return TorchStage.load(bundle, layers, kv_budget_bytes=kv_bytes, reuse=kept, formats=formats)
+
+    return make
+
+
+def device_stages(executor: str) -> MakeStage:
+    """`executor` as `engine.executors.device_executor` says."""
+    return torch_stages() if executor == TORCH else cpu_stages(executor)
 
 
 class StageLoader:

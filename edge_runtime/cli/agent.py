@@ -41,7 +41,7 @@ def _configure(parser: ArgumentParser) -> None:
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="of the whole process, e.g. 512MiB (default: half of what is free)",
+        help="of the whole process, e.g. 512MiB (default: half of what is free); of the GPU, where torch uses one",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: one per core)")
     parser.add_argument(
@@ -52,8 +52,9 @@ def _configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--executor",
-        choices=("auto", "native", "onnx"),
-        help="who computes: our own kernels, ONNX Runtime, or auto: native where it is fast (default)",
+        choices=("auto", "native", "onnx", "torch"),
+        help="who computes: our own kernels, ONNX Runtime, torch (on a CUDA device; without one, slowly as a "
+        "reference), or auto: torch on a CUDA device, else native where it is fast (default)",
     )
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="where the key, the pairing and fetched bundles are"
@@ -102,7 +103,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
     return AgentConfig(
         name=name,
         state_directory=directory if arguments.state is not None else directory / "agent",
-        memory_budget_bytes=settings.agent.memory_bytes or _half_of_free_memory(),
+        memory_budget_bytes=settings.agent.memory_bytes or _free_memory(settings.agent.executor),
         threads=settings.agent.threads or _cores(),
         join=settings.agent.join,
         data_host=host,
@@ -210,6 +211,12 @@ def _log_to_stderr(level: str) -> None:
         level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+
+
+def _free_memory(executor: str) -> int:
+    from edge_runtime.engine.executors import device_memory_bytes
+
+    return device_memory_bytes(executor) or _half_of_free_memory()
 
 
 def _half_of_free_memory() -> int:

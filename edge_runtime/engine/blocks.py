@@ -45,11 +45,15 @@ class LoadedBlock:
         on_flash = bundle.manifest.expert_slices(block) if experts is not None else ()
         forget_pages(bundle, [key for key in block.slices if key not in on_flash])
 
+    @property
+    def experts_steps(self) -> list[ExpertsStep]:
+        """For whoever wants to watch or replace what runs the experts."""
+        return [step for step in self._steps if isinstance(step, ExpertsStep)]
+
     def use_experts(self, bundle: Bundle, experts: ExpertCache | None) -> None:
         """A block that is used again by another stage gets that stage's cache."""
-        for step in self._steps:
-            if isinstance(step, ExpertsStep):
-                step.use_experts(bundle, experts)
+        for step in self.experts_steps:
+            step.use_experts(bundle, experts)
 
     def run(self, hidden: Float32, context: RunContext, kv_layer: int) -> Float32:
         values = {"hidden": hidden}

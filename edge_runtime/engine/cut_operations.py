@@ -138,14 +138,14 @@ class ExpertsStep:
 
     def use_experts(self, bundle: Bundle, experts: ExpertCache | None) -> None:
         """From now on through this cache; None: where they are mapped."""
-        self._runner = expert_runner(bundle, self._tensor, self._activation, self._threads, experts)
+        self.runner = expert_runner(bundle, self._tensor, self._activation, self._threads, experts)
 
     def run(self, values: Sequence[Float32], context: RunContext) -> list[Float32]:
         rows, logits = values
         ids, gates = route(
             logits, top_k=self._top_k, normalize=self._normalize, softmax_after=self._softmax_after
         )
-        return [self._runner.run(rows, ids, gates)]
+        return [self.runner.run(rows, ids, gates)]
 
 
 class PoolStep:

@@ -1,7 +1,7 @@
-"""Who runs the uncut operations of a block: our own kernels, or ONNX Runtime.
+"""Who computes a stage: our own kernels or ONNX Runtime on the processor (`CpuStage`), or torch (`TorchStage`).
 
 Knows: the executors' names, their libraries and what decides their bits. Does not know: blocks or batches. ONNX Runtime
-is imported only where it is used: its library alone takes tens of MiB.
+and torch are imported only where they are used: their libraries alone take tens and hundreds of MiB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Float32 = NDArray[np.float32]
 NATIVE = "native"
 ONNX = "onnx"
 AUTO = "auto"
-CHOICES = (AUTO, NATIVE, ONNX)
+TORCH = "torch"
+CHOICES = (AUTO, NATIVE, ONNX)  # of the processor
+DEVICE_CHOICES = (*CHOICES, TORCH)
 
 
 class SegmentStep(Protocol):
@@ -45,6 +47,27 @@ def chosen_executor(name: str) -> str:
     return name
 
 
+def device_executor(name: str) -> str:
+    """Of a device as a whole: `auto` is torch where there is a CUDA device and a torch that can use it."""
+    from edge_runtime.engine.torch_stage.available import has_cuda, require_torch
+
+    if name == TORCH:
+        require_torch()
+        return TORCH
+    return TORCH if name == AUTO and has_cuda() else chosen_executor(name)
+
+
+def device_memory_bytes(name: str) -> int | None:
+    """What stages may take of a GPU's memory; None where they live in this process's."""
+    from edge_runtime.engine.torch_stage.available import has_cuda
+
+    if name not in (AUTO, TORCH) or not has_cuda():
+        return None
+    from edge_runtime.engine.torch_stage import arithmetic
+
+    return arithmetic.device_memory_bytes()
+
+
 def load_segment(executor: str, bundle: Bundle, block: Block, segment: Segment, threads: int) -> SegmentStep:
     if executor == NATIVE:
         from edge_runtime.engine.native import NativeSegment
@@ -57,7 +80,9 @@ def load_segment(executor: str, bundle: Bundle, block: Block, segment: Segment, 
 
 def import_executor(name: str) -> None:
     """Load the libraries of an executor now, so that what they take can be measured."""
-    if chosen_executor(name) == ONNX:
+    if name == TORCH:
+        import edge_runtime.engine.torch_stage.stage
+    elif chosen_executor(name) == ONNX:
         import edge_runtime.engine.cpu
         import edge_runtime.engine.onnx
     else:
@@ -69,6 +94,10 @@ def numeric_class_of(executor: str, weights: str, formats: StageFormats = DEFAUL
     """Of stages that this process would load with `executor`."""
     if executor == NATIVE:
         return native_class(weights, formats)
+    if executor == TORCH:
+        from edge_runtime.engine.torch_stage.arithmetic import choose
+
+        return choose(weights).numeric_class(weights, formats.wire)
     import onnxruntime
 
     return onnx_class(onnxruntime.__version__, weights, formats)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,7 @@ class ProbedBlock(Protocol):
     attention_count: int
 
 
+@runtime_checkable
 class ProbedStage(Protocol):
     """A stage of another executor than the CPU's: it makes pages for the probe and runs a block over them."""
 

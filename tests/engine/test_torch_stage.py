@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import Batch, Rows, Stage
+from edge_runtime.engine.base import Batch, Rows, Stage, StageFormats
 from edge_runtime.engine.probe import probe
 from edge_runtime.engine.reference import ReferenceStage
 from edge_runtime.engine.torch_stage.arithmetic import Arithmetic, choose
@@ -329,6 +329,30 @@ def test_an_encoder_pools_each_sequence_on_its_own(
     if make is on_cpu:
         for row, one in zip(together, spans, strict=True):
             assert np.array_equal(pipeline.run(one)[0], row)
+
+
+@pytest.mark.parametrize("wire", ["fp16", "int8"])
+def test_rows_are_rounded_at_every_boundary_cut_or_not(bundles: dict[str, Bundle], wire: str) -> None:
+    formats = StageFormats(wire=wire)
+
+    def make(bundle: Bundle, layers: LayerRange) -> TorchStage:
+        arithmetic = choose("int8", device="cpu")
+        return TorchStage.load(
+            bundle, layers, kv_budget_bytes=KV_BYTES, arithmetic=arithmetic, formats=formats
+        )
+
+    whole, cut = (Pipeline.load(bundles["int8"], make, *cuts) for cuts in ((), (1, 2)))
+    expected = logits_alone(whole, 1, range(9))
+    assert np.array_equal(logits_alone(cut, 1, range(9)), expected)
+    assert not np.array_equal(logits_alone(Pipeline.load(bundles["int8"], on_cpu), 1, range(9)), expected)
+    assert f"/wire:{wire}/" in whole.stages[0].numeric_class
+
+
+def test_kv_in_other_formats_is_refused(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(EngineError, match="does not keep keys and values as int8"):
+        TorchStage.load(
+            bundles["int8"], LayerRange(0, 0), kv_budget_bytes=KV_BYTES, formats=StageFormats(kv="int8")
+        )
 
 
 def test_the_cpu_path_is_row_invariant_and_timed(bundles: dict[str, Bundle]) -> None:

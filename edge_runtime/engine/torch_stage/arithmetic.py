@@ -81,12 +81,12 @@ class Arithmetic:
     def _module_name(self) -> str:
         return "kernels" if self.kernels == "triton" else "reference"
 
-    def numeric_class(self, weights: str) -> str:
-        """`torch-version/device/kernels/w:weights/act:type/kv:type/wire:fp32/k:kernel version`."""
+    def numeric_class(self, weights: str, wire: str = "fp32") -> str:
+        """`torch-version/device/kernels/w:weights/act:type/kv:type/wire:format/k:kernel version`."""
         kernels = self.kernels
         if kernels == "triton":
             kernels += f"-{version('triton')}"
-        types = (f"w:{weights}", f"act:{self.type_name}", f"kv:{self.type_name}", "wire:fp32")
+        types = (f"w:{weights}", f"act:{self.type_name}", f"kv:{self.type_name}", f"wire:{wire}")
         ours = f"k:{version('edge-runtime')}"  # the kernels ship with the package
         return "/".join((f"torch-{torch.__version__}", self._device_name, kernels, *types, ours)).replace(
             " ", "-"

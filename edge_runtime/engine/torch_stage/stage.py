@@ -19,7 +19,7 @@ from torch import Tensor
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest, ModelInfo
 from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import Batch, Rows, Span
+from edge_runtime.engine.base import DEFAULT_FORMATS, Batch, Rows, Span, StageFormats
 from edge_runtime.engine.cpu import kv_shape
 from edge_runtime.engine.kv_cache import KvShape
 from edge_runtime.engine.resident import return_free_memory
@@ -29,6 +29,7 @@ from edge_runtime.engine.torch_stage.arithmetic import Arithmetic, choose, devic
 from edge_runtime.engine.torch_stage.blocks import TorchBlock
 from edge_runtime.engine.torch_stage.kv_pages import TorchPages, make_pages, page_bytes
 from edge_runtime.engine.torch_stage.rows import Ropes, torch_context
+from edge_runtime.engine.wire import FP32, check_wire, rounded
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 
 
@@ -43,17 +44,20 @@ class TorchStage:
         blocks: dict[str, TorchBlock],
         matrices: dict[str, Matrix],
         pages: TorchPages,
+        formats: StageFormats = DEFAULT_FORMATS,
     ) -> None:
         manifest = bundle.manifest
         self.layers = layers
         self.arithmetic = arithmetic
-        self.numeric_class = arithmetic.numeric_class(manifest.model.weights)
+        self.numeric_class = arithmetic.numeric_class(manifest.model.weights, formats.wire)
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
         self.bundle_digest = bundle.digest
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
         self._blocks = blocks
         self._matrices = matrices
         self._pages = pages
+        self._wire = formats.wire
+        self._rounds_after = self._shape.boundaries if formats.wire != FP32 else frozenset()
         self.ropes = _ropes(manifest, pages, arithmetic.device)
         self._closed = False
 
@@ -66,12 +70,19 @@ class TorchStage:
         kv_budget_bytes: int,
         arithmetic: Arithmetic | None = None,
         reuse: TorchStage | None = None,
+        formats: StageFormats = DEFAULT_FORMATS,
     ) -> TorchStage:
         """Load the blocks of `layers`. `reuse` is closed, and its blocks are kept where they are wanted again.
 
         Raises EngineError (a manifest that contradicts itself, layers that don't exist) or CapacityError (weights
         that do not fit the device, a budget that does not hold one page of KV).
         """
+        check_wire(formats.wire)
+        if formats.kv != "fp32":
+            raise EngineError(
+                f"the torch executor does not keep keys and values as {formats.kv}",
+                hint="plan with full KV, or leave this device out",
+            )
         manifest = bundle.manifest
         arithmetic = arithmetic or choose(manifest.model.weights)
         StageShape(manifest.model, layers, manifest.num_layers)  # layers exist
@@ -86,7 +97,7 @@ class TorchStage:
         }
         return_free_memory()
         pages = _make_pages(kv_shape(wanted), kv_budget_bytes, layers, arithmetic)
-        stage = cls(bundle, layers, arithmetic, blocks, matrices, pages)
+        stage = cls(bundle, layers, arithmetic, blocks, matrices, pages, formats)
         if arithmetic.is_cuda:
             stage.warm_up()
         return stage
@@ -193,8 +204,10 @@ class TorchStage:
                 if not len(context.layout.logit_rows):  # the head is the costliest block: only rows asked for
                     return np.zeros((0, self._shape.model.vocab_size), np.float32)
                 hidden = hidden[torch.from_numpy(context.layout.logit_rows).to(hidden.device)]
-            hidden = block.run(hidden, context, kv_layer)
+            hidden = block.run(hidden.to(self.arithmetic.dtype), context, kv_layer)
             kv_layer += block.attention_count
+            if name in self._rounds_after:
+                hidden = torch.from_numpy(rounded(_sent(hidden), self._wire)).to(self.arithmetic.device)
         return _sent(hidden)
 
     def _receive(self, rows: Rows | None) -> Tensor:
