@@ -24,7 +24,7 @@ from edge_runtime import AsyncClient, DeviceSpec, LocalCluster
 from edge_runtime.sdk.process import ChildProcess
 
 TIMED_AGENT = Path(__file__).with_name("timed_agent.py").absolute()
-START_SECONDS = 300.0
+START_SECONDS = 150.0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.clusters import device, running
 from benchmarks.models import MODELS, Model
+from benchmarks.other_work import Patience
 from benchmarks.peers.environment import PeerProcess, peers_python
 from benchmarks.samples import Measure, in_turns, listed
 from benchmarks.streams import Prompts, stream
@@ -67,7 +68,7 @@ async def main() -> None:
                 arms[f"llama.cpp, {threads} threads"] = llamacpp(peer, model)
         for arm in arms.values():
             await arm()  # warm
-        found = await in_turns(arms, rounds)
+        found = await in_turns(arms, rounds, Patience(arguments.patience))
     for name in arms:
         page.line(f"{name:28} {listed(found.values(name), 2)}")
     figures: dict[str, object] = {

@@ -1,15 +1,34 @@
 """How busy others keep this machine while we measure.
 
 Knows: the processor time of the machine and of our own processes (this one and all it started). Does not know: what is
-done about it.
+measured.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 
 import psutil
+
+QUIET_CORES = 0.1  # that others may use beside a sample
+_LOOK_SECONDS = 1.0
+
+
+class Patience:
+    """Seconds that a benchmark may wait, all in all, for others to leave the machine alone."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    async def wait(self) -> None:
+        while self._left > 0:
+            others = OtherWork()
+            await asyncio.sleep(_LOOK_SECONDS)
+            self._left -= _LOOK_SECONDS
+            if others.cores() <= QUIET_CORES:
+                return
 
 
 class OtherWork:

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from benchmarks import report
 from benchmarks.clusters import Running, device, running
 from benchmarks.models import MODELS, Model
+from benchmarks.other_work import Patience
 from benchmarks.peers.environment import PeerProcess, peers_python
 from benchmarks.samples import Measure, in_turns, listed, median
 from benchmarks.streams import Prompts, stream
@@ -77,7 +78,7 @@ async def main() -> None:
             arms = {BIG: arms[BIG], PEER: bench.peer(peer), SOLO: arms[SOLO], SPLIT: arms[SPLIT]}
         for cluster in (big, solo, split):
             await stream(cluster.client, bench.prompts.new(model.decode_prompt_tokens), 4)  # warm
-        found = await in_turns(arms, rounds)
+        found = await in_turns(arms, rounds, Patience(arguments.patience))
         pairs = [await bench.prefix_ratio(big) for _ in range(max(1, rounds // 2))]
     for name in arms:
         speed = model.prefill_tokens / (found.median(name) or 1)

@@ -28,6 +28,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=int, default=0, metavar="N", help="of interleaved runs (0: as planned)"
     )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="to wait, in all, for other programs to leave the machine alone",
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out the other programs")
     return parser
 

@@ -12,13 +12,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.other_work import OtherWork
+from benchmarks.other_work import QUIET_CORES, OtherWork, Patience
 from benchmarks.report import say
 
 Measure = Callable[[], Awaitable[float]]
 
-QUIET_CORES = 0.1  # that others may use beside a sample
 TRIES = 4
+NO_PATIENCE = Patience(0.0)
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,25 @@ class Samples:
         return max((sample.other_cores for each in self.by_arm.values() for sample in each), default=0.0)
 
 
-async def in_turns(arms: Mapping[str, Measure], rounds: int, *, tries: int = TRIES) -> Samples:
+async def in_turns(
+    arms: Mapping[str, Measure], rounds: int, patience: Patience = NO_PATIENCE, *, tries: int = TRIES
+) -> Samples:
     """Every arm once a round, in an order that turns round each time: nobody is always first."""
     names = list(arms)
     found: dict[str, list[Sample]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            found[name].append(await quiet_sample(name, arms[name], tries=tries))
+            found[name].append(await quiet_sample(name, arms[name], patience, tries=tries))
     return Samples(found)
 
 
-async def quiet_sample(name: str, measure: Measure, *, tries: int = TRIES) -> Sample:
+async def quiet_sample(
+    name: str, measure: Measure, patience: Patience = NO_PATIENCE, *, tries: int = TRIES
+) -> Sample:
     """The first sample that others left alone, else the one they disturbed least."""
     taken: list[Sample] = []
     for _ in range(tries):
+        await patience.wait()
         begin, others = time.monotonic(), OtherWork()
         value = await measure()
         sample = Sample(value, begin, time.monotonic(), others.cores())
