@@ -98,6 +98,8 @@ def coordinator_config(arguments: Namespace, settings: config.Config) -> Coordin
         enroll_port=arguments.enroll_port,
         split=parse_split(arguments.split, arguments.devices, arguments.replicas),
         kv_tokens_wanted=settings.coordinator.kv_tokens,
+        keep_requests_seconds=settings.coordinator.keep_requests_seconds,
+        keep_requests=settings.coordinator.keep_requests,
         formats=StageFormats(wire=arguments.wire),
         limits=Limits(device_timeout_seconds=arguments.device_timeout),
     )

@@ -31,6 +31,8 @@ class CoordinatorConfig:
     stall_seconds: float = 15.0  # silence of a pipeline with an open session before it is opened again
     drain_seconds: float = 5.0  # at the end, for streams that are running
     resume_seconds: float = 600.0  # how long a stream that broke may be resumed before it counts as cancelled
+    keep_requests_seconds: float = 7 * 86400.0  # how long finished requests stay in the journal
+    keep_requests: int = 100_000  # and how many of them
     limits: Limits = field(default_factory=Limits)
 
 

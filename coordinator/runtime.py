@@ -42,6 +42,7 @@ from edge_runtime.transport import zeromq
 from edge_runtime.trust.pairing import EnrollmentServer, listen_for_devices
 
 HOUSEKEEPING_SECONDS = 1.0
+PRUNING_SECONDS = 60.0  # between looks for requests that are too old, once there are none
 
 
 class CoordinatorRuntime:
@@ -181,10 +182,17 @@ class CoordinatorRuntime:
         return self._journal
 
     async def _keep_house(self) -> None:
+        prune_at = self._clock()
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             await self.registry.write_tokens()
             await self.desk.finish_abandoned(self._clock())
+            if self._clock() >= prune_at:
+                config = self.config
+                pruned = await self.journal.prune_requests(
+                    time.time() - config.keep_requests_seconds, config.keep_requests
+                )
+                prune_at = self._clock() + (0.0 if pruned else PRUNING_SECONDS)
 
     # ------------------------------------------------------------ text
 

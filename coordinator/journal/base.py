@@ -11,6 +11,8 @@ from typing import Protocol
 
 from edge_runtime.core import RequestId, SamplingParams, Token
 
+PRUNED_AT_ONCE = 256
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
@@ -76,6 +78,13 @@ class Journal(Protocol):
         ...
 
     async def request(self, request: RequestId) -> JournalledRequest | None: ...
+    async def prune_requests(self, accepted_before: float, keep: int, limit: int = PRUNED_AT_ONCE) -> int:
+        """Forget finished requests, oldest first: those accepted before then, and all but the latest `keep`.
+
+        At most `limit` at a time, so that nobody waits long behind it; returns how many.
+        """
+        ...
+
     async def unfinished(self) -> list[JournalledRequest]: ...
 
     async def secret(self, name: str) -> bytes | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.journal.base import DeviceEntry, JournalledRequest, RequestEntry
+from coordinator.journal.base import PRUNED_AT_ONCE, DeviceEntry, JournalledRequest, RequestEntry
 from coordinator.journal.rules import (
     check_device,
     check_first_index,
@@ -102,6 +102,19 @@ class MemoryJournal:
     async def request(self, request: RequestId) -> JournalledRequest | None:
         self._check_open()
         return self._requests.get(request)
+
+    async def prune_requests(self, accepted_before: float, keep: int, limit: int = PRUNED_AT_ONCE) -> int:
+        self._check_open()
+        finished = [held for held in self._requests.values() if held.finish_reason]
+        too_many = max(0, len(finished) - keep)
+        old = [
+            held.entry.request
+            for number, held in enumerate(finished)
+            if number < too_many or held.entry.accepted_at < accepted_before
+        ]
+        for request in old[:limit]:
+            del self._requests[request]
+        return len(old[:limit])
 
     async def unfinished(self) -> list[JournalledRequest]:
         self._check_open()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from coordinator.journal.base import DeviceEntry, JournalledRequest, RequestEntry
+from coordinator.journal.base import PRUNED_AT_ONCE, DeviceEntry, JournalledRequest, RequestEntry
 from coordinator.journal.rules import (
     check_device,
     check_first_index,
@@ -178,6 +178,28 @@ class SqliteJournal:
                 "SELECT number, entry, finish_reason, error FROM requests WHERE request = ?", (request,)
             ).fetchone()
             return None if row is None else _journalled(connection, row)
+
+        return await self._writer.run(work)
+
+    async def prune_requests(self, accepted_before: float, keep: int, limit: int = PRUNED_AT_ONCE) -> int:
+        def work(connection: sqlite3.Connection) -> int:
+            finished = connection.execute(
+                "SELECT COUNT(*) FROM requests WHERE finish_reason != ''"
+            ).fetchone()[0]
+            rows = connection.execute(
+                "SELECT number, json_extract(entry, '$.accepted_at') FROM requests"
+                " WHERE finish_reason != '' ORDER BY number LIMIT ?",
+                (limit,),
+            ).fetchall()
+            too_many = finished - keep
+            old = [
+                (number,)
+                for place, (number, accepted_at) in enumerate(rows)
+                if place < too_many or accepted_at < accepted_before
+            ]
+            connection.executemany("DELETE FROM tokens WHERE request = ?", old)
+            connection.executemany("DELETE FROM requests WHERE number = ?", old)
+            return len(old)
 
         return await self._writer.run(work)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,37 @@ class TestJournal:
         held = await journal.request(RequestId("r1"))
         assert held is not None
         assert (held.finish_reason, held.error, held.tokens) == ("error", "the tail died", ())
+
+    async def test_a_request_without_tokens_may_be_accepted_again_for_other_classes(
+        self, journal: Journal
+    ) -> None:
+        await journal.record_request(entry())
+        await journal.rebind_request(RequestId("r1"), ("d1", "d2"))
+        found = await journal.request(RequestId("r1"))
+        assert found is not None
+        assert found.entry == replace(entry(), class_map=("d1", "d2"))
+        await journal.append_tokens(RequestId("r1"), 0, tokens(0, 1))
+        with pytest.raises(UsageError, match="has 1 tokens"):
+            await journal.rebind_request(RequestId("r1"), ("e1", "e2"))
+        with pytest.raises(UsageError):
+            await journal.rebind_request(RequestId("nobody"), ())
+
+    async def test_finished_requests_are_forgotten_by_age_and_number_and_unfinished_ones_never(
+        self, journal: Journal
+    ) -> None:
+        for number in range(8):
+            name = RequestId(f"r{number}")
+            await journal.record_request(replace(entry(name), accepted_at=float(number)))
+            await journal.append_tokens(name, 0, tokens(0, 2))
+            if number != 1:
+                await journal.finish_request(name, "stop")
+        assert await journal.prune_requests(accepted_before=3.0, keep=100) == 2  # 0 and 2; 1 is not finished
+        assert await journal.prune_requests(accepted_before=3.0, keep=100) == 0
+        assert await journal.prune_requests(accepted_before=0.0, keep=2, limit=1) == 1  # 3
+        assert await journal.prune_requests(accepted_before=0.0, keep=2) == 2  # 4, 5
+        left = [n for n in range(8) if await journal.request(RequestId(f"r{n}")) is not None]
+        assert left == [1, 6, 7]
+        assert [len(held.tokens) for held in await journal.unfinished()] == [2]
 
     async def test_unfinished_requests_come_in_the_order_they_were_accepted(self, journal: Journal) -> None:
         for name in ("b", "a", "c"):
