@@ -103,7 +103,10 @@ class Service(Protocol):
         ...
 
     def encode_chat(self, messages: Sequence[dict[str, object]]) -> list[int]:
-        """Render the bundle's chat template in a sandbox, then encode without adding special tokens again."""
+        """Render the bundle's chat template in a sandbox, then encode without adding special tokens again.
+
+        A template may take its whole time limit: call it from a thread that nobody waits for.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...

@@ -30,7 +30,8 @@ def test_memory_and_slots_are_never_overdrawn_and_tenants_keep_their_order(waiti
         assert len(chosen) + len(now) <= slots
     for tenant in "abc":
         for again in (True, False):
-            fitting = [e for e in entries if reserved_tokens(e.rows) <= capacity]  # others are refused elsewhere
+            # What can never fit is refused elsewhere.
+            fitting = [e for e in entries if reserved_tokens(e.rows) <= capacity]
             order = [e.key for e in fitting if e.tenant == tenant and e.is_recovering == again]
             assert [key for key in keys if key in order] == order[: len([k for k in keys if k in order])]
 

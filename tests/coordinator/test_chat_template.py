@@ -1,6 +1,9 @@
+import asyncio
+
 import pytest
 
 from coordinator import chat_template
+from coordinator.api.openai.prompts import encode_chat
 from coordinator.chat_template import ChatTemplate
 from edge_runtime.errors import BundleError, UsageError
 
@@ -65,3 +68,22 @@ def test_a_template_that_computes_without_end_is_stopped(monkeypatch):
 def test_a_template_that_is_not_jinja_is_a_bundle_error():
     with pytest.raises(BundleError, match="can't be read"):
         ChatTemplate("{% if %}", {})
+
+
+async def test_a_template_that_takes_its_whole_time_holds_up_nobody_else():
+    template = ChatTemplate(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", {}
+    )
+
+    class Slow:
+        def encode_chat(self, messages):
+            template.render(messages)
+
+    turns = 0
+    rendering = asyncio.ensure_future(encode_chat(Slow(), [{"role": "user", "content": "hi"}]))
+    while not rendering.done():
+        await asyncio.sleep(0.01)  # others' turns
+        turns += 1
+    with pytest.raises(BundleError, match="ran for more than"):
+        await rendering
+    assert turns > 10

@@ -64,7 +64,7 @@ class FakeService:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    async def encode_chat(self, messages: Sequence[dict[str, object]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, object]]) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -55,11 +55,8 @@ async def encode(service: Service, prompt: Prompt, *, param: str) -> tuple[int, 
 
 
 async def encode_chat(service: Service, messages: Sequence[dict[str, object]]) -> tuple[int, ...]:
-    size = sum(len(str(message["content"])) for message in messages)
-    if size > INLINE_CHARACTERS:
-        ids = await asyncio.to_thread(service.encode_chat, messages)
-    else:
-        ids = service.encode_chat(messages)
+    """Never on the event loop: a template may take its whole time limit, and others wait for their tokens."""
+    ids = await asyncio.to_thread(service.encode_chat, messages)
     if not ids:
         raise _wrong("messages", "must not be empty: they have no tokens")
     return tuple(ids)
