@@ -5,6 +5,7 @@ Knows: the ports chosen last time, and this machine's own address. Does not know
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -15,6 +16,9 @@ from typing import TypeVar
 from edge_runtime.errors import TransportError
 
 log = logging.getLogger(__name__)
+
+TRIES = 10
+TRY_AGAIN_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -38,13 +42,15 @@ class RememberedPorts:
         """On the port that is wanted; for 0, on the one of last time, or any."""
         remembered = 0 if wanted else self._ports.get(name, 0)
         if remembered:
-            try:
-                return await listen(remembered)
-            except TransportError:
-                log.warning(
-                    "port %d of last time is taken: devices that were paired for it will not find this coordinator",
-                    remembered,
-                )
+            for _ in range(TRIES):
+                try:
+                    return await listen(remembered)
+                except TransportError:  # perhaps by a coordinator that is just ending
+                    await asyncio.sleep(TRY_AGAIN_SECONDS)
+            log.warning(
+                "port %d of last time is taken: devices that were paired for it will not find this coordinator",
+                remembered,
+            )
         return await listen(wanted)
 
     def remember(self, **ports: int) -> None:
