@@ -101,6 +101,10 @@ def numeric_reasons(costs: Costs, chosen: Sequence[Placement]) -> list[str]:
     classes = {profile.numeric_class for profile in profiles}
     if len(classes) > 1:
         reasons.append(f"{len(classes)} numeric classes: tokens depend on which layers are where")
+        reasons += [
+            f"layers {placement.layers} are computed by {profile.numeric_class}"
+            for placement, profile in zip(chosen, profiles, strict=True)
+        ]
     return reasons
 
 
