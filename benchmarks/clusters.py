@@ -53,6 +53,7 @@ class TimedCluster(LocalCluster):
             split=split,
             state_directory=directory,
             start_timeout_seconds=START_SECONDS,
+            replicas=1,
         )
         self._notes = directory
         self._forwards = forwards

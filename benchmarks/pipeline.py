@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from benchmarks import report
 from benchmarks.clusters import Running, device, running
 from benchmarks.models import MODELS, Model
+from benchmarks.other_work import Patience
 from benchmarks.peers.environment import PeerProcess, peers_python
 from benchmarks.plans import PlanResult, measure_plans, plan_errors
 from benchmarks.samples import Measure, Samples, in_turns, listed, percentile
@@ -82,7 +83,9 @@ def within(steps: Sequence[Step], windows: Sequence[tuple[float, float]]) -> lis
     return [step for step in steps if any(begin <= step.begin <= end for begin, end in windows)]
 
 
-async def compare(bench: Bench, rounds: int, *, peers: bool) -> tuple[Samples, list[PlanResult], Running]:
+async def compare(
+    bench: Bench, rounds: int, patience: Patience, *, peers: bool
+) -> tuple[Samples, list[PlanResult], Running]:
     """All arms in turns; the plans among them; the pair, with its notes read."""
     model = bench.model
     async with AsyncExitStack() as stack:
@@ -106,7 +109,7 @@ async def compare(bench: Bench, rounds: int, *, peers: bool) -> tuple[Samples, l
             )
         for arm in arms.values():
             await arm()  # warm
-        found = await in_turns(arms, rounds)
+        found = await in_turns(arms, rounds, patience)
         plans = [
             PlanResult("one device, 1 thread", await predicted(solo), statistics.median(found.values(SOLO))),
             PlanResult(
@@ -146,8 +149,8 @@ async def main() -> None:
         split=str(model.balanced),
         far_link=f"{1e3 * RTT_SECONDS:.0f} ms round trip",
     )
-    bench = Bench(model, Prompts(model.shape.vocab_size))
-    found, plans, pair = await compare(bench, rounds, peers=not arguments.no_peers)
+    bench, patience = Bench(model, Prompts(model.shape.vocab_size)), Patience(arguments.patience)
+    found, plans, pair = await compare(bench, rounds, patience, peers=not arguments.no_peers)
     for name in found.by_arm:
         page.line(f"{name:28} {listed(found.values(name), 2)}")
     stages = [within(pair.steps[name], found.windows(PAIR)) for name in ("front", "back")]
@@ -156,7 +159,7 @@ async def main() -> None:
         page.line(
             f"hop, {name:28} p50 {1e3 * statistics.median(hops):.3f} ms, p99 {1e3 * percentile(hops, 0.99):.3f} ms"
         )
-    plans += await measure_plans(bench.model, bench.prompts)
+    plans += await measure_plans(bench.model, bench.prompts, patience)
     for plan in plans:
         page.line(str(plan))
     solo_seconds = statistics.median(1 / value for value in found.values(SOLO))

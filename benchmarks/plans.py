@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks.clusters import Running, device, running
 from benchmarks.models import Model
+from benchmarks.other_work import Patience
 from benchmarks.report import say
 from benchmarks.samples import in_turns
 from benchmarks.streams import Prompts, stream
@@ -38,15 +39,16 @@ def plan_errors(plans: Sequence[PlanResult]) -> list[float]:
     return [abs(plan.error) for plan in plans]
 
 
-async def measure_plans(model: Model, prompts: Prompts) -> list[PlanResult]:
+async def measure_plans(model: Model, prompts: Prompts, patience: Patience) -> list[PlanResult]:
     """Plans that differ in devices, threads, cuts and links, each in a cluster of its own."""
     results = []
     for name, devices, split in _plans(model):
+        await patience.wait()  # devices measure themselves when they start
         async with running(model, devices, split=split) as cluster:
             plan = await cluster.plan()
             measure = functools.partial(_once, cluster, model, prompts)
             await measure()  # warm
-            speeds = (await in_turns({name: measure}, RUNS)).values(name)
+            speeds = (await in_turns({name: measure}, RUNS, patience)).values(name)
         results.append(PlanResult(name, plan["predicted_tokens_per_second"], statistics.median(speeds)))
         say(str(results[-1]))
     return results
