@@ -6,7 +6,7 @@ import { DeviceList } from "./devices.js";
 import { byId, h, setText, whenChanged } from "./dom.js";
 import { bytes } from "./format.js";
 import { askToRevoke, setUpJoin } from "./join.js";
-import { drawPlan } from "./plan.js";
+import { drawPlan, plansOf } from "./plan.js";
 import { PromptBox } from "./prompt.js";
 import { drawRequests } from "./requests.js";
 import { drawTopology } from "./topology.js";
@@ -42,11 +42,12 @@ function makeViews(api) {
     if (chart.update(next)) chart.tick();
     devices.update(next);
     prompt.update(next.model);
-    plan(next.plan);
+    const plans = plansOf(next);
+    plan(plans);
     requests(next.requests.map(({ age_seconds, ...rest }) => rest));
     model({ ...next.model, size: next.model_weight_bytes });
-    topology([next.plan?.stages, next.devices.map((device) => [device.name, device.weight_bytes]), next.requests.length > 0]);
-    const isReady = next.plan?.ready ?? false;
+    topology([plans.map((each) => each.stages), next.devices.map((device) => [device.name, device.weight_bytes]), next.requests.length > 0]);
+    const isReady = plans.some((each) => each.ready);
     showState(isReady ? "serving" : "no pipeline ready", isReady ? "good" : "warn");
   };
 }

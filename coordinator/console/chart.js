@@ -2,6 +2,7 @@
 
 import { byId, s } from "./dom.js";
 import { rate } from "./format.js";
+import { plansOf } from "./plan.js";
 
 const SAMPLES = 120;
 const HEIGHT = 132;
@@ -21,7 +22,7 @@ export class RateChart {
     const isFirst = this.isEmpty;
     this.isEmpty = false;
     this.current = status.tokens_per_second ?? 0;
-    this.predicted = status.plan?.predicted_tokens_per_second ?? 0;
+    this.predicted = plansOf(status).reduce((sum, plan) => sum + (plan.predicted_tokens_per_second ?? 0), 0);
     return isFirst;
   }
 

@@ -2,6 +2,7 @@
 
 import { byId, h, setText } from "./dom.js";
 import { bytes, layers, seconds } from "./format.js";
+import { plansOf } from "./plan.js";
 import { hue } from "./topology.js";
 
 const GOOD = new Set(["serving", "ready"]);
@@ -15,7 +16,7 @@ export class DeviceList {
 
   update(status) {
     const list = byId("devices");
-    const stages = new Map((status.plan?.stages ?? []).map(([name], index) => [name, index]));
+    const stages = new Map(plansOf(status).flatMap((plan) => plan.stages).map(([name], index) => [name, index]));
     const place = (device) => stages.get(device.name) ?? stages.size; // pipeline first, in its order
     const devices = [...status.devices].sort((a, b) => place(a) - place(b) || (a.name < b.name ? -1 : 1));
     for (const device of devices) {

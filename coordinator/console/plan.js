@@ -3,17 +3,22 @@
 import { byId, h, setText } from "./dom.js";
 import { rate } from "./format.js";
 
-export function drawPlan(plan) {
-  setText(byId("lease"), plan ? `lease ${plan.lease}${plan.ready ? "" : ", not ready"}` : "");
-  setText(byId("split"), plan ? `split: ${plan.split}` : "");
-  const predicted = plan?.predicted_tokens_per_second ?? 0, measured = plan?.measured_tokens_per_second ?? 0;
-  const most = Math.max(predicted, measured, 1e-9);
-  byId("rates").replaceChildren(
-    row("Predicted", predicted, most, "predicted"),
-    row("Measured", measured, most, "measured"),
-  );
-  const reasons = plan?.reasons.length ? plan.reasons : ["There is no plan yet."];
-  byId("reasons").replaceChildren(...reasons.map((reason) => h("li", {}, reason)));
+/** Pipelines over different devices: each request is on one of them. */
+export const plansOf = (status) => (status.plans?.length ? status.plans : status.plan ? [status.plan] : []);
+
+export function drawPlan(plans) {
+  const leases = plans.map((plan) => `${plan.lease}${plan.ready ? "" : ", not ready"}`);
+  setText(byId("lease"), plans.length ? `${plans.length > 1 ? `${plans.length} pipelines, leases` : "lease"} ${leases.join("; ")}` : "");
+  setText(byId("split"), plans.length ? `split: ${plans[0].split}` : "");
+  const most = Math.max(1e-9, ...plans.flatMap((plan) => [plan.predicted_tokens_per_second, plan.measured_tokens_per_second]));
+  const shown = plans.length ? plans : [{ predicted_tokens_per_second: 0, measured_tokens_per_second: 0, reasons: ["There is no plan yet."] }];
+  const numbered = (text, index) => (shown.length > 1 ? `${text} ${index + 1}` : text);
+  byId("rates").replaceChildren(...shown.flatMap((plan, index) => [
+    row(numbered("Predicted", index), plan.predicted_tokens_per_second ?? 0, most, "predicted"),
+    row(numbered("Measured", index), plan.measured_tokens_per_second ?? 0, most, "measured"),
+  ]));
+  byId("reasons").replaceChildren(...shown.flatMap((plan, index) =>
+    plan.reasons.map((reason) => h("li", {}, index > 0 ? `pipeline ${index + 1}: ${reason}` : reason))));
 }
 
 function row(name, value, most, kind) {

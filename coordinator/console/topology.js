@@ -2,6 +2,7 @@
 
 import { byId, h, s } from "./dom.js";
 import { bytes, layers } from "./format.js";
+import { plansOf } from "./plan.js";
 
 const BOX = { width: 168, height: 74 };
 const GAP = 56;
@@ -11,17 +12,23 @@ export const hue = (index) => `s${index % HUES}`;
 
 export function drawTopology(status) {
   const place = byId("topology");
-  const { plan } = status;
-  if (plan === null || plan.stages.length === 0) {
+  const plans = plansOf(status).filter((plan) => plan.stages.length > 0);
+  if (plans.length === 0) {
     place.replaceChildren(h("p", { class: "quiet" }, "No pipeline yet. Add devices, and the plan appears here."));
     byId("layers").replaceChildren();
     return;
   }
-  const stages = plan.stages.map(([name, first, last]) => ({
-    name, range: [first, last], device: status.devices.find((device) => device.name === name),
+  let number = 0; // of the stage, over all pipelines: its colour
+  const pipelines = plans.map((plan) => plan.stages.map(([name, first, last]) => ({
+    name, range: [first, last], hue: hue(number++), device: status.devices.find((device) => device.name === name),
+  })));
+  const isFlowing = status.requests.length > 0, width = place.clientWidth || 800;
+  // The last strip is the one that is always there; with several pipelines each has its own under its drawing.
+  place.replaceChildren(...pipelines.flatMap((stages, index) => {
+    const picture = drawing(stages, isFlowing, width), isLast = index + 1 === pipelines.length;
+    return isLast ? [picture] : [picture, drawLayers(h("div", { class: "layers", role: "img" }), stages)];
   }));
-  place.replaceChildren(drawing(stages, status.requests.length > 0, place.clientWidth || 800));
-  drawLayers(stages);
+  drawLayers(byId("layers"), pipelines.at(-1));
 }
 
 function drawing(stages, isFlowing, width) {
@@ -30,9 +37,9 @@ function drawing(stages, isFlowing, width) {
   return columns >= nodes.length ? inRow(nodes, isFlowing, width) : inColumn(nodes, isFlowing, width);
 }
 
-function describe(stage, index) {
+function describe(stage) {
   const weights = stage.device ? bytes(stage.device.weight_bytes) : "";
-  return { name: stage.name, lines: [layers(stage.range), weights], hue: hue(index) };
+  return { name: stage.name, lines: [layers(stage.range), weights], hue: stage.hue };
 }
 
 function inRow(nodes, isFlowing, width) {
@@ -80,12 +87,12 @@ const label = (x, y, text, kind, anchor) => s("text", { x, y, class: kind, "text
 const arrow = (line, head, kind = "t-wire") => s("g", {}, s("path", { class: kind, d: line }), s("path", { class: "t-head", d: head }));
 const clip = (name, width) => { const room = Math.floor((width - 34) / 8); return name.length > room ? `${name.slice(0, room - 1)}…` : name; };
 
-function drawLayers(stages) {
-  const marks = stages.flatMap((stage, index) =>
+function drawLayers(strip, stages) {
+  const marks = stages.flatMap((stage) =>
     Array.from({ length: stage.range[1] - stage.range[0] + 1 }, (_, offset) => {
-      return h("span", { class: hue(index), title: `layer ${stage.range[0] + offset}: ${stage.name}` });
+      return h("span", { class: stage.hue, title: `layer ${stage.range[0] + offset}: ${stage.name}` });
     }));
-  const strip = byId("layers");
   strip.setAttribute("aria-label", stages.map((stage) => `${layers(stage.range)} on ${stage.name}`).join("; "));
   strip.replaceChildren(...marks);
+  return strip;
 }

@@ -14,6 +14,7 @@ from aiohttp import web
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from coordinator.api.app import serve
+from coordinator.service import PlanStatus
 from tests.support.api_server import ADMIN_KEY, Server, serving
 from tests.support.fake_service import FakeService
 
@@ -112,6 +113,22 @@ async def test_a_person_runs_the_cluster_from_the_console(browser: Browser, serv
 
     assert errors == []
     assert hosts == {f"127.0.0.1:{server.port}"}
+
+
+async def test_every_pipeline_is_drawn_with_its_layers_rates_and_reasons(browser: Browser, server: Server):
+    server.service.replicas = (
+        PlanStatus(4, False, "auto", (("old-tablet", 0, 3),), 9.0, 0.0, ("it stood by",)),
+    )
+    page = await browser.new_page(viewport={"width": 1400, "height": 900})
+    errors, _ = watch(page)
+    await page.goto(f"{server.url}/#key={ADMIN_KEY}")
+    await expect(page.get_by_role("img", name="Pipeline: phone runs layers 0–1, then laptop")).to_be_visible()
+    await expect(page.get_by_role("img", name="Pipeline: old-tablet runs layers 0–3")).to_be_visible()
+    await expect(page.locator("#lease")).to_have_text("2 pipelines, leases 3; 4, not ready")
+    await expect(page.locator("#rates")).to_contain_text("9.0 tok/s")
+    await expect(page.locator("#reasons")).to_contain_text("pipeline 2: it stood by")
+    await expect(page.locator(".layers span")).to_have_count(8)
+    assert errors == []
 
 
 async def test_a_running_request_is_shown_and_can_be_stopped(browser: Browser, server: Server):

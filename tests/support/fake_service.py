@@ -51,6 +51,7 @@ class FakeService:
     max_running: int = 64
     cached_tokens: int = 0  # of every prompt
     ready: bool = True
+    replicas: tuple[PlanStatus, ...] = ()  # beside PLAN
     running: dict[RequestId, GenerateRequest] = field(default_factory=dict)
     journal: dict[RequestId, GenerateRequest] = field(default_factory=dict)
     closed: list[RequestId] = field(default_factory=list)
@@ -139,7 +140,8 @@ class FakeService:
         )
         plan = PLAN if self.ready else None
         bundle = "sha256:" + "0123456789abcdef" * 4
-        return ClusterStatus(self.model, bundle, 4_500_000, devices, plan, requests, 12.5, 100.0)
+        plans = (plan, *self.replicas) if plan is not None else ()
+        return ClusterStatus(self.model, bundle, 4_500_000, devices, plan, requests, 12.5, 100.0, plans)
 
     def create_join_link(self) -> str:
         self.links += 1
