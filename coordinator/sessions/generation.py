@@ -18,7 +18,7 @@ from coordinator.text import Decoder, TextStream
 from edge_runtime.core import Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
-from edge_runtime.protocol.messages import PAGE_NAME_BYTES, Feed, OpenSession, RowsHeld, Tokens
+from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, Feed, OpenSession, RowsHeld, Tokens
 
 FAILED = "error"
 PREFILL_PATIENCE_SECONDS_PER_ROW = 0.05
@@ -117,7 +117,7 @@ class Generation(LiveSession):
             sampling=request.sampling,
             tail="sampler",
             page_names=self._page_names,
-            held_rows=len(self._page_names) // PAGE_NAME_BYTES * PAGE_TOKENS,
+            held_rows=len(self._page_names) // PAGE_NAME_BYTES * PAGE_TOKENS or NOBODY_ASKS,
         )
         return opening, Feed(number, lease, 0, ids)
 

@@ -38,6 +38,7 @@ from edge_runtime.agent.session import Session, finish_of, problem_of, split_nam
 from edge_runtime.core import SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.protocol.messages import (
+    NOBODY_ASKS,
     CloseSession,
     Feed,
     FrameRows,
@@ -241,10 +242,10 @@ class PipelineState:
         sampling = order.sampling if samples else None
         names = session.page_names
         open_rows = OpenRows(self.lease, key, order.max_rows, order.prompt_rows, sampling, names)
-        if order.held_rows:
+        if names and order.held_rows != NOBODY_ASKS:
             session.first_row = None  # the compute thread says what is here
             return [open_rows]
-        return [open_rows, *self._pass_on_order(session, 0)]
+        return [open_rows, *self._pass_on_order(session, NOBODY_ASKS)]
 
     def _rows_opened(self, event: RowsOpened) -> list[Instruction]:
         """Every stage takes what all before it hold, too; the tail's answer is what all of them hold."""
@@ -261,7 +262,8 @@ class PipelineState:
         if self.is_tail:
             message = RowsHeld(session.id, self.lease, held, reused=True)
             answer = [Send(to, message) for to in dict.fromkeys((self._ring_to, COORDINATOR))]
-        return [*self._pass_on_order(session, held), *answer, *self._go_on(session)]
+        passed_on = self._pass_on_order(session, NOBODY_ASKS if self.is_first else held)
+        return [*passed_on, *answer, *self._go_on(session)]
 
     def _pass_on_order(self, session: Session, held_rows: int) -> list[Instruction]:
         assert self.order is not None

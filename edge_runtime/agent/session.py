@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from edge_runtime.core import SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
-from edge_runtime.protocol.messages import PAGE_NAME_BYTES, OpenSession
+from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, OpenSession
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ def problem_of(order: OpenSession) -> str:
     names, rest = divmod(len(order.page_names), PAGE_NAME_BYTES)
     if rest or names * PAGE_TOKENS >= order.forced_rows or (names and order.tail != "sampler"):
         return "named pages must be full pages of given rows, with at least one row after them"
-    if order.held_rows % PAGE_TOKENS or not 0 <= order.held_rows <= names * PAGE_TOKENS:
+    if order.held_rows not in (NOBODY_ASKS, *range(0, names * PAGE_TOKENS + 1, PAGE_TOKENS)):
         return "only rows of named pages can be held already"
     return ""
 

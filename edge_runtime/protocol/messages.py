@@ -22,6 +22,7 @@ MAX_STRING_BYTES = 64 << 10
 MAX_ITEMS = 1 << 20  # of one list (ids of a long prompt)
 MAX_CONTROL_BYTES = 8 << 20  # of one encoded message, payload frames not counted
 PAGE_NAME_BYTES = 16
+NOBODY_ASKS = -1
 
 # ---------------------------------------------------------------- pairing (enrolment listener, any key)
 
@@ -232,7 +233,8 @@ class OpenSession:
 
     Rows below `forced_rows` are given (prompt and journalled ids); the tail samples at row `forced_rows - 1` and on.
     `page_names` are what the leading full pages of these rows are called, PAGE_NAME_BYTES each (docs/prefix_cache.md);
-    `held_rows` is how many of the rows the stages so far hold already, from the coordinator: how many they may reuse.
+    `held_rows` is how many of the rows the stages so far hold already (from the coordinator: how many they may reuse),
+    or NOBODY_ASKS where stage 1 begins at row 0 without waiting for an answer (RowsHeld).
     """
 
     session: int
@@ -244,7 +246,7 @@ class OpenSession:
     sampling: SamplingParams
     tail: str  # "sampler" or "pooler"
     page_names: bytes = b""
-    held_rows: int = 0
+    held_rows: int = NOBODY_ASKS
 
 
 @dataclass(frozen=True, slots=True)

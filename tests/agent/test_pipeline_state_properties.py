@@ -1,11 +1,13 @@
 """Whatever the links do, a pipeline commits the ids that a plain loop over the model commits.
 
 A simulated coordinator and one to three stages, each a real PipelineState, around a toy model whose rows depend on
-everything before them. The links reorder, repeat and delay at will; plans change under way.
+everything before them. The links reorder, repeat and delay at will; plans change under way; stages keep pages for the
+next request and forget them when they like, and run works in pieces.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,21 +24,27 @@ from edge_runtime.agent.pipeline_events import (
     Loaded,
     OpenRows,
     Received,
+    RowsOpened,
     RunRows,
     Send,
     Unload,
     Work,
     WorkFinished,
 )
-from edge_runtime.agent.pipeline_state import PipelineState
+from edge_runtime.agent.pipeline_state import CHUNKS_UNDER_WAY, PipelineState
 from edge_runtime.core import SamplingParams, SessionId, Token
+from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.protocol.messages import (
+    NOBODY_ASKS,
+    PAGE_NAME_BYTES,
     CloseSession,
     Feed,
+    FrameRows,
     Gap,
     LoadStage,
     Message,
     OpenSession,
+    RowsHeld,
     SessionFailed,
     StageReady,
     Tokens,
@@ -66,6 +74,21 @@ def plain_loop(prompt: list[int], max_rows: int) -> list[int]:
     return ids
 
 
+def page_names(ids: list[int]) -> list[bytes]:
+    """Of the full pages: equal where everything before is equal."""
+    ends = range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS)
+    return [hashlib.sha256(repr(ids[:end]).encode()).digest()[:PAGE_NAME_BYTES] for end in ends]
+
+
+@dataclass
+class Held:
+    """What a toy engine keeps of a session: its ids, and one value per row and layer."""
+
+    ids: list[int]
+    layers: list[list[int]]
+    names: list[bytes]
+
+
 @dataclass
 class Device:
     """A PipelineState, its queue of work and a toy engine."""
@@ -73,10 +96,13 @@ class Device:
     name: str
     send: Callable[[str, str, Message, object], None]
     state: PipelineState = field(default_factory=PipelineState)
-    queue: list[Work] = field(default_factory=list)
-    kv: dict[SessionId, list[list[int]]] = field(default_factory=dict)
+    queue: list[Work | RowsOpened] = field(default_factory=list)
+    kv: dict[SessionId, Held] = field(default_factory=dict)
+    pages: dict[bytes, tuple[list[int], list[list[int]]]] = field(default_factory=dict)  # rows of a page
     layers: range = range(0)
     ignored: int = 0
+    reused_rows: int = 0
+    most_queued_rows: int = 0
 
     def handle(self, event: object) -> None:
         for instruction in self.state.handle(event):
@@ -90,34 +116,80 @@ class Device:
                 case Unload():
                     self.reset()
                 case OpenRows():
-                    assert instruction.session not in self.kv, "opened twice"
-                    self.kv[instruction.session] = [[] for _ in self.layers]
+                    self.open(instruction)
                 case RunRows(work):
                     self.queue.append(work)
+                    waiting = sum(len(w.ids) for w in self.queue if isinstance(w, Work))
+                    self.most_queued_rows = max(self.most_queued_rows, waiting)
                 case DropRows():
                     self.queue = [w for w in self.queue if w.session != instruction.session]
-                    self.kv.pop(instruction.session, None)
+                    self.drop(instruction)
                 case Ignore():
                     self.ignored += 1
 
     def reset(self) -> None:
         self.queue.clear()
         self.kv.clear()
+        self.pages.clear()
+
+    def open(self, order: OpenRows) -> None:
+        assert order.session not in self.kv, "opened twice"
+        held = self.kv[order.session] = Held([], [[] for _ in self.layers], list(order.page_names))
+        for name in order.page_names:
+            if name not in self.pages:
+                break
+            ids, values = self.pages[name]
+            held.ids += ids
+            for layer, more in zip(held.layers, values, strict=True):
+                layer += more
+        if order.page_names:
+            self.queue.append(RowsOpened(self.state.lease, order.session, len(held.ids)))
+
+    def drop(self, order: DropRows) -> None:
+        held = self.kv.pop(order.session, None)
+        if held is None:
+            return
+        start = order.first_page * PAGE_TOKENS
+        same = held.ids[start : start + len(order.ids)]
+        while same != list(order.ids[: len(same)]):
+            same.pop()
+        held.names = held.names[: order.first_page] + list(order.page_names)
+        self.keep(held, min(len(held.ids), start + len(same)))
+
+    def keep(self, held: Held, rows: int) -> None:
+        """Pages that are full of rows below `rows` outlive the session."""
+        for index, name in enumerate(held.names[: rows // PAGE_TOKENS]):
+            part = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+            self.pages.setdefault(name, (held.ids[part], [layer[part] for layer in held.layers]))
+
+    def forget(self, rng: random.Random) -> None:
+        for name in [name for name in self.pages if rng.random() < 0.5]:
+            del self.pages[name]
 
     def run(self, choice: int) -> None:
-        """One step of the engine: the oldest work of some session."""
+        """One step of the engine: the oldest work of some session, or a first piece of it."""
         sessions = list(dict.fromkeys(w.session for w in self.queue))
         session = sessions[choice % len(sessions)]
-        work = next(w for w in self.queue if w.session == session)
-        self.queue.remove(work)
-        caches = self.kv[session]
+        index, work = next((i, w) for i, w in enumerate(self.queue) if w.session == session)
+        if isinstance(work, RowsOpened):
+            del self.queue[index]
+            self.reused_rows += work.rows
+            self.handle(work)
+            return
+        if work.is_divisible and len(work.ids) > 1 and choice % 3 == 0:
+            work, self.queue[index] = work.split(1 + choice % (len(work.ids) - 1))
+        else:
+            del self.queue[index]
+        held = self.kv[session]
+        assert work.base_row <= len(held.ids), "a stage was given rows it can't place"
+        held.ids[work.base_row :] = work.ids
         values = list(work.ids) if work.hidden is None else [int(v) for v in work.hidden[:, 0]]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            assert work.base_row <= len(cache), "a stage was given rows it can't place"
+        for layer, cache in zip(self.layers, held.layers, strict=True):
             del cache[work.base_row :]
             for i, value in enumerate(values):
                 cache.append(value)
                 values[i] = layer_row(layer, cache)
+        self.keep(held, len(held.ids))
         first = work.base_row + len(values) - work.logit_rows
         tokens = tuple(
             Token(first + i + 1, value % VOCAB)
@@ -149,8 +221,14 @@ class Cluster:
         self.lease = self.session = 0
         self.plan: tuple[str, ...] = ()
         self.finish = ""
+        self.named = 0  # pages that the open session was told the names of
         self.failures: list[SessionFailed] = []
         self.ready: set[str] = set()
+
+    def begin(self, prompt: list[int], max_rows: int) -> None:
+        """Another request, on the same pipeline."""
+        self.ids, self.prompt_rows, self.max_rows, self.finish = list(prompt), len(prompt), max_rows, ""
+        self.feed()
 
     def post(self, source: str, to: str, message: Message, rows: object = None) -> None:
         self.flights.append(Flight(source, to, message, rows))
@@ -208,14 +286,17 @@ class Cluster:
             )
 
     def close(self) -> None:
+        names = page_names(self.ids[:-1])[self.named :]
+        ids = tuple(self.ids[self.named * PAGE_TOKENS : (self.named + len(names)) * PAGE_TOKENS])
         for name in self.plan:
-            self.post(COORDINATOR, name, CloseSession(self.session, self.lease))
+            self.post(COORDINATOR, name, CloseSession(self.session, self.lease, b"".join(names), ids))
 
     def feed(self) -> None:
         """Close what runs and start again from the journalled ids, under a new session number."""
         if self.session:
             self.close()
         self.session = self.lease * 1000 + self.session % 1000 + 1
+        names = page_names(self.ids[:-1])
         opened = OpenSession(
             self.session,
             self.lease,
@@ -225,7 +306,10 @@ class Cluster:
             (STOP_ID,),
             SamplingParams(temperature=0.0),
             "sampler",
+            b"".join(names),
+            len(names) * PAGE_TOKENS or NOBODY_ASKS,
         )
+        self.named = len(names)
         self.post(COORDINATOR, self.plan[0], opened)
         middle = len(self.ids) // 2
         for base, ids in ((0, self.ids[:middle]), (middle, self.ids[middle:])):
@@ -349,3 +433,80 @@ def test_a_duplicate_during_the_run_changes_nothing(
             break
     assert cluster.ids == plain_loop(prompt, len(prompt) + new_tokens)
     assert cluster.session == cluster.lease * 1000 + 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    plans,
+    st.sampled_from([5, 16, 32, 40]),
+    st.sampled_from([0.0, 0.1, 0.4]),
+    st.integers(0, 2**32),
+)
+def test_requests_that_begin_alike_share_rows_and_nothing_else(
+    plan: tuple[str, int, list[int]], chunk: int, mischief: float, seed: int
+) -> None:
+    """Stages forget pages as they like, links misbehave: the ids are always those of a request that came alone."""
+    rng = random.Random(seed)
+    beginning = [rng.randrange(VOCAB) for _ in range(96)]
+    cluster = Cluster(beginning[:1], 3, chunk)
+    cluster.replan(*plan)
+    cluster.settle()
+    for _ in range(4):
+        prompt = beginning[: rng.randint(1, 96)] + [rng.randrange(VOCAB) for _ in range(rng.randint(0, 9))]
+        max_rows = len(prompt) + rng.randint(1, 40)
+        cluster.begin(prompt, max_rows)
+        for _ in range(rng.randint(0, 60)):
+            if rng.random() >= mischief:
+                cluster.step(rng.randrange(1000))
+            elif rng.random() < 0.3:
+                rng.choice(list(cluster.devices.values())).forget(rng)
+            elif cluster.flights:
+                flight = rng.choice(cluster.flights)
+                if rng.random() < 0.5:
+                    cluster.arrive(flight)
+                elif not isinstance(flight.message, CloseSession):
+                    cluster.flights.remove(flight)
+        cluster.settle()
+        assert not cluster.failures
+        assert cluster.ids == plain_loop(prompt, max_rows)
+        assert not any(device.kv or device.queue for device in cluster.devices.values())
+
+
+def test_rows_are_reused_by_every_stage_as_far_as_all_hold_them() -> None:
+    cluster = Cluster([1], 2, 16)
+    cluster.replan("ABC", 3, [1, 2])
+    cluster.settle()
+    prompt = [n % VOCAB for n in range(100)]
+    cluster.begin(prompt, 104)
+    cluster.settle()
+    rest = page_names(prompt)[1:]
+    assert all(set(page_names(prompt)) <= device.pages.keys() for device in cluster.devices.values())
+    for name in rest:
+        del cluster.devices["B"].pages[name]
+    cluster.delivered.clear()
+    cluster.begin([*prompt, 5], 104)
+    cluster.settle()
+    assert cluster.ids == plain_loop([*prompt, 5], 104)
+    reused = [f.message for f in cluster.delivered if isinstance(f.message, RowsHeld) and f.message.reused]
+    assert [message.rows for message in reused] == [32, 32]  # to stage 1 and to the coordinator
+    frames = [f.message for f in cluster.delivered if isinstance(f.message, FrameRows)]
+    assert min(frame.base_row for frame in frames) == 32
+
+
+def test_a_long_prompt_never_piles_up_before_a_slow_stage() -> None:
+    """Stage 2 stands still: stage 1 stops at its window, and goes on when rows come through."""
+    cluster = Cluster([1], 2, 8)
+    cluster.replan("AB", 2, [1])
+    cluster.settle()
+    prompt = [n % VOCAB for n in range(900)]
+    cluster.begin(prompt, 902)
+    for _ in range(2000):
+        if cluster.devices["A"].queue:
+            cluster.devices["A"].run(1)
+        elif cluster.flights:
+            cluster.deliver(0)
+    waiting = sum(len(work.ids) for work in cluster.devices["B"].queue if isinstance(work, Work))
+    assert 8 <= waiting <= CHUNKS_UNDER_WAY * 2 * 8
+    cluster.settle()
+    assert cluster.ids == plain_loop(prompt, 902)
+    assert cluster.devices["B"].most_queued_rows <= CHUNKS_UNDER_WAY * 2 * 8 + 1
