@@ -84,6 +84,23 @@ def experts(results: Results, seconds: float, threads: int) -> None:
             results[f"{name}_rows_per_second"] = rows / taken
 
 
+def int4_row_gbps(seconds: float) -> float:
+    """GB/s of int4 weights that one row streams from memory on one thread."""
+    weights = random_experts("int4")
+    expert_bytes = sum(weights.part_bytes(part) for part in weights.offsets)
+    x = np.random.default_rng(1).normal(size=(1, HIDDEN)).astype(np.float32)
+    gates = np.full((1, TOP_K), 1 / TOP_K, np.float32)
+    turn = 0
+
+    def run() -> None:
+        nonlocal turn
+        turn += TOP_K
+        ids = ((np.arange(TOP_K)[None] + turn) % EXPERTS).astype(np.int32)
+        run_experts(x, ids, gates, weights, activation="silu")
+
+    return TOP_K * expert_bytes / best_seconds(run, seconds) / 1e9
+
+
 def torch_experts(results: Results, seconds: float) -> None:
     """The same products (gate, up, down; no activation between) by torch's own int4 kernel, bf16, groups of 32."""
     try:
