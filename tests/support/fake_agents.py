@@ -159,6 +159,7 @@ class FakeAgent:
         self.kv_tokens = int(str(settings.get("kv_tokens", 4096)))
         self.memory_bytes = int(str(settings.get("memory_bytes", 1 << 20)))
         self.seconds = float(str(settings.get("seconds", 1e-3)))  # of one row through one layer
+        self.row_invariant = bool(settings.get("row_invariant", True))
         self.fails_to_load = str(settings.get("fails_to_load", ""))
         self.is_silent = False
         self._opening: dict[int, OpenSession] = {}
@@ -224,7 +225,9 @@ class FakeAgent:
                 if self.fails_to_load:
                     await self.send(StageFailed(message.lease, "engine", self.fails_to_load, ""))
                 else:
-                    ready = StageReady(message.lease, self.class_name, True, 1024, self.kv_tokens)
+                    ready = StageReady(
+                        message.lease, self.class_name, self.row_invariant, 1024, self.kv_tokens
+                    )
                     await self.send(ready)
             case OpenSession():
                 self._opening[message.session] = message
