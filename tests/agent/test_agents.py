@@ -307,6 +307,26 @@ async def test_heartbeats_tell_of_steps(bundle: Bundle, tmp_path: Path) -> None:
         await coordinator.links["phone"].send(CloseSession(session, lease))
 
 
+async def test_sessions_cancelled_while_they_are_prefilled_leave_no_page(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    """Pages, sessions, tasks, threads: counted on both devices, and by `cluster_of` at the end."""
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator, names = cluster.coordinator, ["phone", "laptop"]
+        await cluster.start(*names)
+        lease = await cluster.serve(names, [1])
+        prompt = [*PROMPT] * (400 // len(PROMPT))
+        for _ in range(8):
+            session = await coordinator.open(names, lease, prompt, len(prompt) + 8)
+            await coordinator.close(names, lease, session)
+        session = await coordinator.open(names, lease, PROMPT, 12)
+        assert (await coordinator.tokens("laptop", session))[session]
+        await coordinator.close(names, lease, session)
+        for name in names:
+            beat = await coordinator.links[name].beat(lambda beat: beat.sessions == 0)
+            assert (beat.sessions, beat.kv_tokens) == (0, 0)
+
+
 # ---------------------------------------------------------------- refusals
 
 
