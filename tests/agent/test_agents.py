@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,18 @@ from edge_runtime.agent.status import Connected, Paired, Serving, Status
 from edge_runtime.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams
 from edge_runtime.engine.cpu import CpuStage
+from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.sampler import Sampler
 from edge_runtime.errors import ConfigError, TrustError, VersionError
 from edge_runtime.protocol.messages import (
+    PAGE_NAME_BYTES,
     CloseSession,
     LoadStage,
     Pooled,
     ProfileReport,
     ProfileRequest,
     Refused,
+    RowsHeld,
     SessionFailed,
     StageFailed,
     UnloadStage,
@@ -148,6 +152,42 @@ async def test_any_cut_generates_what_one_device_generates(
             assert isinstance(cluster.statuses[name][1], Connected)
             assert isinstance(cluster.statuses[name][-1], Serving)
         await all_kv_is_free(coordinator, names)
+
+
+@pytest.mark.parametrize(("names", "edges"), [(NAMES[:1], []), (NAMES[:2], [1]), (NAMES, [1, 2])])
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
+async def test_a_session_that_begins_like_another_takes_its_rows_over(
+    bundle: Bundle, tmp_path: Path, names: Sequence[str], edges: Sequence[int], sampling: SamplingParams
+) -> None:
+    """Penalties count the ids of rows that were never run here; the answer's rows are kept, too."""
+    long = [n * 7 % 190 + 3 for n in range(70)]
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start(*names)
+        lease = await cluster.serve(names, edges)
+        ids, reused = long, 0
+        for _ in range(3):
+            opened = page_names(ids[:-1])
+            session = await coordinator.open(
+                names, lease, ids, len(ids) + 40, sampling=sampling, page_names=b"".join(opened)
+            )
+            if reused or len(names) == 1:
+                held, _ = await coordinator.links[names[-1]].expect(RowsHeld)
+                assert (held.rows, held.reused) == (reused, True)
+            tokens = (await coordinator.tokens(names[-1], session))[session]
+            generated = [token.id for token in tokens]
+            assert generated == one_device_loop(bundle, ids, len(ids) + 40, sampling)
+            ids = [*ids, *generated]
+            kept = page_names(ids[:-1])
+            rows = tuple(ids[len(opened) * PAGE_TOKENS : len(kept) * PAGE_TOKENS])
+            await coordinator.close(names, lease, session, (b"".join(kept[len(opened) :]), rows))
+            ids, reused = [*ids, 11, 12], len(kept) * PAGE_TOKENS
+        await all_kv_is_free(coordinator, names)
+
+
+def page_names(ids: Sequence[int]) -> list[bytes]:
+    ends = range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS)
+    return [sha256(repr(list(ids[:end])).encode()).digest()[:PAGE_NAME_BYTES] for end in ends]
 
 
 async def all_kv_is_free(coordinator: MiniCoordinator, names: Sequence[str]) -> None:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from coordinator.slice_server import SliceServer
 from edge_runtime.bundle import Bundle
 from edge_runtime.core import SamplingParams, Token
+from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.errors import ConnectionClosed
 from edge_runtime.protocol.codec import decode, encode
 from edge_runtime.protocol.messages import (
+    NOBODY_ASKS,
+    PAGE_NAME_BYTES,
     CloseSession,
     Feed,
     Heartbeat,
@@ -232,6 +235,7 @@ class MiniCoordinator:
         sampling: SamplingParams | None = None,
         tail: str = "sampler",
         prompt_rows: int | None = None,
+        page_names: bytes = b"",
     ) -> int:
         session = next(self.numbers)
         opening = OpenSession(
@@ -243,6 +247,8 @@ class MiniCoordinator:
             self.bundle.manifest.model.eos_ids,
             sampling or SamplingParams(temperature=0.0),
             tail,
+            page_names,
+            len(page_names) // PAGE_NAME_BYTES * PAGE_TOKENS if page_names else NOBODY_ASKS,
         )
         first = self.links[names[0]]
         await first.send(opening)
@@ -258,6 +264,8 @@ class MiniCoordinator:
             found[message.session].extend(message.tokens)
         return found
 
-    async def close(self, names: Sequence[str], lease: int, session: int) -> None:
+    async def close(
+        self, names: Sequence[str], lease: int, session: int, kept: tuple[bytes, tuple[int, ...]] = (b"", ())
+    ) -> None:
         for name in names:
-            await self.links[name].send(CloseSession(session, lease))
+            await self.links[name].send(CloseSession(session, lease, *kept))
