@@ -55,6 +55,12 @@ def _configure(parser: ArgumentParser) -> None:
         default="fp32",
         help="rows between layers: fp32 (default), fp16 (half the bytes), int8 (a quarter; approximate)",
     )
+    add(
+        "--kv",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="keys and values (int8: a quarter of the memory)",
+    )
     add("--api-key-file", type=Path, metavar="FILE", help="use this API key instead of a generated one")
     add("--join-links", type=int, default=1, metavar="N", help="join links to print (default: 1)")
     add(
@@ -100,7 +106,7 @@ def coordinator_config(arguments: Namespace, settings: config.Config) -> Coordin
         kv_tokens_wanted=settings.coordinator.kv_tokens,
         keep_requests_seconds=settings.coordinator.keep_requests_seconds,
         keep_requests=settings.coordinator.keep_requests,
-        formats=StageFormats(wire=arguments.wire),
+        formats=StageFormats(kv=arguments.kv, wire=arguments.wire),
         limits=Limits(device_timeout_seconds=arguments.device_timeout),
     )
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from edge_kernels.attention import SCALE_BYTES
+
 from coordinator.decisions import Limits, host_of
 from coordinator.planning import improved, place, place_all, place_another, replan
 from coordinator.planning.model import DeviceProfile, ModelProfile, Plan, Split
@@ -36,12 +38,22 @@ def model_profile(
         head_bytes=size_bytes(manifest.head, embedding),
         tied=bool(embedding & set(manifest.head.slices)),
         hidden_bytes_per_row=row_bytes(formats.wire, model.hidden_size),
-        kv_bytes_per_token_per_layer=model.kv_bytes_per_token_per_layer,
+        kv_bytes_per_token_per_layer=kv_bytes(manifest, formats.kv),
         kv_tokens_wanted=min(kv_tokens_wanted, model.max_context_tokens),
         formats=formats,
         layer_expert_bytes=tuple(expert_bytes(manifest, k, k) for k in range(manifest.num_layers)),
         layer_cycle_bytes=tuple(token_cycle_bytes(manifest, k, k) for k in range(manifest.num_layers)),
     )
+
+
+def kv_bytes(manifest: Manifest, format: str) -> int:
+    """Of one token in one layer: the manifest counts fp32."""
+    full = manifest.model.kv_bytes_per_token_per_layer
+    if format == "fp32":
+        return full
+    operations = [o for layer in manifest.layers for o in layer.operations if o.kind == "attention"]
+    shapes = {(int(o.attributes["kv_heads"]), int(o.attributes["head_dim"])) for o in operations}
+    return max((2 * heads * (size + SCALE_BYTES) for heads, size in shapes), default=full)
 
 
 class Placer:

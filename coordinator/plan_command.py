@@ -58,6 +58,9 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--wire", choices=("fp32", "fp16", "int8"), default="fp32", help="rows between layers (default fp32)"
     )
+    parser.add_argument(
+        "--kv", choices=("fp32", "int8"), default="fp32", help="keys and values (default fp32)"
+    )
     parser.add_argument("--kv-tokens", type=int, default=4096, help="KV room of each stage (default 4096)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -73,7 +76,9 @@ def _run(arguments: Namespace) -> int:
     manifest = Bundle.open(arguments.bundle).manifest
     devices, links = load_devices(arguments.devices, manifest)
     split = parse_split(arguments.split, arguments.order, arguments.replicas)
-    model = model_profile(manifest, max(arguments.kv_tokens, 1), StageFormats(wire=arguments.wire))
+    model = model_profile(
+        manifest, max(arguments.kv_tokens, 1), StageFormats(kv=arguments.kv, wire=arguments.wire)
+    )
     plans = place_all(devices, links, model, split)
     if arguments.json:
         result_json({**plan_json(plans[0]), "replicas": [plan_json(plan) for plan in plans[1:]]})

@@ -27,7 +27,7 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import DEFAULT_FORMATS, Stage
-from edge_runtime.engine.numeric_class import without_wire
+from edge_runtime.engine.numeric_class import plain_class
 from edge_runtime.errors import CapacityError
 from edge_runtime.experts.cache import CacheOptions
 from edge_runtime.experts.flash_probe import measure_flash
@@ -130,7 +130,7 @@ class DeviceProfiler:
 
     def is_row_invariant(self, bundle: Bundle, stage: Stage) -> bool:
         """Of a stage just loaded; measured now where it was not before. On the compute thread."""
-        found = self._cache.get(str(bundle.digest), without_wire(stage.numeric_class), self._threads)
+        found = self._cache.get(str(bundle.digest), plain_class(stage.numeric_class), self._threads)
         return found.row_invariant if found is not None else self._probe(bundle, stage).row_invariant
 
     def _numeric_class(self, manifest: Manifest) -> str:

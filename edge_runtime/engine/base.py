@@ -49,6 +49,7 @@ class StageFormats:
 
 
 DEFAULT_FORMATS = StageFormats()
+KV_FORMATS = ("fp32", "int8")
 
 
 class Stage(Protocol):

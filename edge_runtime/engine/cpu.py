@@ -13,7 +13,7 @@ import numpy as np
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Block, ModelInfo
 from edge_runtime.core import LayerRange, SessionId
-from edge_runtime.engine.base import DEFAULT_FORMATS, Batch, Rows, StageFormats
+from edge_runtime.engine.base import DEFAULT_FORMATS, KV_FORMATS, Batch, Rows, StageFormats
 from edge_runtime.engine.blocks import LoadedBlock, run_context
 from edge_runtime.engine.cut_operations import RopeTables
 from edge_runtime.engine.executors import AUTO, chosen_executor, numeric_class_of
@@ -85,9 +85,11 @@ class CpuStage:
             raise EngineError(f"a stage computes with at least 1 thread, not {threads}")
         executor = chosen_executor(executor)
         check_wire(formats.wire)
+        if formats.kv not in KV_FORMATS:
+            raise EngineError(f"there is no KV format {formats.kv!r}", hint="choose fp32 or int8")
         StageShape(bundle.manifest.model, layers, bundle.manifest.num_layers)  # layers exist
         wanted = bundle.manifest.blocks(layers.first, layers.last)
-        cache = _make_cache(wanted, kv_budget_bytes, layers)
+        cache = _make_cache(wanted, kv_budget_bytes, layers, formats.kv)
         kept = reuse.release_blocks(bundle.digest, executor, threads) if reuse is not None else {}
         # Forget what is not wanted before loading more: the two need not fit together.
         kept = {block.name: kept[block.name] for block in wanted if block.name in kept}
@@ -219,18 +221,18 @@ class CpuStage:
             raise EngineError(f"the stage of layers {self.layers} is closed")
 
 
-def kv_shape(blocks: tuple[Block, ...]) -> KvShape:
+def kv_shape(blocks: tuple[Block, ...], format: str = "fp32") -> KvShape:
     """Of all attention operations together; they must agree on heads, since they share one pool."""
     operations = [o for block in blocks for o in block.operations if o.kind == "attention"]
     shapes = {(int(o.attributes["kv_heads"]), int(o.attributes["head_dim"])) for o in operations}
     if len(shapes) != 1:
         raise EngineError(f"attention with {len(shapes)} different KV shapes in one stage is not supported")
     kv_heads, head_dim = shapes.pop()
-    return KvShape(len(operations), kv_heads, head_dim)
+    return KvShape(len(operations), kv_heads, head_dim, format)
 
 
-def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange) -> KvCache:
-    shape = kv_shape(blocks)
+def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange, format: str) -> KvCache:
+    shape = kv_shape(blocks, format)
     pages = shape.pages_in(budget_bytes)
     if pages == 0:
         raise CapacityError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from edge_kernels.attention import RaggedRows, append_kv, paged_attention, prepare_qk
+from edge_kernels.attention import Pool, RaggedRows, append_kv, paged_attention, prepare_qk
 from edge_kernels.experts import route
 from numpy.typing import NDArray
 
@@ -33,7 +33,7 @@ class RunContext:
     ids: NDArray[np.int64]  # [R]
     layout: RowLayout
     rows: RaggedRows
-    pool: Float32
+    pool: Pool
     kv_layer: int
     ropes: RopeTables
 

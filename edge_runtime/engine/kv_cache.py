@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from edge_kernels.attention import SCALE_BYTES, Pool, quantized
 from numpy.typing import NDArray
 
 from edge_runtime.core import SessionId
@@ -27,15 +28,20 @@ _NORESERVE = getattr(
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """What one token costs: `layers` of the stage, each with keys and values of kv_heads x head_dim floats."""
+    """What one token costs: `layers` of the stage, each with keys and values of kv_heads x head_dim numbers."""
 
     layers: int
     kv_heads: int
     head_dim: int
+    format: str = "fp32"  # or int8: a byte a number, and a scale for each head
+
+    @property
+    def head_bytes(self) -> int:
+        return self.head_dim + SCALE_BYTES if self.format == "int8" else self.head_dim * FLOAT_BYTES
 
     @property
     def page_bytes(self) -> int:
-        return self.layers * 2 * PAGE_TOKENS * self.kv_heads * self.head_dim * FLOAT_BYTES
+        return self.layers * 2 * PAGE_TOKENS * self.kv_heads * self.head_bytes
 
     def pages_in(self, budget_bytes: int) -> int:
         return max(budget_bytes, 0) // self.page_bytes
@@ -105,16 +111,18 @@ class KvPages(ABC):
 
 
 class KvCache(KvPages):
-    """`pool` is f32[num_pages, layers, 2 (keys, values), 32, kv_heads, head_dim]; `table` says whose page is whose."""
+    """`pool` is f32[num_pages, layers, 2 (keys, values), 32, kv_heads, head_dim], or int8 with scales
+    (`edge_kernels.attention`); `table` says whose page is whose."""
 
     def __init__(self, shape: KvShape, num_pages: int) -> None:
         super().__init__(shape, num_pages)
         # At least one page of address space, so that an empty cache is still an array.
         size_bytes = max(num_pages, 1) * shape.page_bytes
         self._memory = _reserve(size_bytes)
-        dims = (max(num_pages, 1), shape.layers, 2, PAGE_TOKENS, shape.kv_heads, shape.head_dim)
+        dims = (max(num_pages, 1), shape.layers, 2, PAGE_TOKENS, shape.kv_heads)
         count = size_bytes // FLOAT_BYTES
-        self.pool: NDArray[np.float32] = np.frombuffer(self._memory, np.float32, count).reshape(dims)
+        floats = np.frombuffer(self._memory, np.float32, count).reshape(*dims, -1)
+        self.pool: Pool = floats.view(np.int8) if shape.format == "int8" else floats
 
     @property
     def committed_bytes(self) -> int:
@@ -122,7 +130,7 @@ class KvCache(KvPages):
         return self.table.used_pages * self.shape.page_bytes
 
     def write_pages(self, pages: Sequence[int], values: NDArray[np.float32]) -> None:
-        self.pool[list(pages)] = values
+        self.pool[list(pages)] = quantized(values) if self.shape.format == "int8" else values
 
     def _copy(self, source: int, target: int) -> None:
         self.pool[target] = self.pool[source]

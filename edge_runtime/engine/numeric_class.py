@@ -40,9 +40,9 @@ def _class(executor: str, processor: str, isa: str, weights: str, formats: Stage
     return "/".join(parts).replace(" ", "")
 
 
-def without_wire(numeric_class: str) -> str:
-    """The class that rounds nothing between layers: what is measured within one layer holds for both."""
-    return re.sub(r"/wire:[^/]*", "/wire:fp32", numeric_class)
+def plain_class(numeric_class: str) -> str:
+    """The class with fp32 for links, keys and values: whether its rows are invariant is true of both."""
+    return re.sub(r"/(kv|wire):[^/]*", r"/\1:fp32", numeric_class)
 
 
 def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

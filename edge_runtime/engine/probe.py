@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -117,7 +117,7 @@ class _LayerProbe:
         positions = min(MAX_CONTEXT_ROWS, stage.model.max_context_tokens, stage.kv_capacity_tokens)
         self.max_rows = positions
         self.rows = rng.standard_normal((max(PROBE_ROWS, CHUNK_ROWS), stage.model.hidden_size), np.float32)
-        shape = KvShape(self.block.attention_count, stage.kv_shape.kv_heads, stage.kv_shape.head_dim)
+        shape = replace(stage.kv_shape, layers=self.block.attention_count)
         num_pages = 2 * pages_for(positions) + 8 * pages_for(PROBE_ROWS)
         self.cache: KvPages
         if isinstance(stage, CpuStage):

@@ -46,6 +46,7 @@ class LocalCluster:
     `split`: "auto", "even", or a list of (first, last) layers for the first devices; devices beyond it are spares.
     `replicas`: pipelines over different devices, "auto" or how many. Devices of one machine share its cores, so "auto"
     is one here. `wire`: rows between layers, "fp32", "fp16" (half the bytes) or "int8" (a quarter; approximate).
+    `kv`: keys and values, "fp32" or "int8" (a quarter of the memory; approximate).
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LocalCluster:
         split: Split = "auto",
         replicas: int | str = "auto",
         wire: str = "fp32",
+        kv: str = "fp32",
         state_directory: str | Path | None = None,
         start_timeout_seconds: float = 180.0,
         on_progress: Callable[[str], None] = lambda line: None,
@@ -69,7 +71,7 @@ class LocalCluster:
         self._specs = {device.name: device for device in devices}
         self._split, self._named = _split_arguments(split, names)
         self._replicas = _replicas_argument(replicas)
-        self._wire = wire
+        self._wire, self._kv = wire, kv
         self._own_directory = state_directory is None
         self._directory = Path() if state_directory is None else Path(state_directory)
         self._timeout_seconds = start_timeout_seconds
@@ -233,7 +235,7 @@ class LocalCluster:
         self._on_progress("starting the coordinator")
         arguments = ["coordinator", str(self._bundle), "--state", str(self._directory / "coordinator")]
         arguments += ["--http-port", "0", "--join-links", "0", "--split", self._split, "--json"]
-        arguments += ["--replicas", self._replicas, "--wire", self._wire]
+        arguments += ["--replicas", self._replicas, "--wire", self._wire, "--kv", self._kv]
         if self._named:
             arguments += ["--devices", ",".join(self._named)]
         self._coordinator = ChildProcess("the coordinator", arguments, self._directory / "coordinator.log")

@@ -1,4 +1,7 @@
 // Checks a ragged batch, cuts it into tiles that share key pages, and runs them.
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -36,31 +39,60 @@ Batch checked_batch(const Array<const std::int32_t, 1>& positions, const Array<c
   return b;
 }
 
+// fp32, or codes with a scale behind each head's: strides are of elements, floats or bytes.
 struct Pool {
-  std::int64_t pages, layers, kv_heads, head_dim;
-  std::int64_t token_stride() const { return kv_heads * head_dim; }
+  std::int64_t pages, layers, kv_heads, head_dim, head_stride;
+  std::int64_t token_stride() const { return kv_heads * head_stride; }
   std::int64_t part_stride() const { return kPageTokens * token_stride(); }
   std::int64_t page_stride() const { return layers * 2 * part_stride(); }
 };
 
-template <typename PoolArray>
-Pool checked_pool(const PoolArray& pool, int layer) {
+template <typename Element>
+Pool checked_pool(const Array<Element, 6>& pool, int layer) {
+  constexpr int extra = sizeof(Element) == 1 ? kScaleBytes : 0;
+  const auto stride = static_cast<std::int64_t>(pool.shape(5));
   const Pool p{static_cast<std::int64_t>(pool.shape(0)), static_cast<std::int64_t>(pool.shape(1)),
-               static_cast<std::int64_t>(pool.shape(4)), static_cast<std::int64_t>(pool.shape(5))};
+               static_cast<std::int64_t>(pool.shape(4)), stride - extra, stride};
+  require(p.head_dim >= 4 && p.head_dim <= kMaxHeadDim && p.head_dim % 4 == 0,
+          "head_dim must be a multiple of 4, at most 256");
   require(pool.shape(2) == 2 && pool.shape(3) == kPageTokens,
           "a pool has shape [pages, layers, 2, 32, kv_heads, head_dim]");
   require(layer >= 0 && layer < p.layers, "the pool has no such layer");
   return p;
 }
 
-void append_kv(Array<float, 6> pool, int layer, Array<const float, 2> k, Array<const float, 2> v,
+void store_vector(const float* x, const Pool& p, float* to) {
+  __builtin_memcpy(to, x, static_cast<std::size_t>(p.token_stride()) * sizeof(float));
+}
+
+// The largest value of a head becomes 127 or -127. What is not finite makes the scale so, and shows in the results.
+void store_vector(const float* x, const Pool& p, std::int8_t* to) {
+  for (std::int64_t h = 0; h < p.kv_heads; ++h, x += p.head_dim, to += p.head_stride) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (std::int64_t c = 0; c < p.head_dim; ++c) {
+      const float size = std::fabs(x[c]);
+      finite = finite && size <= std::numeric_limits<float>::max();
+      largest = std::max(largest, size);
+    }
+    const float scale = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    const bool empty = !finite || scale == 0.0f;
+    for (std::int64_t c = 0; c < p.head_dim; ++c)
+      to[c] = empty ? std::int8_t{0}
+                    : static_cast<std::int8_t>(std::clamp(std::nearbyint(x[c] / scale), -127.0f, 127.0f));
+    __builtin_memcpy(to + p.head_dim, &scale, sizeof(scale));
+  }
+}
+
+template <typename Element>
+void append_kv(Array<Element, 6> pool, int layer, Array<const float, 2> k, Array<const float, 2> v,
                Array<const std::int32_t, 1> positions, Array<const std::int32_t, 1> sequence,
                Array<const std::int32_t, 2> tables, Array<const std::int32_t, 1> lengths) {
   const Batch b = checked_batch(positions, sequence, tables, lengths);
   const Pool p = checked_pool(pool, layer);
   for (const auto* x : {&k, &v})
     require(static_cast<std::int64_t>(x->shape(0)) == b.rows &&
-                static_cast<std::int64_t>(x->shape(1)) == p.token_stride(),
+                static_cast<std::int64_t>(x->shape(1)) == p.kv_heads * p.head_dim,
             "new keys and values must have shape [rows, kv_heads * head_dim]");
   for (std::int64_t r = 0; r < b.rows; ++r) {
     const std::int32_t page = b.tables[b.sequence[r] * b.blocks + b.positions[r] / kPageTokens];
@@ -68,11 +100,11 @@ void append_kv(Array<float, 6> pool, int layer, Array<const float, 2> k, Array<c
   }
   for (std::int64_t r = 0; r < b.rows; ++r) {
     const std::int32_t page = b.tables[b.sequence[r] * b.blocks + b.positions[r] / kPageTokens];
-    float* keys = pool.data() + page * p.page_stride() + layer * 2 * p.part_stride() +
+    Element* keys = pool.data() + page * p.page_stride() + layer * 2 * p.part_stride() +
                   b.positions[r] % kPageTokens * p.token_stride();
-    const auto bytes = static_cast<std::size_t>(p.token_stride()) * sizeof(float);
-    __builtin_memcpy(keys, k.data() + r * p.token_stride(), bytes);
-    __builtin_memcpy(keys + p.part_stride(), v.data() + r * p.token_stride(), bytes);
+    const std::int64_t width = p.kv_heads * p.head_dim;
+    store_vector(k.data() + r * width, p, keys);
+    store_vector(v.data() + r * width, p, keys + p.part_stride());
   }
 }
 
@@ -84,10 +116,21 @@ struct Shape {
   bool causal;
 };
 
+void place(const float* keys, const float* values, const float** floats, const std::int8_t**) {
+  floats[0] = keys;
+  floats[1] = values;
+}
+
+void place(const std::int8_t* keys, const std::int8_t* values, const float**, const std::int8_t** codes) {
+  codes[0] = keys;
+  codes[1] = values;
+}
+
 // Consecutive rows of one sequence, a few heads at a time. A tile with few rows takes several key/value heads, so that
 // it reads whole pages, but leaves work for the other threads. Adds up the work.
+template <typename Element>
 std::vector<AttentionTile> cut(const Batch& b, const Pool& p, const Shape& shape, const float* q, float* out,
-                               const float* keys, int threads, std::int64_t* work) {
+                               const Element* keys, int threads, std::int64_t* work) {
   std::vector<AttentionTile> tiles;
   const int group = shape.heads / shape.kv_heads;
   const int tile_heads = std::min(group, kTileQueries);
@@ -112,10 +155,13 @@ std::vector<AttentionTile> cut(const Batch& b, const Pool& p, const Shape& shape
     for (int kv = 0; kv < shape.kv_heads; kv += kv_step)
       for (int h = 0; h < group; h += tile_heads) {
         const std::int64_t offset = r * width + (static_cast<std::int64_t>(kv) * group + h) * shape.head_dim;
-        const float* base = keys + static_cast<std::int64_t>(kv) * shape.head_dim;
+        const Element* base = keys + static_cast<std::int64_t>(kv) * p.head_stride;
+        const float *floats[2] = {nullptr, nullptr};
+        const std::int8_t *codes[2] = {nullptr, nullptr};
+        place(base, base + p.part_stride(), floats, codes);
         tiles.push_back({q + offset, out + offset, b.positions + r, rows, std::min(kv_step, shape.kv_heads - kv),
-                         std::min(tile_heads, group - h), width, shape.head_dim, base, base + p.part_stride(),
-                         p.page_stride(), p.token_stride(), table, b.lengths[s], shape.scale, shape.window,
+                         std::min(tile_heads, group - h), width, shape.head_dim, floats[0], floats[1], codes[0],
+                         codes[1], p.page_stride(), p.token_stride(), table, b.lengths[s], shape.scale, shape.window,
                          shape.softcap, shape.causal});
       }
     r += rows;
@@ -123,14 +169,13 @@ std::vector<AttentionTile> cut(const Batch& b, const Pool& p, const Shape& shape
   return tiles;
 }
 
-void paged_attention(Array<const float, 2> q, Array<const float, 6> pool, int layer,
+template <typename Element>
+void paged_attention(Array<const float, 2> q, Array<const Element, 6> pool, int layer,
                      Array<const std::int32_t, 1> positions, Array<const std::int32_t, 1> sequence,
                      Array<const std::int32_t, 2> tables, Array<const std::int32_t, 1> lengths, Array<float, 2> out,
                      int heads, float scale, int window, float softcap, bool causal, int threads) {
   const Batch b = checked_batch(positions, sequence, tables, lengths);
   const Pool p = checked_pool(pool, layer);
-  require(p.head_dim >= 4 && p.head_dim <= kMaxHeadDim && p.head_dim % 4 == 0,
-          "head_dim must be a multiple of 4, at most 256");
   require(p.kv_heads >= 1 && heads >= p.kv_heads && heads % p.kv_heads == 0,
           "query heads must be a multiple of the key/value heads");
   const auto width = static_cast<std::size_t>(heads) * static_cast<std::size_t>(p.head_dim);
@@ -154,8 +199,10 @@ void paged_attention(Array<const float, 2> q, Array<const float, 6> pool, int la
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  m.def("append_kv", &append_kv);
-  m.def("paged_attention", &paged_attention);
+  m.def("append_kv", &append_kv<float>);
+  m.def("append_kv_codes", &append_kv<std::int8_t>);
+  m.def("paged_attention", &paged_attention<float>);
+  m.def("paged_attention_codes", &paged_attention<std::int8_t>);
 }
 
 }  // namespace edge

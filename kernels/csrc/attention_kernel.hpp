@@ -22,8 +22,19 @@ struct Scratch {
   float* values;   // [query][head_dim rounded up to 16]
   float* largest;  // [query]
   float* total;    // [query]
-  int width;       // head_dim rounded up to 16
+  float* unpacked;  // [2][32][head_dim], of pages of codes
+  int width;        // head_dim rounded up to 16
 };
+
+// Codes to floats: one rounding each, so that every instruction set gets the same.
+inline void unpack_page(const std::int8_t* codes, std::int64_t stride, int head_dim, float* out) {
+  for (int t = 0; t < edge::kPageTokens; ++t) {
+    const std::int8_t* row = codes + t * stride;
+    float scale;
+    __builtin_memcpy(&scale, row + head_dim, sizeof(scale));
+    for (int c = 0; c < head_dim; ++c) out[t * head_dim + c] = static_cast<float>(row[c]) * scale;
+  }
+}
 
 inline void transpose_page(const float* keys, std::int64_t stride, int head_dim, float* out) {
   for (int c = 0; c < head_dim; c += 4)
@@ -117,7 +128,7 @@ inline int clamp_slot(int row) { return row < 0 ? 0 : row > edge::kPageTokens ? 
 
 // Consecutive queries [begin, end), all of which see some of the page whose first row is `page_row`.
 void attend_page(const edge::AttentionTile& tile, const Query* queries, int begin, int end, int page_row,
-                 const float* values, const Scratch& s) {
+                 const float* values, std::int64_t stride, const Scratch& s) {
   float corrections[edge::kTileQueries];
   int n = begin;
   for (; n + kQueryBlock <= end; n += kQueryBlock)
@@ -134,10 +145,10 @@ void attend_page(const edge::AttentionTile& tile, const Query* queries, int begi
     const float* weights = s.scores + 32 * n;
     float* sums = s.values + static_cast<std::int64_t>(n) * s.width;
     if (alike) {
-      add_values<kQueryBlock>(values, tile.token_stride, tile.head_dim, from, to, weights, corrections + n, sums, s.width);
+      add_values<kQueryBlock>(values, stride, tile.head_dim, from, to, weights, corrections + n, sums, s.width);
       n += kQueryBlock;
     } else {
-      add_values<1>(values, tile.token_stride, tile.head_dim, from, to, weights, corrections + n, sums, s.width);
+      add_values<1>(values, stride, tile.head_dim, from, to, weights, corrections + n, sums, s.width);
       n += 1;
     }
   }
@@ -152,6 +163,7 @@ void attend(const edge::AttentionTile& tile, float* scratch) {
   s.values = s.scores + edge::kTileQueries * edge::kPageTokens;
   s.largest = s.values + edge::kTileQueries * edge::kMaxHeadDim;
   s.total = s.largest + edge::kTileQueries;
+  s.unpacked = s.total + edge::kTileQueries;
 
   Query queries[edge::kTileQueries];
   int first = INT32_MAX, last = 0;
@@ -174,16 +186,30 @@ void attend(const edge::AttentionTile& tile, float* scratch) {
   }
   for (int i = 0; i < count * s.width; ++i) s.values[i] = 0.0f;
 
+  const int kv_stride = tile.head_dim + (tile.key_codes != nullptr ? edge::kScaleBytes : 0);
   for (int page = first / edge::kPageTokens; page * edge::kPageTokens < last; ++page) {
     const int page_row = page * edge::kPageTokens;
     for (int kv = 0; kv < tile.kv_heads; ++kv) {
-      const std::int64_t offset = tile.table[page] * tile.page_stride + static_cast<std::int64_t>(kv) * tile.head_dim;
-      transpose_page(tile.keys + offset, tile.token_stride, tile.head_dim, s.keys);
+      const std::int64_t offset = tile.table[page] * tile.page_stride + static_cast<std::int64_t>(kv) * kv_stride;
+      const float *keys, *values;
+      std::int64_t stride = tile.token_stride;
+      if (tile.key_codes == nullptr) {
+        keys = tile.keys + offset;
+        values = tile.values + offset;
+      } else {
+        float* unpacked_values = s.unpacked + edge::kPageTokens * tile.head_dim;
+        unpack_page(tile.key_codes + offset, stride, tile.head_dim, s.unpacked);
+        unpack_page(tile.value_codes + offset, stride, tile.head_dim, unpacked_values);
+        keys = s.unpacked;
+        values = unpacked_values;
+        stride = tile.head_dim;
+      }
+      transpose_page(keys, stride, tile.head_dim, s.keys);
       const int until = (kv + 1) * per_head;
       for (int begin = kv * per_head; begin < until;) {
         int end = begin;
         while (end < until && queries[end].first < page_row + edge::kPageTokens && queries[end].last > page_row) ++end;
-        if (end > begin) attend_page(tile, queries, begin, end, page_row, tile.values + offset, s);
+        if (end > begin) attend_page(tile, queries, begin, end, page_row, values, stride, s);
         begin = end > begin ? end : begin + 1;
       }
     }

@@ -11,6 +11,7 @@ namespace edge {
 
 constexpr int kPageTokens = 32;
 constexpr int kMaxHeadDim = 256;
+constexpr int kScaleBytes = 4;    // behind the codes of one head of a key or value
 constexpr int kTileQueries = 32;  // queries that share one pass over the pages
 constexpr int kBlock = 32;
 
@@ -24,10 +25,12 @@ struct AttentionTile {
   int heads;                  // query heads of each key/value head; kv_heads * rows * heads <= kTileQueries
   std::int64_t row_stride;    // floats between rows of q and out
   int head_dim;
-  const float* keys;          // page 0, this layer and key/value head
+  const float* keys;          // page 0, this layer and key/value head; null where they are codes
   const float* values;
-  std::int64_t page_stride;   // floats
-  std::int64_t token_stride;  // floats
+  const std::int8_t* key_codes;  // the same as codes: head_dim of them, then their scale
+  const std::int8_t* value_codes;
+  std::int64_t page_stride;   // floats, or bytes where they are codes
+  std::int64_t token_stride;
   const std::int32_t* table;
   int length;
   float scale;
@@ -36,7 +39,7 @@ struct AttentionTile {
   bool causal;
 };
 
-constexpr int kAttentionScratchFloats = kMaxHeadDim * kPageTokens + kTileQueries * (kMaxHeadDim + kPageTokens + 2);
+constexpr int kAttentionScratchFloats = 3 * kMaxHeadDim * kPageTokens + kTileQueries * (kMaxHeadDim + kPageTokens + 2);
 
 // Activations of one row, quantized for an integer dot product. A group is 64 bytes of weights: 4 blocks of int4, or
 // 2 blocks of int8. Blocks past the last are zero.

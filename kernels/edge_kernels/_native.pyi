@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 _F32 = NDArray[np.float32]
 _F64 = NDArray[np.float64]
+_I8 = NDArray[np.int8]
 _I32 = NDArray[np.int32]
 _I64 = NDArray[np.int64]
 _U32 = NDArray[np.uint32]
@@ -44,6 +45,32 @@ def append_kv(
 def paged_attention(
     q: _F32,
     pool: _F32,
+    layer: int,
+    positions: _I32,
+    sequence: _I32,
+    block_tables: _I32,
+    lengths: _I32,
+    out: _F32,
+    heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+    threads: int,
+) -> None: ...
+def append_kv_codes(
+    pool: _I8,
+    layer: int,
+    k: _F32,
+    v: _F32,
+    positions: _I32,
+    sequence: _I32,
+    block_tables: _I32,
+    lengths: _I32,
+) -> None: ...
+def paged_attention_codes(
+    q: _F32,
+    pool: _I8,
     layer: int,
     positions: _I32,
     sequence: _I32,

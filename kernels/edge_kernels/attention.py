@@ -1,6 +1,7 @@
 """Attention over a paged KV cache, for ragged batches.
 
-The pool is float32 [num_pages, layers, 2, 32, kv_heads, head_dim] (2: keys, values). Row p of a sequence lies in page
+The pool is float32 [num_pages, layers, 2, 32, kv_heads, head_dim] (2: keys, values), or int8 with head_dim codes and
+their float32 scale in the last four bytes, [..., head_dim + 4]. Row p of a sequence lies in page
 `block_tables[sequence, p // 32]` at slot p % 32. A row's result depends on its own sequence and position alone, bit for
 bit: keys are reduced page by page on that absolute grid, in order.
 
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 from edge_kernels import _native
 
 PAGE_TOKENS = 32
+SCALE_BYTES = 4  # behind the codes of one head
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+Pool = NDArray[np.float32] | NDArray[np.int8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +71,33 @@ def prepare_qk(
     return prepared[0], prepared[1]
 
 
-def append_kv(pool: F32, layer: int, k: F32, v: F32, rows: RaggedRows) -> None:
+def append_kv(pool: Pool, layer: int, k: F32, v: F32, rows: RaggedRows) -> None:
     """Write new rows' keys and values [R, kv_heads * head_dim] into their pages."""
-    _native.append_kv(_checked_pool(pool), layer, _dense(k), _dense(v), *_indices(rows))
+    if _checked_pool(pool).dtype == np.int8:
+        _native.append_kv_codes(pool.view(np.int8), layer, _dense(k), _dense(v), *_indices(rows))
+    else:
+        _native.append_kv(pool.view(np.float32), layer, _dense(k), _dense(v), *_indices(rows))
+
+
+def quantized(values: F32) -> NDArray[np.int8]:
+    """Keys or values [..., head_dim] as `append_kv` would write them into an int8 pool: [..., head_dim + 4]."""
+    scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.rint(values / np.where(scales > 0, scales, np.float32(1))).astype(np.int8)
+    return np.concatenate([codes, np.ascontiguousarray(scales, np.float32).view(np.int8)], axis=-1)
+
+
+def dequantized(pool: Pool) -> F32:
+    """What attention reads of a pool, or of pages of one."""
+    if pool.dtype == np.float32:
+        return pool.astype(np.float32, copy=False)
+    head_dim = pool.shape[-1] - SCALE_BYTES
+    scales = np.ascontiguousarray(pool[..., head_dim:]).view(np.float32)
+    return pool[..., :head_dim].astype(np.float32) * scales
 
 
 def paged_attention(
     q: F32,
-    pool: F32,
+    pool: Pool,
     layer: int,
     rows: RaggedRows,
     *,
@@ -92,20 +114,30 @@ def paged_attention(
 
     Row p sees rows j <= p, with `window` > 0 only those with j > p - window; the whole sequence where not `causal`.
     """
-    if _checked_pool(pool).shape[4:] != (kv_heads, head_dim):
-        raise ValueError(
-            f"the pool holds [{pool.shape[4]}, {pool.shape[5]}] a row, not [{kv_heads}, {head_dim}]"
-        )
+    is_codes = _checked_pool(pool).dtype == np.int8
+    held = pool.shape[5] - (SCALE_BYTES if is_codes else 0)
+    if (pool.shape[4], held) != (kv_heads, head_dim):
+        raise ValueError(f"the pool holds [{pool.shape[4]}, {held}] a row, not [{kv_heads}, {head_dim}]")
     out = np.empty((len(q), heads * head_dim), np.float32)
-    _native.paged_attention(
-        _dense(q), pool, layer, *_indices(rows), out, heads, scale, window, softcap, causal, threads
-    )
+    queries, indices = _dense(q), _indices(rows)
+    if is_codes:
+        codes = pool.view(np.int8)
+        _native.paged_attention_codes(
+            queries, codes, layer, *indices, out, heads, scale, window, softcap, causal, threads
+        )
+    else:
+        floats = pool.view(np.float32)
+        _native.paged_attention(
+            queries, floats, layer, *indices, out, heads, scale, window, softcap, causal, threads
+        )
     return out
 
 
-def _checked_pool(pool: F32) -> F32:
-    if pool.ndim != 6 or pool.dtype != np.float32 or not pool.flags.c_contiguous:
-        raise ValueError("a pool is contiguous float32 [pages, layers, 2, 32, kv_heads, head_dim]")
+def _checked_pool(pool: Pool) -> Pool:
+    if pool.ndim != 6 or pool.dtype not in (np.float32, np.int8) or not pool.flags.c_contiguous:
+        raise ValueError(
+            "a pool is contiguous float32 [pages, layers, 2, 32, kv_heads, head_dim], or int8 [..., head_dim + 4]"
+        )
     return pool
 
 

@@ -41,6 +41,17 @@ def test_the_reasons_say_which_and_how_much() -> None:
     assert "approximate" not in said["fp16"]
 
 
+def test_keys_and_values_in_bytes_leave_room_for_more_tokens() -> None:
+    manifest = Bundle.open(demo_bundle()).manifest
+    plain, codes = (model_profile(manifest, 64, StageFormats(kv=kv)) for kv in ("fp32", "int8"))
+    ratio = plain.kv_bytes_per_token_per_layer / codes.kv_bytes_per_token_per_layer
+    assert 3 < ratio < 4
+    devices = [DeviceProfile("a", "a", 1 << 28, 1e-4, 1e-5, 1e-4, "class")]
+    found = place(devices, {}, codes, Split())
+    assert found.stages[0].kv_tokens > 3 * place(devices, {}, plain, Split()).stages[0].kv_tokens
+    assert any("keys and values in int8" in reason for reason in found.reasons)
+
+
 def test_one_device_rounds_as_well() -> None:
     alone = plan("fp16", Split("ranges", (LayerRange(0, 5),)))
     assert alone.formats == StageFormats(wire="fp16")
