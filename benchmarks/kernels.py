@@ -1,7 +1,7 @@
 """How fast the kernels are here: `python -m benchmarks.kernels [--json] [--seconds 1]`.
 
 Experts of the Qwen3-30B shape (hidden 2048, intermediate 768; 64 experts, so that weights come from memory, not cache),
-attention of the Llama-3.2-1B shape, the sampler with a vocabulary of 151,936. Times are the best of several runs of CPU
+dense products and attention of the Llama-3.2-1B shape, the sampler with a vocabulary of 151,936. Times are the best of several runs of CPU
 time for one thread, wall time for more; torch's `_weight_int4pack_mm_for_cpu` runs the same expert sizes where torch is
 installed. The last line is JSON.
 """
@@ -19,6 +19,7 @@ import edge_kernels
 import numpy as np
 from edge_kernels.attention import RaggedRows, paged_attention
 from edge_kernels.experts import PARTS, ExpertWeights, run_experts
+from edge_kernels.linear import linear, pack, pack_fp32
 from edge_kernels.sampling import sample
 from numpy.typing import NDArray
 
@@ -99,6 +100,34 @@ def int4_row_gbps(seconds: float) -> float:
         run_experts(x, ids, gates, weights, activation="silu")
 
     return TOP_K * expert_bytes / best_seconds(run, seconds) / 1e9
+
+
+def dense(results: Results, seconds: float, threads: int) -> None:
+    """Eight different matrices in turn, so that one row reads its weights from memory."""
+    rng = np.random.default_rng(4)
+    outputs, columns = 8192, 2048
+    blocks = columns // 32
+    for format, bits in (("int4", 4), ("int8", 8), ("fp32", 32)):
+        scales = np.full((outputs, blocks), 0.01, np.float32)
+        matrices = [
+            pack_fp32(rng.standard_normal((outputs, columns), np.float32))
+            if bits == 32
+            else pack(rng.integers(0, 256, (outputs, blocks, 4 * bits), np.uint8), scales, columns)
+            for _ in range(8)
+        ]
+        for rows, used in ((1, 1), (1, threads), (4, 1), (8, 1), (128, 1), (128, threads)):
+            x = rng.standard_normal((rows, columns), np.float32)
+            turn = 0
+
+            def run() -> None:
+                nonlocal turn
+                turn += 1
+                linear(x, matrices[turn % 8], threads=used)  # noqa: B023
+
+            taken = best_seconds(run, seconds, threads=used)
+            name = f"linear_{format}_rows{rows}_threads{used}"
+            results[f"{name}_gb_per_second"] = matrices[0].bytes / taken / 1e9
+            results[f"{name}_gmac_per_second"] = outputs * columns * rows / taken / 1e9
 
 
 def torch_experts(results: Results, seconds: float) -> None:
@@ -191,6 +220,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     results: Results = {}
+    dense(results, arguments.seconds, arguments.threads)
     experts(results, arguments.seconds, arguments.threads)
     torch_experts(results, arguments.seconds)
     attention(results, arguments.seconds, arguments.threads)

@@ -17,7 +17,7 @@ namespace {
 
 constexpr std::int64_t kChunkRows = 128;
 constexpr std::int64_t kGroupTiles = 4;
-constexpr std::int64_t kThreadShare = 1 << 17;  // weight bytes a thread must read to be worth a hand-over
+constexpr std::int64_t kThreadShare = 1 << 19;  // weight bytes a thread must read to be worth a hand-over
 
 struct KindName {
   const char* name;
