@@ -333,8 +333,8 @@ def _revoked(state: ClusterState, device_id: str, at: float) -> ClusterState:
 
 def _failed(state: ClusterState, device_id: str, reason: str, at: float) -> ClusterState:
     device = state.devices.get(device_id)
-    if device is None:
-        return state
+    if device is None or (device.failure and device.failed_at == at):
+        return state  # said already
     is_again = device.failures > 0 and at - device.failed_at < FORGET_FAILURES_SECONDS
     return _revise(
         _change_device(
