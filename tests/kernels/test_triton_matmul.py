@@ -48,7 +48,7 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     has_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-@few(12)
+@few(5)
 def test_linear_agrees_with_torch(
     format: str, type_name: str, shape: tuple[int, int, int], has_bias: bool, seed: int
 ) -> None:
@@ -63,6 +63,7 @@ def test_linear_agrees_with_torch(
     assert difference(got, wanted) < tolerance
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("format", ["dense", "int8", "int4"])
 def test_k_is_split_by_the_matrix_alone_and_rows_keep_their_bits(
     format: str, monkeypatch: pytest.MonkeyPatch
@@ -74,7 +75,7 @@ def test_k_is_split_by_the_matrix_alone_and_rows_keep_their_bits(
     x = rows_of(rng, 35, 1030, torch.float32)
     together = kernels.linear(x, weight, None, torch.float32)
     assert difference(together, reference.linear(x.cpu(), on_cpu(weight), None, torch.float32)) < 2e-6
-    for row in (0, 1, 15, 16, 34):
+    for row in (0, 9, 34):
         assert torch.equal(kernels.linear(x[row : row + 1], weight, None, torch.float32)[0], together[row])
 
 
@@ -93,7 +94,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("type_name", TYPES)
 @given(count=st.integers(1, 6), width=st.integers(1, 200), heads=st.integers(1, 3), seed=st.integers(0, 99))
-@few(15)
+@few(6)
 def test_norms_agree_with_torch(type_name: str, count: int, width: int, heads: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     dtype, tolerance = TYPES[type_name]
