@@ -1,9 +1,9 @@
 """How fast the kernels are here: `python -m benchmarks.kernels [--json] [--seconds 1]`.
 
 Experts of the Qwen3-30B shape (hidden 2048, intermediate 768; 64 experts, so that weights come from memory, not cache),
-dense products and attention of the Llama-3.2-1B shape, the sampler with a vocabulary of 151,936. Times are the best of several runs of CPU
-time for one thread, wall time for more; torch's `_weight_int4pack_mm_for_cpu` runs the same expert sizes where torch is
-installed. The last line is JSON.
+dense products and attention of the Llama-3.2-1B shape, the sampler with a vocabulary of 151,936. Times
+are the best of several runs of CPU time for one thread, wall time for more; torch's `_weight_int4pack_mm_for_cpu` runs
+the same expert sizes where torch is installed. The last line is JSON.
 """
 
 from __future__ import annotations

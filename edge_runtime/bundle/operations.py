@@ -2,7 +2,8 @@
 
 A block (the embedding, one layer, or the head) is a list of operations over named values. Executors run the same
 list: `engine/reference` interprets it, `engine/cpu` runs segments between the *cut operations*, on our own kernels or
-as compiled graphs, and the cut operations itself. Values are float32 arrays [R, width], one row per token; `hidden` enters and leaves a block.
+as compiled graphs, and the cut operations itself. Values are float32 arrays [R, width], one row per
+token; `hidden` enters and leaves a block.
 
 Knows: the closed table of operation kinds, their slots and attributes. Does not know: weights, formats, executors.
 """

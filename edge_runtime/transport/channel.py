@@ -117,7 +117,7 @@ class Channel:
     def on_list(self, take: Callable[[list[memoryview]], None]) -> None:
         """Instead of `receive`: every list, also those that wait here, is given to `take` as it arrives.
 
-        It spares the wake-up of a task for each list. `take` may raise ProtocolError, for which the owner cuts the link.
+        It spares the wake-up of a task for each list. `take` may raise ProtocolError: the owner cuts the link.
         """
         self._take_list = take
         while self._inbox:

@@ -33,7 +33,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_an_agent_imports_nothing_that_a_phone_does_not_have() -> None:
     program = (
-        "import sys, edge_runtime.agent.daemon, edge_runtime.engine.cpu, edge_runtime.engine.onnx, edge_runtime.engine.probe;"
+        "import sys, edge_runtime.agent.daemon, edge_runtime.engine.cpu;"
+        "import edge_runtime.engine.onnx, edge_runtime.engine.probe;"
         f"print([name for name in {FORBIDDEN!r} if name in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -14,7 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def few(examples: int) -> settings:
     """The interpreter is too slow to shrink a failing example."""
-    return settings(max_examples=examples, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+    return settings(
+        max_examples=examples, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+    )
 
 
 def products_in_order(patch: pytest.MonkeyPatch) -> None:
