@@ -23,8 +23,9 @@ UNMEASURED_LINK = Link(rtt_seconds=0.1, bytes_per_second=1e6)  # pessimistic: no
 MIN_CHUNK_TOKENS = 32  # a block of the prefix chain
 MAX_CHUNK_TOKENS = 512
 MAX_CHUNK_BYTES = 1 << 20  # of hidden rows in one frame
-MAX_CHUNK_SECONDS = 0.25  # of one stage: longer would stall those who are decoding
+MAX_CHUNK_SECONDS = 1.0  # of one stage: how long a newcomer waits, and a cancelled prompt still runs
 ESTIMATED_PROMPT_TOKENS = 512
+MEASURED_CHUNK_TOKENS = 128  # what layer_prefill_row_seconds is a row of
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,21 +189,25 @@ class Costs:
     # ------------------------------------------------------------ prefill
 
     def chunk_tokens(self, placements: Sequence[Placement]) -> int:
-        """The largest power of two that keeps frames and the stall of other sessions small."""
+        """The power of two that has a prompt read soonest: large ones read weights less often, small ones keep all
+        stages busy. What stages do about those who decode meanwhile is theirs (agent/step_pace.py): they cut chunks.
+        """
         if not all(self.devices[placement.device].row_invariant for placement in placements):
             return MIN_CHUNK_TOKENS  # a fixed grid: what a row becomes would depend on the size
-        slowest = max(self._row_seconds(placement) for placement in placements)
-        chunk = MIN_CHUNK_TOKENS
-        while chunk * 2 <= MAX_CHUNK_TOKENS and chunk * 2 * slowest <= MAX_CHUNK_SECONDS:
-            if len(placements) > 1 and chunk * 2 * self.model.hidden_bytes_per_row > MAX_CHUNK_BYTES:
-                break
-            chunk *= 2
-        return chunk
+        sizes = [MIN_CHUNK_TOKENS]
+        while sizes[-1] * 2 <= MAX_CHUNK_TOKENS and self._is_chunk_small(placements, sizes[-1] * 2):
+            sizes.append(sizes[-1] * 2)
+        return max(sizes, key=lambda chunk: self.prefill_tokens_per_second(placements, chunk))
+
+    def _is_chunk_small(self, placements: Sequence[Placement], chunk_tokens: int) -> bool:
+        if len(placements) > 1 and chunk_tokens * self.model.hidden_bytes_per_row > MAX_CHUNK_BYTES:
+            return False
+        return max(self._chunk_seconds(each, chunk_tokens) for each in placements) <= MAX_CHUNK_SECONDS
 
     def prefill_tokens_per_second(self, placements: Sequence[Placement], chunk_tokens: int) -> float:
         """Of a prompt of ESTIMATED_PROMPT_TOKENS, chunk after chunk through the pipeline."""
         chunks = -(-ESTIMATED_PROMPT_TOKENS // chunk_tokens)
-        steps = [chunk_tokens * self._row_seconds(placement) for placement in placements]
+        steps = [self._chunk_seconds(placement, chunk_tokens) for placement in placements]
         latencies, transfers = 0.0, [0.0]
         for here, there in pairwise(placements):
             link = self.link(here.device, there.device)
@@ -212,6 +217,10 @@ class Costs:
         seconds += self.devices[placements[-1].device].head_seconds
         return chunks * chunk_tokens / seconds if seconds > 0 else float("inf")
 
-    def _row_seconds(self, placement: Placement) -> float:
+    def _chunk_seconds(self, placement: Placement, rows: int) -> float:
+        """Reading the weights, which a single row pays for alone, and computing each row."""
         profile = self.devices[placement.device]
-        return self.relative_weight(placement.layers) * profile.layer_prefill_row_seconds
+        reading = max(0.0, profile.layer_decode_seconds - profile.layer_prefill_row_seconds)
+        row_seconds = profile.layer_prefill_row_seconds - reading / MEASURED_CHUNK_TOKENS
+        seconds = reading + rows * max(row_seconds, 0.0)
+        return self.relative_weight(placement.layers) * seconds
