@@ -111,10 +111,8 @@ async def compare(
             await arm()  # warm
         found = await in_turns(arms, rounds, patience)
         plans = [
-            PlanResult("one device, 1 thread", await predicted(solo), statistics.median(found.values(SOLO))),
-            PlanResult(
-                f"two devices, {model.balanced}", await predicted(pair), statistics.median(found.values(PAIR))
-            ),
+            PlanResult("one device, 1 thread", await predicted(solo), found.median(SOLO) or 0.0),
+            PlanResult(f"two devices, {model.balanced}", await predicted(pair), found.median(PAIR) or 0.0),
         ]
     return found, plans, pair
 
@@ -162,8 +160,8 @@ async def main() -> None:
     plans += await measure_plans(bench.model, bench.prompts, patience)
     for plan in plans:
         page.line(str(plan))
-    solo_seconds = statistics.median(1 / value for value in found.values(SOLO))
-    wan_speed = statistics.median(found.values(WAN))
+    solo_seconds = 1 / (found.median(SOLO) or 1.0)
+    wan_speed = found.median(WAN) or 0.0
     wan_limit = 1 / (solo_seconds + RTT_SECONDS)
     page.line(f"20 ms apart: {wan_speed:.2f} of {wan_limit:.2f} tokens/s")
     page.end(

@@ -6,7 +6,6 @@ Knows: a list of plans over small devices. Does not know: how predictions are ma
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,8 +47,8 @@ async def measure_plans(model: Model, prompts: Prompts, patience: Patience) -> l
             plan = await cluster.plan()
             measure = functools.partial(_once, cluster, model, prompts)
             await measure()  # warm
-            speeds = (await in_turns({name: measure}, RUNS, patience)).values(name)
-        results.append(PlanResult(name, plan["predicted_tokens_per_second"], statistics.median(speeds)))
+            found = await in_turns({name: measure}, RUNS, patience)
+        results.append(PlanResult(name, plan["predicted_tokens_per_second"], found.median(name) or 0.0))
         say(str(results[-1]))
     return results
 

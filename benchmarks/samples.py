@@ -28,6 +28,10 @@ class Sample:
     end: float
     other_cores: float  # that programs which are not ours kept busy
 
+    @property
+    def is_quiet(self) -> bool:
+        return self.other_cores <= QUIET_CORES
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -39,13 +43,15 @@ class Samples:
         return [sample.value for sample in self.by_arm.get(arm, ())]
 
     def median(self, arm: str) -> float | None:
-        return median(self.values(arm))
+        """Of the quiet samples, where there are any."""
+        samples = self.by_arm.get(arm, ())
+        return median([sample.value for sample in samples if sample.is_quiet] or self.values(arm))
 
     def ratio(self, ours: str, theirs: str) -> float | None:
-        """Median over rounds of ours / theirs; None where one of them was not measured."""
-        if not self.by_arm.get(ours) or not self.by_arm.get(theirs):
-            return None
-        return statistics.median(a / b for a, b in zip(self.values(ours), self.values(theirs), strict=True))
+        """Median over rounds of ours / theirs, over quiet rounds where there are any; None where one has no samples."""
+        pairs = list(zip(self.by_arm.get(ours, ()), self.by_arm.get(theirs, ()), strict=False))
+        quiet = [(a, b) for a, b in pairs if a.is_quiet and b.is_quiet]
+        return median([a.value / b.value for a, b in quiet or pairs])
 
     def windows(self, arm: str) -> list[tuple[float, float]]:
         return [(sample.begin, sample.end) for sample in self.by_arm[arm]]
@@ -79,10 +85,9 @@ async def quiet_sample(
         value = await measure()
         sample = Sample(value, begin, time.monotonic(), others.cores())
         taken.append(sample)
-        quiet = sample.other_cores <= QUIET_CORES
-        said = "" if quiet else f", beside other programs on {sample.other_cores:.2f} cores"
+        said = "" if sample.is_quiet else f", beside other programs on {sample.other_cores:.2f} cores"
         say(f"{name}: {value:.4g}{said}")
-        if quiet:
+        if sample.is_quiet:
             break
     return min(taken, key=lambda sample: sample.other_cores)
 

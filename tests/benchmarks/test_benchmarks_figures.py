@@ -53,6 +53,14 @@ def test_a_ratio_is_the_median_of_neighbours() -> None:
     assert samples(a=[1.0]).ratio("a", "b") is None
 
 
+def test_rounds_that_others_disturbed_count_only_where_there_are_no_others() -> None:
+    def sample(value: float, other_cores: float) -> Sample:
+        return Sample(value, 0.0, 1.0, other_cores)
+
+    found = Samples({"a": [sample(9.0, 0.0), sample(2.0, 0.0)], "b": [sample(1.0, 0.8), sample(1.0, 0.05)]})
+    assert (found.ratio("a", "b"), found.median("b"), found.median("a")) == (2.0, 1.0, 5.5)
+
+
 def test_percentiles_are_observed_values() -> None:
     assert percentile(list(range(100)), 0.99) == 99
     assert percentile([3.0], 0.5) == 3.0
