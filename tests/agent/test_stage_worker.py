@@ -13,6 +13,7 @@ from edge_runtime.agent.pipeline_events import (
     DropRows,
     Event,
     OpenRows,
+    RowsOpened,
     RunRows,
     SessionBroke,
     StageBroke,
@@ -44,6 +45,7 @@ class ToyStage:
         self.gate.set()
         self.entered = threading.Event()
         self.closed = False
+        self.pages_here = 0  # of those asked for
         self.kept: list[object] = []
         self.given_back = 0
 
@@ -54,8 +56,8 @@ class ToyStage:
     def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
         if max_rows > self.kv_capacity_tokens:
             raise CapacityError("no room")
-        self.sessions[session] = []
-        return ()
+        self.sessions[session] = [n % VOCAB for n in range(min(len(page_names), self.pages_here) * 32)]
+        return self.sessions[session]
 
     def run(self, batch: Batch) -> Rows:
         self.entered.set()
@@ -229,3 +231,78 @@ def test_commands_of_another_lease_are_not_obeyed(bench: Bench) -> None:
     bench.rows(1, 0, 6)
     assert bench.finished() == {1: [6]}
     assert bench.worker.steps >= 0
+
+
+NAMES = (b"a" * 16, b"b" * 16, b"c" * 16)
+
+
+def test_rows_that_are_here_already_are_told_and_counted_by_the_sampler(bench: Bench) -> None:
+    bench.stage.pages_here = 2
+    bench.worker.put(OpenRows(LEASE, SessionId(1), 99, 90, SamplingParams(temperature=0.0), NAMES))
+    assert bench.next() == RowsOpened(LEASE, SessionId(1), 64)
+    assert bench.loaded.tails[SessionId(1)]._ids == [n % VOCAB for n in range(64)]
+    bench.rows(1, 32, *(n % VOCAB for n in range(32, 70)))  # another stage holds one page only
+    event = bench.next()
+    assert isinstance(event, WorkFinished)
+    (token,) = event.tokens
+    assert (token.position, token.id) == (70, sum(n % VOCAB for n in range(70)) % VOCAB)
+
+
+def test_pages_are_kept_before_the_session_is_dropped(bench: Bench) -> None:
+    bench.open(1)
+    bench.rows(1, 0, 3, 4)
+    bench.finished()
+    bench.worker.put(DropRows(LEASE, SessionId(1), 1, NAMES[:1], (7,) * 32))
+    bench.worker.put(DropRows(LEASE, SessionId(2), 1, NAMES[:1], (7,) * 32))  # never opened here
+    bench.worker.put(lambda: bench.events.put(StageBroke(0, "", "")))
+    bench.next()
+    assert bench.stage.kept == [(SessionId(1), 1, NAMES[:1], (7,) * 32)]
+    assert not bench.stage.sessions
+
+
+def test_where_rows_depend_on_their_neighbours_nothing_is_taken_over_or_kept(bench: Bench) -> None:
+    bench.loaded.queue.shared = False
+    bench.stage.pages_here = 2
+    bench.worker.put(OpenRows(LEASE, SessionId(1), 99, 90, SamplingParams(temperature=0.0), NAMES))
+    assert bench.next() == RowsOpened(LEASE, SessionId(1), 0)
+    bench.worker.put(DropRows(LEASE, SessionId(1), 0, NAMES[:1], (7,) * 32))
+    bench.worker.put(lambda: bench.events.put(StageBroke(0, "", "")))
+    bench.next()
+    assert not bench.stage.kept
+
+
+def test_a_plan_that_ends_keeps_no_pages(bench: Bench) -> None:
+    bench.worker.give_back()
+    bench.worker.retire()
+    bench.worker.put(lambda: bench.events.put(StageBroke(0, "", "")))
+    bench.next()
+    assert bench.stage.given_back == 2
+
+
+def test_a_prompt_is_cut_while_others_decode_and_can_be_cancelled_between_its_pieces(bench: Bench) -> None:
+    bench.stage.gate.clear()
+    bench.open(1)
+    bench.open(2, max_rows=90)
+    bench.rows(1, 0, 5)
+    assert bench.stage.entered.wait(10)
+    chunk = (5,) * 60
+    prompt = Work(LEASE, SessionId(2), 0, 1, 0, chunk, None, 0, False, is_prompt=True)
+    bench.worker.put(RunRows(prompt))
+    bench.rows(1, 1, 5)
+    bench.stage.gate.set()
+    rows = 0
+    while rows < 8:
+        event = bench.next()
+        assert isinstance(event, WorkFinished)
+        if event.work.session == 1:
+            bench.rows(1, event.work.base_row + 1, 5)
+        else:
+            assert event.work.base_row == rows
+            rows += len(event.work.ids)
+    assert rows < 60, "it ran in one piece"
+    bench.worker.put(DropRows(LEASE, SessionId(2)))
+    bench.worker.put(lambda: bench.events.put(StageBroke(0, "", "")))
+    while bench.next() != StageBroke(0, "", ""):
+        pass
+    assert SessionId(2) not in bench.stage.sessions
+    assert not any(work.session == 2 for works in bench.loaded.queue._works.values() for work in works)
