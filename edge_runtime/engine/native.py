@@ -1,7 +1,6 @@
 """Segments on our own kernels: the uncut operations between cut ones, compiled to one native call.
 
-Matrices are packed while loading and live in memory of their own; the mapped slices are then needed no more. fp32 ones
-are used where they are mapped.
+Matrices are packed while loading and live in memory of their own; the mapped slices are then needed no more.
 Knows: what the operations mean, and their weights. Does not know: sessions, batches, cut operations.
 """
 
@@ -57,7 +56,7 @@ def _step(bundle: Bundle, operation: Operation, threads: int) -> Step:
 def _matrix(bundle: Bundle, name: str, threads: int) -> PackedMatrix:
     tensor = tensor_of(bundle, name)
     if tensor.format == "fp32":
-        return pack_fp32(read_tensor(bundle, name))
+        return pack_fp32(read_tensor(bundle, name), threads=threads)
     data, scales = bundle.part(tensor.parts["data"]), bundle.part(tensor.parts["scales"])
     return pack(data.view(np.uint8), scales.view(np.float32), tensor.shape[1], threads=threads)
 

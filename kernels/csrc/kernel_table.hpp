@@ -119,6 +119,9 @@ struct KernelTable {
   // A tile is `blocks` blocks of 16 outputs, and their scales: packed_matrix.hpp.
   void (*linear_int8)(const std::uint8_t* tile, int blocks, const PanelRows& x, const TileOut& out);
   void (*linear_int4)(const std::uint8_t* tile, int blocks, const PanelRows& x, const TileOut& out);
+  // Tiles [column][16 outputs], as many as `out.outputs` needs, times rows x + m * x_stride.
+  void (*linear_fp32)(const float* tiles, std::int64_t columns, const float* x, std::int64_t x_stride, int rows,
+                      const TileOut& out);
   void (*quantize_row)(const float* x, int columns, int zero_point, const PanelRowOut& out);
   void (*row_operation)(const RowOperation& operation, const float* a, const float* b, float* out);
 

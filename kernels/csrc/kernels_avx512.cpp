@@ -13,6 +13,6 @@
 const edge::KernelTable edge::kAvx512Kernels = {
     "avx512",        attend,         quantize_int8, quantize_int4, multiply<Int8>,
     multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
-    linear<PartInt8>, linear<PartInt4>, quantize_row, row_operation,
+    linear<PartInt8>, linear<PartInt4>, linear_fp32, quantize_row, row_operation,
     exp_all,        uniform_all,
 };

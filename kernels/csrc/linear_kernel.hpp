@@ -12,6 +12,16 @@ namespace {
 constexpr int kPrefetchBytes = 4096;
 constexpr int kInterleaved = kPanelStep < 4 ? kPanelStep : 4;  // rows whose dot products run side by side
 
+// A part of row m, from output n on.
+inline void put(P y, int n, std::int64_t m, const edge::TileOut& out) {
+  const int count = out.outputs - n;
+  float* to = out.y + m * out.stride + n;
+  if (count >= kPart) return part_store(to, out.bias ? add(y, part_load(out.bias + n)) : y);
+  float v[kPart];
+  part_store(v, y);
+  for (int i = 0; i < count; ++i) to[i] = out.bias ? v[i] + out.bias[n + i] : v[i];
+}
+
 template <typename Format, int M>
 void linear_part(const std::uint8_t* tile, int blocks, int part, const edge::PanelRows& x, int first,
                  const edge::TileOut& out) {
@@ -38,19 +48,8 @@ void linear_part(const std::uint8_t* tile, int blocks, int part, const edge::Pan
     }
     row_codes += x.stride * edge::kBlock;
   }
-  const int count = out.outputs - kPart * part;
   EDGE_UNROLL
-  for (int m = 0; m < M; ++m) {
-    P y = mul(sums[m], part_set1(out.unit));
-    float* to = out.y + (first + m) * out.stride + kPart * part;
-    if (count >= kPart) {
-      part_store(to, out.bias ? add(y, part_load(out.bias + kPart * part)) : y);
-    } else {
-      float v[kPart];
-      part_store(v, y);
-      for (int i = 0; i < count; ++i) to[i] = out.bias ? v[i] + out.bias[kPart * part + i] : v[i];
-    }
-  }
+  for (int m = 0; m < M; ++m) put(mul(sums[m], part_set1(out.unit)), kPart * part, first + m, out);
 }
 
 template <typename Format, int M>
@@ -70,6 +69,75 @@ void linear(const std::uint8_t* tile, int blocks, const edge::PanelRows& x, cons
     for (; m + 4 <= x.stride; m += 4) linear_rows<Format, 4>(tile, blocks, x, m, out);
   for (; m + 2 <= x.stride; m += 2) linear_rows<Format, 2>(tile, blocks, x, m, out);
   for (; m < x.stride; ++m) linear_rows<Format, 1>(tile, blocks, x, m, out);
+}
+
+// fp32: T tiles [column][16 outputs] times M rows; each output's sum runs over the columns in order.
+template <int T, int M>
+void dense_rows(const float* tiles, std::int64_t columns, const float* x, std::int64_t x_stride, int first,
+                const edge::TileOut& out) {
+  constexpr int kParts = edge::kTileOutputs / kPart;
+  P sums[T][kParts][M];
+  EDGE_UNROLL
+  for (int t = 0; t < T; ++t)
+    EDGE_UNROLL
+    for (int p = 0; p < kParts; ++p)
+      EDGE_UNROLL
+      for (int m = 0; m < M; ++m) sums[t][p][m] = part_set1(0.0f);
+  for (std::int64_t c = 0; c < columns; ++c) {
+    P weights[T][kParts];
+    EDGE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const float* tile = tiles + (t * columns + c) * edge::kTileOutputs;
+      prefetch(tile + kPrefetchBytes / 4);
+      EDGE_UNROLL
+      for (int p = 0; p < kParts; ++p) weights[t][p] = part_load(tile + kPart * p);
+    }
+    EDGE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const P input = part_set1(x[(first + m) * x_stride + c]);
+      EDGE_UNROLL
+      for (int t = 0; t < T; ++t)
+        EDGE_UNROLL
+        for (int p = 0; p < kParts; ++p) sums[t][p][m] = fma(weights[t][p], input, sums[t][p][m]);
+    }
+  }
+  EDGE_UNROLL
+  for (int t = 0; t < T; ++t)
+    EDGE_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      const int n = edge::kTileOutputs * t + kPart * p;
+      if (n >= out.outputs) continue;
+      EDGE_UNROLL
+      for (int m = 0; m < M; ++m) put(sums[t][p][m], n, first + m, out);
+    }
+}
+
+template <int T>
+void dense_tiles(const float* tiles, std::int64_t columns, const float* x, std::int64_t x_stride, int rows,
+                 const edge::TileOut& out) {
+  int m = 0;
+  for (; m + kDenseRows <= rows; m += kDenseRows) dense_rows<T, kDenseRows>(tiles, columns, x, x_stride, m, out);
+  if constexpr (kDenseRows > 4)
+    for (; m + 4 <= rows; m += 4) dense_rows<T, 4>(tiles, columns, x, x_stride, m, out);
+  for (; m + 2 <= rows; m += 2) dense_rows<T, 2>(tiles, columns, x, x_stride, m, out);
+  for (; m < rows; ++m) dense_rows<T, 1>(tiles, columns, x, x_stride, m, out);
+}
+
+void linear_fp32(const float* tile, std::int64_t columns, const float* x, std::int64_t x_stride, int rows,
+                 const edge::TileOut& out) {
+  constexpr int kTogether = edge::kTileOutputs * kDenseTiles;
+  for (int n = 0; n < out.outputs;) {
+    edge::TileOut part = out;
+    part.y += n;
+    part.bias += part.bias ? n : 0;
+    part.outputs -= n;
+    const bool is_last_alone = kDenseTiles > 1 && part.outputs <= edge::kTileOutputs;
+    if (is_last_alone)
+      dense_tiles<1>(tile + n * columns, columns, x, x_stride, rows, part);
+    else
+      dense_tiles<kDenseTiles>(tile + n * columns, columns, x, x_stride, rows, part);
+    n += kTogether;
+  }
 }
 
 void quantize_row(const float* x, int columns, int zero_point, const edge::PanelRowOut& out) {

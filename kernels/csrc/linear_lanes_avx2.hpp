@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kPart = 8;       // outputs a register holds
 constexpr int kPanelStep = 4;  // most rows computed together
+constexpr int kDenseTiles = 1;  // of fp32 weights, and rows, whose sums fit the registers
+constexpr int kDenseRows = 4;
 
 struct P {
   __m256 v;

@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kPart = 16;       // outputs a register holds
 constexpr int kPanelStep = 16;  // most rows computed together
+constexpr int kDenseTiles = 2;  // of fp32 weights, and rows, whose sums fit the registers
+constexpr int kDenseRows = 8;
 
 using P = F;
 

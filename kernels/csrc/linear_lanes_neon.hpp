@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kPart = 4;       // outputs a register holds
 constexpr int kPanelStep = 8;  // most rows computed together
+constexpr int kDenseTiles = 1;  // of fp32 weights, and rows, whose sums fit the registers
+constexpr int kDenseRows = 4;
 
 struct P {
   float32x4_t v;

@@ -7,6 +7,8 @@ namespace {
 
 constexpr int kPart = 4;       // outputs a register holds
 constexpr int kPanelStep = 2;  // most rows computed together
+constexpr int kDenseTiles = 1;  // of fp32 weights, and rows, whose sums fit the registers
+constexpr int kDenseRows = 2;
 
 struct P {
   float v[4];

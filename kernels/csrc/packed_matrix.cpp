@@ -106,13 +106,22 @@ PackedMatrix::PackedMatrix(Array<const std::uint8_t, 3> data, Array<const float,
   run_phases(threads, {tiles()}, [&](int, std::int64_t tile, int) { pack_tile(data.data(), scales.data(), tile); });
 }
 
-PackedMatrix::PackedMatrix(Array<const float, 2> weights)
-    : outputs_(static_cast<std::int64_t>(weights.shape(0))), columns_(static_cast<std::int64_t>(weights.shape(1))),
-      bits_(32), memory_(0), weights_(weights) {
-  require(outputs_ >= 1 && outputs_ < (1 << 28) && columns_ >= 1 && columns_ < (1 << 28), "a matrix has impossible sizes");
+PackedMatrix::PackedMatrix(Array<const float, 2> weights, int threads)
+    : outputs_(checked(weights.size() > 0 && weights.shape(0) < (1u << 28), "a matrix has impossible sizes",
+                       static_cast<std::int64_t>(weights.shape(0)))),
+      columns_(checked(weights.shape(1) < (1u << 28), "a matrix has impossible sizes",
+                       static_cast<std::int64_t>(weights.shape(1)))),
+      bits_(32),
+      tile_bytes_(columns_ * kTileOutputs * 4),
+      memory_(static_cast<std::size_t>(tiles() * tile_bytes_)) {
+  nb::gil_scoped_release released;
+  run_phases(threads, {tiles()}, [&](int, std::int64_t tile, int) {
+    auto* to = reinterpret_cast<float*>(memory_.data() + tile * tile_bytes_);
+    const std::int64_t first = tile * kTileOutputs, count = std::min<std::int64_t>(kTileOutputs, outputs_ - first);
+    for (std::int64_t c = 0; c < columns_; ++c)
+      for (std::int64_t o = 0; o < count; ++o) to[c * kTileOutputs + o] = weights.data()[(first + o) * columns_ + c];
+  });
 }
-
-std::int64_t PackedMatrix::bytes() const { return bits_ == 32 ? outputs_ * columns_ * 4 : tiles() * tile_bytes_; }
 
 void PackedMatrix::pack_tile(const std::uint8_t* data, const float* scales, std::int64_t index) {
   const std::int64_t block_count = blocks(), block_bytes = kBlock * bits_ / 8, first = index * kTileOutputs;

@@ -4,7 +4,7 @@
 // both, 16 half floats each (`unit` is the power of two that they were divided by); so that a matrix is one stream of whole
 // cache lines. Of an int8 block, byte 64 g + 4 o + i is the code of output o, column 4 g + i. An int4 block is half of that: the codes of byte
 // 64 c + 4 o + i are of columns 8 c + i (low) and 8 c + 4 + i (high). Codes keep the bundle's zero points.
-// fp32: as it is, rows of columns, where it lies.
+// fp32: tiles of 16 outputs, [column][16].
 #pragma once
 
 #include <cstddef>
@@ -33,7 +33,7 @@ class SystemMemory {
 class PackedMatrix {
  public:
   PackedMatrix(Array<const std::uint8_t, 3> data, Array<const float, 2> scales, std::int64_t columns, int threads);
-  explicit PackedMatrix(Array<const float, 2> weights);
+  PackedMatrix(Array<const float, 2> weights, int threads);
 
   std::int64_t outputs() const { return outputs_; }
   std::int64_t columns() const { return columns_; }
@@ -43,8 +43,8 @@ class PackedMatrix {
   std::int64_t tiles() const { return (outputs_ + kTileOutputs - 1) / kTileOutputs; }
   float unit() const { return unit_; }
   const std::uint8_t* tile(std::int64_t index) const { return memory_.data() + index * tile_bytes_; }
-  const float* rows() const { return weights_.data(); }
-  std::int64_t bytes() const;  // of this matrix alone, in memory
+  const float* fp32_tile(std::int64_t index) const { return reinterpret_cast<const float*>(tile(index)); }
+  std::int64_t bytes() const { return tiles() * tile_bytes_; }
 
  private:
   void pack_tile(const std::uint8_t* data, const float* scales, std::int64_t index);
@@ -54,7 +54,6 @@ class PackedMatrix {
   float unit_ = 1.0f;
   std::int64_t tile_bytes_ = 0;
   SystemMemory memory_;
-  Array<const float, 2> weights_;  // fp32: the caller's array, kept
 };
 
 }  // namespace edge

@@ -107,13 +107,9 @@ class Program::Chunk {
     while (step->first_item > item) --step;
     const std::int64_t first = (item - step->first_item) * kGroupTiles;
     const std::int64_t last = std::min(first + kGroupTiles, step->matrix->tiles());
-    for (std::int64_t panel = 0; panel < rows_; panel += kPanelRows) {
-      const std::int64_t count = std::min<std::int64_t>(kPanelRows, rows_ - panel);
-      if (step->matrix->bits() == 32)
-        products(*step, first * kTileOutputs, last * kTileOutputs, panel, count);
-      else
-        tiles(*step, first, last, panel, count);
-    }
+    if (step->matrix->bits() == 32) return products(*step, first, last);
+    for (std::int64_t panel = 0; panel < rows_; panel += kPanelRows)
+      tiles(*step, first, last, panel, std::min<std::int64_t>(kPanelRows, rows_ - panel));
   }
 
   void tiles(const LinearStep& step, std::int64_t first, std::int64_t last, std::int64_t panel, std::int64_t count) const {
@@ -133,20 +129,15 @@ class Program::Chunk {
     }
   }
 
-  void products(const LinearStep& step, std::int64_t first, std::int64_t last, std::int64_t panel, std::int64_t count) const {
+  // Two tiles at a time, which stay in the second cache while all rows go by.
+  void products(const LinearStep& step, std::int64_t first, std::int64_t last) const {
     const PackedMatrix& matrix = *step.matrix;
-    last = std::min(last, matrix.outputs());
-    const float* x[kPanelRows];
-    float* y[kPanelRows];
-    for (int m = 0; m < count; ++m) {
-      x[m] = at(step.in, panel + m);
-      y[m] = at(step.out, panel + m);
+    for (std::int64_t tile = first; tile < last; tile += 2) {
+      const std::int64_t n = tile * kTileOutputs, end = std::min(matrix.outputs(), std::min(tile + 2, last) * kTileOutputs);
+      const TileOut out{at(step.out, 0) + n, matrix.outputs(), static_cast<int>(end - n), 1.0f,
+                        step.bias ? step.bias + n : nullptr};
+      k_.linear_fp32(matrix.fp32_tile(tile), matrix.columns(), at(step.in, 0), matrix.columns(), static_cast<int>(rows_), out);
     }
-    k_.multiply_fp32(matrix.rows(), static_cast<int>(matrix.columns()), static_cast<int>(first), static_cast<int>(last), x,
-                     static_cast<int>(count), y);
-    if (!step.bias) return;
-    const RowOperation sum{RowKind::add, static_cast<int>(last - first), 0.0f, nullptr, nullptr};
-    for (int m = 0; m < count; ++m) k_.row_operation(sum, y[m] + first, step.bias + first, y[m] + first);
   }
 
   const Program& p_;
@@ -296,7 +287,7 @@ void Program::run(const std::vector<Array<const float, 2>>& inputs, const std::v
 void bind_program(nb::module_& m) {
   nb::class_<PackedMatrix>(m, "PackedMatrix")
       .def(nb::init<Array<const std::uint8_t, 3>, Array<const float, 2>, std::int64_t, int>())
-      .def(nb::init<Array<const float, 2>>())
+      .def(nb::init<Array<const float, 2>, int>())
       .def_prop_ro("outputs", &PackedMatrix::outputs)
       .def_prop_ro("columns", &PackedMatrix::columns)
       .def_prop_ro("bits", &PackedMatrix::bits)

@@ -1,9 +1,10 @@
 """Dense products: y = x W^T (+ bias), for fp32 weights and for int8 and int4 ones in blocks of 32.
 
-Quantized weights come in the layout of `edge_kernels.quantization` and are packed once into the order the kernel reads
-them: sixteen outputs side by side, scales as half floats times one power of two per matrix. Activations meet them as
-int8, rounded in blocks of 32 (largest / 127). Each output has one accumulator, to which block after block adds the
-exact integer product times both scales, fused: a row's bits depend on no other row, thread or instruction set.
+Quantized weights come in the layout of `edge_kernels.quantization`. All are packed once into the order the kernel reads
+them: sixteen outputs side by side, quantized ones with their scales as half floats times one power of two per matrix.
+Quantized weights meet activations as int8, rounded in blocks of 32 (largest / 127). Each output has one accumulator,
+to which block after block adds the exact integer product times both scales, fused; fp32 ones run column after column.
+So a row's bits depend on no other row, thread or instruction set.
 
 Knows: matrices and rows. Does not know: bundles, operations between products, or who owns the bytes packed.
 """
@@ -33,18 +34,18 @@ def pack(data: U8, scales: F32, columns: int, *, threads: int = 1) -> PackedMatr
     )
 
 
-def pack_fp32(weights: F32) -> PackedMatrix:
-    """Weights [N, K] are used where they lie, and kept alive."""
-    return PackedMatrix(np.ascontiguousarray(weights, np.float32))
+def pack_fp32(weights: F32, *, threads: int = 1) -> PackedMatrix:
+    """Weights [N, K] are copied, and needed no more."""
+    return PackedMatrix(np.ascontiguousarray(weights, np.float32), threads)
 
 
 def packed_bytes(format: str, outputs: int, columns: int) -> int:
-    """What a matrix takes once packed. An fp32 one takes no more than the array it is made from."""
+    """What a matrix takes once packed."""
+    tiles = -(-outputs // TILE_OUTPUTS)
     if format == "fp32":
-        return outputs * columns * 4
+        return tiles * TILE_OUTPUTS * columns * 4
     pairs = -(-columns // (2 * BLOCK))
-    pair_bytes = 2 * TILE_OUTPUTS * (BLOCK * BITS[format] // 8 + 2)
-    return -(-outputs // TILE_OUTPUTS) * pairs * pair_bytes
+    return tiles * pairs * 2 * TILE_OUTPUTS * (BLOCK * BITS[format] // 8 + 2)
 
 
 def linear(x: F32, matrix: PackedMatrix, bias: F32 | None = None, *, threads: int = 1) -> F32:
