@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from coordinator.api.app import create_app, serve
-from coordinator.api.keys import ApiKey, ApiKeys
-from coordinator.config import CoordinatorConfig, parse_split
-from coordinator.runtime import CoordinatorRuntime
-from edge_runtime.agent.config import AgentConfig
-from edge_runtime.agent.daemon import Agent
-from edge_runtime.sdk.cluster import demo_bundle
+from tests.support.whole_cluster import ALICE, BOB, served
 
-ALICE, BOB = "sk-edge-alice-000000000000", "sk-edge-bob-00000000000000"
 PROMPT = "def read(path):\n" * 20
-
-
-@asynccontextmanager
-async def served(directory: Path) -> AsyncIterator[str]:
-    """The whole coordinator with two real agents, in one process."""
-    config = CoordinatorConfig(demo_bundle(), directory / "coordinator", split=parse_split("even", "a,b"))
-    keys = ApiKeys([ApiKey.of(ALICE, tenant="alice"), ApiKey.of(BOB, tenant="bob", is_admin=False)])
-    async with CoordinatorRuntime(config) as runtime, asyncio.TaskGroup() as tasks:
-        agents = [
-            Agent(AgentConfig(name, directory / name, 1 << 30, 1, join=runtime.create_join_link()))
-            for name in ("a", "b")
-        ]
-        running = [tasks.create_task(agent.run()) for agent in agents]
-        runner, port = await serve(create_app(runtime, api_keys=keys))
-        try:
-            async with asyncio.timeout(60):
-                await runtime.loop.serving.wait()
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            await runner.cleanup()
-            for task in running:
-                task.cancel()
 
 
 async def complete(url: str, key: str, **options: object) -> tuple[str, int]:
@@ -71,7 +39,8 @@ async def hits(url: str) -> float:
 
 @pytest.mark.timeout(120)
 async def test_the_same_prompt_of_another_tenant_is_computed_again(tmp_path: Path) -> None:
-    async with served(tmp_path) as url:
+    async with served(tmp_path) as cluster:
+        url = cluster.url
         sampled = {"temperature": 0.8, "seed": 3}
         text, cached = await complete(url, ALICE, **sampled)
         assert cached == 0
