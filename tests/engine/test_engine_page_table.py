@@ -109,7 +109,7 @@ class Pages:
         ids = held.plan[base : base + count]
         if rng.random() < 0.3 and (base < held.longest or base >= held.named_rows):
             ids = [token + 7 for token in ids]  # a new parent: the rows are other ones from here on
-            held.named_rows = min(held.named_rows, base)
+        leaves_plan = ids != held.plan[base : base + count]
         moves = self.table.append(session, base, count)
         self.clear(moves.clear)
         for source, target in moves.copy:
@@ -128,6 +128,8 @@ class Pages:
             del held.ids[base:]
         else:
             held.longest = max(held.longest, len(held.ids))
+            if leaves_plan:  # rows that were never computed are not known, and do not count
+                held.named_rows = min(held.named_rows, base)
             self.clear(self.table.ran(session, base, ids))
 
     def truncate(self) -> None:
