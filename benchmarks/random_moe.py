@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from benchmarks.checkpoints import CACHE
 from benchmarks.report import say
+from edge_runtime.bundle.hashing import digest_of_expert
 from edge_runtime.bundle.manifest import Block, Manifest, ModelInfo, Part, Segment, Tensor
 from edge_runtime.bundle.signing import BundleSigningKey
 from edge_runtime.bundle.writer import BundleWriter, SliceWriter
@@ -181,5 +181,5 @@ class _Writer:
                 for name, array in arrays.items():
                     parts[name] = Part(whole.slice, offset, str(array.dtype), array.shape)
                     offset += array.nbytes
-            digests.append(blake3(packed).hexdigest())
+            digests.append(digest_of_expert(packed).hex())
         return Tensor(f"experts_{self._shape.weights}", plan.shape, parts, len(packed), tuple(digests))

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from blake3 import blake3
 from edge_kernels.quantization import quantize
 from numpy.typing import NDArray
 
+from edge_runtime.bundle.hashing import digest_of_expert
 from edge_runtime.bundle.manifest import SLICE_ALIGNMENT_BYTES, Part, Tensor
 from edge_runtime.bundle.writer import SliceWriter
 from exporters.checkpoint import Floats
@@ -37,7 +37,7 @@ def write_experts(
         arrays = _arrays(source.expert(number), number, format, importance)
         packed, offsets = _pack(arrays)
         whole = out.add(packed)
-        digests.append(blake3(packed.data).hexdigest())
+        digests.append(digest_of_expert(packed.data).hex())
         if number == 0:
             stride_bytes = len(packed)
             parts = {

@@ -84,8 +84,8 @@ class Tensor:
 
     For `experts_*`, each Part describes expert 0 (shape without the leading E) and expert e's array starts
     `e * expert_stride_bytes` later in the same slice. An expert's bytes are the `expert_stride_bytes` from the first of
-    its parts on; `expert_digests` has the BLAKE3 (64 hex digits) of each, so that one expert can be read and checked
-    without the rest of its slice. Bundles written before there were such digests have none.
+    its parts on; `expert_digests` has the digest (64 hex digits, see `hashing.expert_digest`) of each, so that one
+    expert can be read and checked without the rest of its slice. Older bundles have none.
     """
 
     format: str

@@ -1,7 +1,8 @@
 """Reads experts from flash into memory, on a few threads, and lets no wrong byte through.
 
-Every expert is hashed when it has arrived. What does not match, or can't be read, is read again through the page
-cache, then fetched from whoever has the bundle (and mended on flash); only then is it given up.
+An expert is read in pieces, by as many lanes as are free, and each is hashed while others are still on their way. What
+does not match, or can't be read, is read again through the page cache, then fetched from whoever has the bundle (and
+mended on flash); only then is it given up.
 
 Knows: files, lanes, digests. Does not know: which expert is wanted why, or which memory is free.
 """
@@ -13,17 +14,22 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 
 from blake3 import blake3
 
+from edge_runtime.bundle.hashing import EXPERT_PIECE_BYTES, expert_digest
 from edge_runtime.errors import BundleError, EdgeRuntimeError, TamperedError
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.lanes import ReadInto, direct_works, open_for_reading, read_fully, read_into
 
 log = logging.getLogger(__name__)
 
-DEFAULT_LANES = 2
+DEFAULT_LANES = 4
+PIECE_BYTES = (
+    256 << 10
+)  # large enough for flash's full speed, small enough that little is left to hash at the end
 JOIN_SECONDS = 10.0
 
 Refetch = Callable[[str, int, int], bytes]  # (slice, offset, length) -> bytes; raises EdgeRuntimeError
@@ -43,12 +49,46 @@ class Arrival:
     problem: Exception | None  # None: the bytes are in their place, and right
 
 
-@dataclass(frozen=True, slots=True)
 class _Job:
-    batch: ReadBatch
-    layer: ExpertLayer
-    expert: int
-    target: memoryview
+    """One expert on its way: lanes bring its pieces, and their digests."""
+
+    def __init__(self, batch: ReadBatch, layer: ExpertLayer, expert: int, target: memoryview) -> None:
+        self.batch, self.layer, self.expert, self.target = batch, layer, expert, target
+        self.problem = ""  # the first piece that could not be read, and why
+        self._digests = [b""] * -(-len(target) // EXPERT_PIECE_BYTES)
+        self._missing = len(self._digests)
+        self._lock = threading.Lock()
+
+    @property
+    def pieces(self) -> int:
+        return len(self._digests)
+
+    @property
+    def offset_bytes(self) -> int:
+        return self.layer.offset(self.expert)
+
+    @property
+    def is_right(self) -> bool:
+        return expert_digest(self._digests) == self.layer.digests[self.expert]
+
+    def piece(self, number: int) -> memoryview:
+        return self.target[number * EXPERT_PIECE_BYTES : (number + 1) * EXPERT_PIECE_BYTES]
+
+    def hash(self, number: int) -> None:
+        self._digests[number] = blake3(self.piece(number)).digest()
+
+    def brought(self, problem: str) -> bool:
+        """A piece is done with; True: it was the last."""
+        with self._lock:
+            self.problem = self.problem or problem
+            self._missing -= 1
+            return self._missing == 0
+
+    def rehash(self) -> bool:
+        """After the whole was brought another way."""
+        for number in range(self.pieces):
+            self.hash(number)
+        return self.is_right
 
 
 class Cancelled(EdgeRuntimeError):
@@ -81,7 +121,7 @@ class ExpertReader:
         self._refetch = refetch
         self._read = read
         self._lock = threading.Lock()
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[_Job, int] | None] = SimpleQueue()  # a job and which piece of it
         paths = sorted({layer.path for layer in layers})
         self.direct = direct and direct_works(paths)
         self._descriptors: list[
@@ -110,7 +150,9 @@ class ExpertReader:
 
     def submit(self, batch: ReadBatch, layer: ExpertLayer, expert: int, target: memoryview) -> None:
         """Read one expert into `target`, which nobody else may touch until it has arrived."""
-        self._jobs.put(_Job(batch, layer, expert, target))
+        job = _Job(batch, layer, expert, target)
+        for number in range(job.pieces):
+            self._jobs.put((job, number))
 
     def close(self) -> None:
         """Ends when the reads under way have. Idempotent."""
@@ -124,56 +166,64 @@ class ExpertReader:
 
     # ------------------------------------------------------------ on the lanes
 
-    def _work(self, files: dict[os.PathLike[str], int]) -> None:
-        while (job := self._jobs.get()) is not None:
-            problem: Exception | None = None
-            try:
-                if job.batch.cancelled:
-                    problem = Cancelled("the read was cancelled")
-                else:
-                    self._fill(job, files[job.layer.path])
-            except Exception as error:  # goes to whoever waits
-                problem = error
-            job.batch.arrived.put(Arrival(job.expert, problem))
+    def _work(self, files: dict[Path, int]) -> None:
+        while (next_one := self._jobs.get()) is not None:
+            job, number = next_one
+            why = "" if job.batch.cancelled else self._read_piece(job, number, files[job.layer.path])
+            if job.brought(why):
+                job.batch.arrived.put(Arrival(job.expert, self._finish(job)))
 
-    def _fill(self, job: _Job, descriptor: int) -> None:
-        layer, offset_bytes = job.layer, job.layer.offset(job.expert)
-        why = ""
+    def _read_piece(self, job: _Job, number: int, descriptor: int) -> str:
+        """ "" or why it can't be read."""
+        piece = job.piece(number)
         try:
-            read_fully(descriptor, job.target, offset_bytes, self._read)
+            read_fully(descriptor, piece, job.offset_bytes + number * EXPERT_PIECE_BYTES, self._read)
         except OSError as problem:
-            why = str(problem)
+            return str(problem) or type(problem).__name__
+        job.hash(number)
+        with self._lock:
+            self.counters.read_bytes += len(piece)
+        return ""
+
+    def _finish(self, job: _Job) -> Exception | None:
+        """None: the bytes are in their place, and right."""
+        if job.batch.cancelled:
+            return Cancelled("the read was cancelled")
         with self._lock:
             self.counters.reads += 1
-            self.counters.read_bytes += len(job.target)
-        if why or not _is_right(job):
-            log.warning("expert %d of %s: %s", job.expert, layer, why or "wrong bytes from flash")
-            self._mend(job, why or "its bytes are not those that were signed")
+        if not job.problem and job.is_right:
+            return None
+        log.warning("expert %d of %s: %s", job.expert, job.layer, job.problem or "wrong bytes from flash")
+        try:
+            self._mend(job, job.problem or "its bytes are not those that were signed")
+        except Exception as problem:  # goes to whoever waits
+            return problem
+        return None
 
     def _mend(self, job: _Job, why: str) -> None:
-        layer, offset_bytes = job.layer, job.layer.offset(job.expert)
+        layer = job.layer
         with self._lock:
             self.counters.reread += 1
         try:
             descriptor = open_for_reading(layer.path, direct=False)
             try:
-                read_fully(descriptor, job.target, offset_bytes, self._read)
+                read_fully(descriptor, job.target, job.offset_bytes, self._read)
             finally:
                 os.close(descriptor)
-            if _is_right(job):
+            if job.rehash():
                 return
         except OSError as problem:
             why = str(problem)
         if self._refetch is None:
             raise _given_up(job, why)
         try:
-            data = self._refetch(layer.slice, offset_bytes, len(job.target))
+            data = self._refetch(layer.slice, job.offset_bytes, len(job.target))
         except EdgeRuntimeError as problem:
             raise _given_up(job, f"{why}; fetching it again failed: {problem.message}") from None
         if len(data) != len(job.target):
             raise _given_up(job, f"{why}; {len(data)} bytes were sent instead of {len(job.target)}")
         job.target[:] = data
-        if not _is_right(job):
+        if not job.rehash():
             raise _given_up(job, f"{why}; what was sent instead is wrong, too")
         with self._lock:
             self.counters.refetched += 1
@@ -181,10 +231,8 @@ class ExpertReader:
 
     # ------------------------------------------------------------ files
 
-    def _open(self, path: os.PathLike[str]) -> int:
-        from pathlib import Path
-
-        descriptor = open_for_reading(Path(path), direct=self.direct)
+    def _open(self, path: Path) -> int:
+        descriptor = open_for_reading(path, direct=self.direct)
         self._descriptors.append(descriptor)
         return descriptor
 
@@ -192,10 +240,6 @@ class ExpertReader:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
-
-
-def _is_right(job: _Job) -> bool:
-    return blake3(job.target).digest() == job.layer.digests[job.expert]
 
 
 def _given_up(job: _Job, why: str) -> TamperedError:
@@ -209,7 +253,7 @@ def _write_back(job: _Job) -> None:
     """Flash is mended where it lets itself be; if not, the next miss fetches again."""
     try:
         with job.layer.path.open("r+b") as file:
-            file.seek(job.layer.offset(job.expert))
+            file.seek(job.offset_bytes)
             file.write(job.target)
             file.flush()
             os.fsync(file.fileno())

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from blake3 import blake3
 from edge_kernels.quantization import quantize
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.hashing import digest_of_expert
 from edge_runtime.bundle.manifest import (
     SLICE_ALIGNMENT_BYTES,
     Block,
@@ -98,7 +98,7 @@ class _Writer:
             packed = b"".join(
                 array.tobytes() + bytes(-array.nbytes % PAGE_BYTES) for array in arrays.values()
             )
-            digests.append(blake3(packed).hexdigest())
+            digests.append(digest_of_expert(packed).hex())
             whole = out.add(packed)
             if expert == 0:
                 offset = whole.offset_bytes
