@@ -21,6 +21,7 @@ from benchmarks.report import say
 from benchmarks.shaping_proxy import Shape, ShapingProxy
 from benchmarks.steps import Step, read_steps
 from edge_runtime import AsyncClient, DeviceSpec, LocalCluster
+from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.sdk.process import ChildProcess
 
 TIMED_AGENT = Path(__file__).with_name("timed_agent.py").absolute()
@@ -57,6 +58,13 @@ class TimedCluster(LocalCluster):
         )
         self._notes = directory
         self._forwards = forwards
+
+    def last_words(self) -> str:
+        """Ends of the logs, and who has ended."""
+        ended = [name for name, agent in self._agents.items() if not agent.is_running]
+        if self._coordinator is not None and not self._coordinator.is_running:
+            ended.append("the coordinator")
+        return f"ended: {', '.join(ended) or 'nobody'}{self._all_logs()}"
 
     def _agent_process(self, name: str, arguments: list[str], log_path: Path) -> ChildProcess:
         forward = self._forwards.get(name)
@@ -124,7 +132,11 @@ async def running(
             client = await stack.enter_async_context(cluster.async_client())
             await client.model()  # asked for once; not a part of the first request
             found = Running(cluster, client, directory)
-            yield found
+            try:
+                yield found
+            except EdgeRuntimeError:
+                say(f"a request failed; {cluster.last_words()}")
+                raise
         found.read_notes()
 
 

@@ -146,7 +146,7 @@ async def main() -> None:
             return percentile(busy, 0.99) / percentile(quiet, 0.99)
 
         arm = "p99 between tokens beside a prefill, over alone"
-        found = await in_turns({arm: latency_ratio}, rounds, patience, tries=2)
+        found = await in_turns({arm: latency_ratio}, rounds, patience, tries=1)
         await patience.wait()
         report.say("open loop")
         streams = await open_loop(cluster, prompts, wanted)

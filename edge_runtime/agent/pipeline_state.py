@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
+from edge_runtime.agent.lease_state import LeaseState
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
     ControlLost,
@@ -18,22 +19,20 @@ from edge_runtime.agent.pipeline_events import (
     Event,
     Ignore,
     Instruction,
-    Load,
     Loaded,
     LoadFailed,
     OpenRows,
     Received,
-    Retire,
     Rows,
     RowsOpened,
     RunRows,
     Send,
     SessionBroke,
     StageBroke,
-    Unload,
     Work,
     WorkFinished,
 )
+from edge_runtime.agent.pipeline_rules import ForStages, frame_problem, may_send
 from edge_runtime.agent.session import Session, finish_of, problem_of, split_names
 from edge_runtime.core import SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
@@ -48,8 +47,6 @@ from edge_runtime.protocol.messages import (
     Pooled,
     RowsHeld,
     SessionFailed,
-    StageFailed,
-    StageReady,
     Tokens,
     UnloadStage,
 )
@@ -58,22 +55,15 @@ CLOSED_SESSIONS_KEPT = 1 << 16  # an OpenSession that comes after its CloseSessi
 CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would only fill memory
 PROGRESS_ROWS = 256  # of a prompt, after which the coordinator hears that it is getting on
 
-FromPeers = OpenSession | Feed | FrameRows | Tokens | RowsHeld | CloseSession
 
-
-class PipelineState:
-    """At most one lease at a time: the highest seen. `handle` is the only way in."""
+class PipelineState(LeaseState):
+    """At most one lease at a time. `handle` is the only way in."""
 
     def __init__(self) -> None:
-        self.lease = 0  # highest seen; survives UnloadStage, as a fence
-        self.order: LoadStage | None = None  # of `lease`, None once unloaded
-        self.loaded: Loaded | None = None  # of `lease`
-        self.failed: LoadFailed | None = None  # of `lease`
+        super().__init__()
         self.sessions: dict[SessionId, Session] = {}
         self._closed: OrderedDict[SessionId, None] = OrderedDict()
-        self._prompts: OrderedDict[SessionId, None] = (
-            OrderedDict()
-        )  # stage 1: whose fed ids wait to be issued
+        self._prompts: OrderedDict[SessionId, None] = OrderedDict()  # stage 1: with fed ids to be issued
 
     def handle(self, event: Event) -> list[Instruction]:
         match event:
@@ -93,93 +83,14 @@ class PipelineState:
                     return [Ignore("a failure of a session that is closed")]
                 return self._fail(session, event.code, event.reason)
             case ControlLost():
-                if self.order is None:
-                    return []
-                self._forget()
-                return [Retire(self.lease)]
+                return self._control_lost()
             case StageBroke():
                 return self._load_failed(LoadFailed(event.lease, event.code, event.reason, event.hint))
-
-    # ------------------------------------------------------------ plans
-
-    @property
-    def _stage(self) -> int:
-        assert self.order is not None
-        return self.order.stage
-
-    @property
-    def is_first(self) -> bool:
-        return self.order is not None and self.order.stage == 0
-
-    @property
-    def is_tail(self) -> bool:
-        return self.order is not None and self.order.stage == len(self.order.devices) - 1
-
-    def _load_stage(self, order: LoadStage) -> list[Instruction]:
-        if order.lease < self.lease:
-            return [Ignore(f"plan of lease {order.lease}: lease {self.lease} is in force")]
-        if order.lease == self.lease:
-            return self._report_again(order)
-        self.lease = order.lease
-        self._forget()
-        if not 0 <= order.stage < len(order.devices) or order.prefill_chunk_tokens < 1:
-            return self._load_failed(LoadFailed(order.lease, "protocol", "the plan names no such stage"))
-        self.order = order
-        return [Load(order)]
-
-    def _report_again(self, order: LoadStage) -> list[Instruction]:
-        """The coordinator asks again after a broken link: the answer may have been lost with it."""
-        if self.order != order:
-            return [Ignore(f"plan of lease {order.lease}: it is over")]
-        if self.failed is not None:
-            return [self._stage_failed(self.failed)]
-        if self.loaded is not None:
-            return [self._stage_ready(self.loaded)]
-        return [Ignore(f"plan of lease {order.lease}: already loading")]
-
-    def _loaded(self, event: Loaded) -> list[Instruction]:
-        if event.lease != self.lease or self.order is None or self.failed is not None:
-            return [Ignore(f"loaded for lease {event.lease}, which is over")]
-        self.loaded = event
-        return [self._stage_ready(event)]
-
-    def _load_failed(self, event: LoadFailed) -> list[Instruction]:
-        if event.lease != self.lease or self.failed is not None:
-            return [Ignore(f"failed for lease {event.lease}, which is over")]
-        self._forget_sessions()
-        self.loaded = None
-        self.failed = event
-        return [Unload(event.lease), self._stage_failed(event)]
-
-    def _unload_stage(self, message: UnloadStage) -> list[Instruction]:
-        if message.lease != self.lease or self.order is None:
-            return [Ignore(f"unload of lease {message.lease}, which is over")]
-        self._forget()
-        return [Unload(message.lease)]
-
-    def _forget(self) -> None:
-        self.order = self.loaded = self.failed = None
-        self._forget_sessions()
-        self._closed.clear()
 
     def _forget_sessions(self) -> None:
         self.sessions.clear()
         self._prompts.clear()
-
-    @staticmethod
-    def _stage_ready(loaded: Loaded) -> Send:
-        ready = StageReady(
-            loaded.lease,
-            loaded.numeric_class,
-            loaded.row_invariant,
-            loaded.weight_bytes,
-            loaded.kv_capacity_tokens,
-        )
-        return Send(COORDINATOR, ready)
-
-    @staticmethod
-    def _stage_failed(failed: LoadFailed) -> Send:
-        return Send(COORDINATOR, StageFailed(failed.lease, failed.code, failed.reason, failed.hint))
+        self._closed.clear()
 
     # ------------------------------------------------------------ messages
 
@@ -189,11 +100,12 @@ class PipelineState:
             return self._load_stage(message)
         if source == COORDINATOR and isinstance(message, UnloadStage):
             return self._unload_stage(message)
-        if not isinstance(message, FromPeers):
+        if not isinstance(message, ForStages):
             return [Ignore(f"{type(message).__name__} is not for a stage")]
         if message.lease != self.lease or self.loaded is None:
             return [Ignore(f"{type(message).__name__} of lease {message.lease}, not in force")]
-        if not self._may_send(source, message):
+        assert self.order is not None
+        if not may_send(self.order, source, message):
             return [
                 Ignore(f"{type(message).__name__} from {source or 'the coordinator'}, who may not send it")
             ]
@@ -211,21 +123,6 @@ class PipelineState:
         if isinstance(message, RowsHeld):
             return self._rows_held(session, message.rows)
         return self._ring(session, message)
-
-    def _may_send(self, source: str, message: FromPeers) -> bool:
-        assert self.order is not None
-        before = COORDINATOR if self.is_first else self.order.devices[self._stage - 1]
-        match message:
-            case OpenSession():
-                return source == before
-            case Feed():
-                return self.is_first and source == COORDINATOR
-            case FrameRows():
-                return not self.is_first and source == before
-            case Tokens() | RowsHeld():
-                return self.is_first and not self.is_tail and source == self.order.devices[-1]
-            case CloseSession():
-                return source == COORDINATOR
 
     # ------------------------------------------------------------ sessions
 
@@ -320,18 +217,20 @@ class PipelineState:
         """Chunk after chunk, in turn, no further ahead of the tail than keeps every stage busy."""
         if self.order is None:
             return []
-        grid = self.order.prefill_chunk_tokens
-        window_rows = CHUNKS_UNDER_WAY * len(self.order.devices) * grid
+        grid, stages = self.order.prefill_chunk_tokens, len(self.order.devices)
         under_way_rows = 0 if self.is_tail else sum(each.rows_under_way for each in self.sessions.values())
         instructions: list[Instruction] = []
-        while self._prompts and (self.is_tail or under_way_rows < window_rows):
-            key, _ = self._prompts.popitem(last=False)
-            session = self.sessions[key]
+        while self._prompts:
+            session = self.sessions[next(iter(self._prompts))]
+            chunk_rows = max(grid, len(session.fed)) if session.is_bidirectional else grid
+            if under_way_rows >= CHUNKS_UNDER_WAY * stages * chunk_rows and not self.is_tail:
+                break
+            del self._prompts[session.id]
             ids = session.take_chunk(grid)
             if ids:  # else it comes back with its next ids, or with what the stages hold
                 instructions.append(self._issue(session, ids))
                 under_way_rows += len(ids)
-                self._prompts[key] = None
+                self._prompts[session.id] = None
         return instructions
 
     def _go_on(self, session: Session) -> list[Instruction]:
@@ -376,17 +275,11 @@ class PipelineState:
         is_repeated = frame.seq == session.seq and frame.base_row < session.rows
         if frame.seq < session.seq or is_repeated or frame.turn < session.turn:
             return [Ignore(f"frame {frame.seq} of turn {frame.turn}: seen {session.seq} of {session.turn}")]
-        end = frame.base_row + len(frame.ids)
-        chain = tuple(range(frame.base_row - 1, end - 1))
-        if frame.parents != chain and len(frame.parents) == len(frame.ids):
-            return self._fail(session, "unsupported_tree", "this stage runs chains of rows, not trees")
-        malformed = not frame.ids or frame.parents != chain or frame.base_row < 0 or rows is None
-        if malformed or end > session.order.max_rows or not self._are_ids(frame.ids):
-            return self._fail(session, "protocol", f"frame {frame.seq} does not fit the plan of this session")
-        if frame.bidirectional != session.is_bidirectional or (
-            frame.bidirectional and (frame.base_row, end) != (0, session.order.forced_rows)
-        ):
-            return self._fail(session, "protocol", "a sequence that is read both ways must come in one frame")
+        problem = frame_problem(session.order, frame, rows)
+        if problem is None and not self._are_ids(frame.ids):
+            problem = "protocol", f"frame {frame.seq} has ids outside the model's vocabulary"
+        if problem is not None:
+            return self._fail(session, *problem)
         if frame.base_row > session.rows:
             return self._gap(session, session.rows)
         session.seq, session.turn = frame.seq, frame.turn
@@ -426,7 +319,8 @@ class PipelineState:
         if not self.is_tail:
             return [self._pass_on(work, event.rows)]
         if session.order.tail == "pooler":
-            return [Send(COORDINATOR, Pooled(session.id, self.lease), event.rows)]
+            pooled = Send(COORDINATOR, Pooled(session.id, self.lease), event.rows)
+            return [pooled, *self._prompt_came_through(session, 0, len(work.ids))]
         if not work.logit_rows:
             return self._prompt_came_through(session, work.base_row, len(work.ids))
         return self._commit(session, work, event.tokens)

@@ -16,7 +16,8 @@ from edge_runtime.core import Digest
 from edge_runtime.errors import BundleError
 
 _CHUNK_BYTES = 1 << 20
-EXPERT_PIECE_BYTES = 256 << 10  # what flash gives at full speed; little is left to hash when the last one is here
+# What flash gives at full speed; little is left to hash when the last piece is here.
+EXPERT_PIECE_BYTES = 256 << 10
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 

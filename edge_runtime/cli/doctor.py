@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_runtime import config
+from edge_runtime.cli import doctor_experts
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.output import paint, result, result_json
 from edge_runtime.cli.progress import Progress, format_amount
@@ -55,9 +56,16 @@ def _configure(parser: ArgumentParser) -> None:
         "--bundle", type=Path, metavar="DIR", help="also examine this bundle (default: the demo's)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON array on stdout")
+    parser.set_defaults(examine=None)
+    topics = parser.add_subparsers(metavar="experts", title="more")
+    experts = topics.add_parser("experts", help="could this machine use BUNDLE with most experts on flash?")
+    doctor_experts.configure(experts)
+    experts.set_defaults(examine=doctor_experts.run)
 
 
 def _run(arguments: Namespace) -> int:
+    if arguments.examine is not None:
+        return int(arguments.examine(arguments))
     findings = examine(_Subject(config.load(), arguments.bundle), as_json=arguments.json)
     if arguments.json:
         result_json([asdict(finding) for finding in findings])

@@ -21,7 +21,7 @@ class Replayed:
 
     hits: int
     misses: int
-    missed: tuple[int, ...]  # per decoded step: experts read
+    missed_by_access: tuple[int, ...]  # experts read, for each layer of each decoded step
 
     @property
     def hit_rate(self) -> float:
@@ -32,7 +32,7 @@ def replay(trace: RoutingTrace, slots: int, policy: str) -> Replayed:
     """Raises UsageError where one layer of one batch does not fit into the slots."""
     table = SlotTable(slots, trace.keys, _policy(trace, slots, policy))
     hits = misses = 0
-    missed: dict[int, int] = {}
+    missed: list[int] = []
     for access in trace.accesses:
         keys = [trace.key(access.layer, expert) for expert in access.experts]
         uses = list(zip(keys, access.rows, strict=True))
@@ -45,8 +45,8 @@ def replay(trace: RoutingTrace, slots: int, policy: str) -> Replayed:
         if access.decode:
             hits += len(keys) - len(absent)
             misses += len(absent)
-            missed[access.step] = missed.get(access.step, 0) + len(absent)
-    return Replayed(hits, misses, tuple(missed.values()))
+            missed.append(len(absent))
+    return Replayed(hits, misses, tuple(missed))
 
 
 def _policy(trace: RoutingTrace, slots: int, name: str) -> Policy:

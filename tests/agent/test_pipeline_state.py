@@ -41,6 +41,7 @@ from edge_runtime.protocol.messages import (
     LoadStage,
     OpenSession,
     Pooled,
+    RowsHeld,
     SessionFailed,
     StageFailed,
     StageReady,
@@ -449,10 +450,11 @@ def test_a_pooling_tail_answers_with_its_vector() -> None:
     (work,) = works(state.handle(arrives(frame(0, (1, 2, 3), bidirectional=True))))
     assert work.logit_rows == 0
     vector = np.ones(2, np.float32)
-    (send,) = state.handle(WorkFinished(work, vector))
+    send, through = state.handle(WorkFinished(work, vector))
     assert isinstance(send, Send)
     assert (send.to, send.message) == (COORDINATOR, Pooled(1, LEASE))
     assert send.rows is vector
+    assert messages([through]) == [("device-0", RowsHeld(1, LEASE, 3, reused=False))]
 
 
 def test_a_part_of_such_a_sequence_is_refused() -> None:

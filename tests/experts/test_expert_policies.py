@@ -43,7 +43,7 @@ def test_no_policy_beats_belady_and_all_miss_first_touches(trace: RoutingTrace, 
             == sum(len(a.experts) for a in trace.accesses)
         )
         assert len(touched) <= found.misses
-        assert sum(found.missed) == found.misses
+        assert sum(found.missed_by_access) == found.misses
         if trace.top_k == 1:  # with several at once, what is forced in may cost Belady one
             assert found.hits <= best.hits
 

@@ -111,9 +111,9 @@ class _Writer:
         return name
 
 
-def build_tiny_bundle(path: Path, model: TinyModel) -> Bundle:
+def build_tiny_bundle(path: Path, model: TinyModel, tokenizer: bytes = b"{}") -> Bundle:
     writer = BundleWriter(path)
-    writer.add_file("tokenizer", b"{}")
+    writer.add_file("tokenizer", tokenizer)
     make = _Writer(model, np.random.default_rng(model.seed))
     embedding = _embedding(writer, make)
     layers = tuple(_layer(writer, make, index) for index in range(model.layers))
