@@ -13,6 +13,7 @@ from edge_runtime.engine.memory import resident_weight_bytes
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 MIB = 1 << 20
+STEP_BYTES = MIB // 2  # a page of KV and the scratch memory of one row
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_the_estimate_holds(tiny: Bundle, tmp_path: Path, format: str, executor:
     )
     measured, estimate = int(run.stdout), resident_weight_bytes(bundle.manifest, 0, 1, executor)
     assert executor == "native" or estimate > bundle.manifest.stage_weight_bytes(0, 1)
-    assert 0.6 * estimate < measured < 1.1 * estimate, (measured / MIB, estimate / MIB)
+    assert 0.6 * estimate < measured < 1.1 * estimate + STEP_BYTES, (measured / MIB, estimate / MIB)
 
 
 def test_experts_and_a_tied_embedding_count_once_where_they_are_mapped(tmp_path: Path) -> None:
