@@ -32,8 +32,12 @@ demo: setup  ## one model over three devices on this machine: plan, speed, gener
 test: setup browser  ## every test: unit, real processes, real browser
 	$(PYTHON) -m pytest
 
+# Real links, the interpreter of GPU programs: `make test` runs them, a minute of waiting is too much for test-unit.
+LINK_TESTS := tests/conformance tests/trust tests/api tests/agent/test_agents.py tests/coordinator/test_nothing_leaks.py \
+  tests/engine/test_torch_stage.py $(wildcard tests/kernels/test_triton_*.py)
+
 test-unit: setup  ## the fast tests: no processes, no browser, no transformers
-	$(PYTHON) -m pytest -m 'not cluster and not browser and not export'
+	$(PYTHON) -m pytest -m 'not cluster and not browser and not export' $(addprefix --ignore=,$(LINK_TESTS))
 
 check: setup  ## lint, types, import rule: what CI checks
 	$(VENV)/bin/ruff check
