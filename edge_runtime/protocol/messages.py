@@ -267,7 +267,7 @@ class FrameRows:
 
     `parents[i]` is the row that row `base_row + i` continues; a chain names the row before. A frame that continues a
     row below those a stage holds drops the rows after it: committing is choosing a parent. `seq` is issued by stage 1
-    alone, `turn` by the tail alone, `lease` by the coordinator alone; older ones are dropped.
+    alone, `lease` by the coordinator alone, `turn` is the position of the last wrong guess; older ones are dropped.
     """
 
     session: int
@@ -302,6 +302,31 @@ class RowsHeld:
     lease: int
     rows: int
     reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Whoever drafts -> coordinator -> stage 1: guessed ids for positions `base_row` and on (docs/speculative.md).
+
+    `turn` is the position of the last guess the sender knows to be wrong, 0 for none. `parents` as in FrameRows: the
+    main chain first, then side rows.
+    """
+
+    session: int
+    lease: int
+    turn: int
+    base_row: int
+    parents: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Tail -> every other stage: rows of turns below `turn` are dead, and need not run any more."""
+
+    session: int
+    lease: int
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +407,8 @@ Message = (
     | FrameRows
     | Tokens
     | RowsHeld
+    | Draft
+    | Fence
     | Pooled
     | Gap
     | SessionFailed
@@ -419,5 +446,7 @@ MESSAGE_TAGS: Mapping[int, type[Message]] = {
     46: SessionFailed,
     47: CloseSession,
     48: RowsHeld,
+    49: Draft,
+    51: Fence,
     50: Relay,
 }
