@@ -28,10 +28,10 @@ from coordinator.sessions.generation import FAILED, Generation
 from coordinator.sessions.host import SessionHost
 from coordinator.sessions.port import Cancel
 from coordinator.speed_meter import SpeedMeter
-from coordinator.text import Decoder
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId, SamplingParams, Token
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed, UsageError
+from edge_runtime.text import Decoder
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Text to token ids and back, as one bundle does it.
 
-Knows: the bundle's tokenizer and chat template. Does not know: requests, streams (`text` decodes those).
+Knows: the bundle's tokenizer and chat template. Does not know: requests, streams (`edge_runtime.text` decodes those).
 """
 
 from __future__ import annotations

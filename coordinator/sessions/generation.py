@@ -14,11 +14,11 @@ from collections.abc import AsyncGenerator, Sequence
 from coordinator.service import GenerateRequest, TokenEvent
 from coordinator.sessions.live_session import LiveSession, crashed
 from coordinator.sessions.port import Cancel, Inbound, KeptPages, Rebind, RequestJournal, SessionPort
-from coordinator.text import Decoder, TextStream
 from edge_runtime.core import Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
 from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, Feed, OpenSession, RowsHeld, Tokens
+from edge_runtime.text import Decoder, TextStream
 
 FAILED = "error"
 PREFILL_PATIENCE_SECONDS_PER_ROW = 0.05

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from coordinator.text import Detokenizer, StopMatcher, TextStream
+from edge_runtime.text import Detokenizer, StopMatcher, TextStream
 
 DEMO = Path(__file__).parents[2] / "examples/models/moe/tokenizer.json"
 

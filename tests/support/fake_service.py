@@ -17,10 +17,10 @@ from coordinator.service import (
     RequestStatus,
     TokenEvent,
 )
-from coordinator.text import TextStream
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId, TokenLogprob
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, UsageError
+from edge_runtime.text import TextStream
 
 GENERATOR = ModelInfo("tiny", "fake", "generator", 8, 256, 128, 64, (0,), -1, "fp32")
 ENCODER = replace(GENERATOR, name="tiny-encoder", kind="encoder", hidden_size=4)
