@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_runtime.core import SamplingParams, Token
+from edge_runtime.protocol.expert_messages import ExpertOutputs, ExpertRows, ExpertShare, ExpertsRefused
 
 PROTOCOL_VERSION = 1
 
@@ -23,6 +24,7 @@ MAX_ITEMS = 1 << 20  # of one list (ids of a long prompt)
 MAX_CONTROL_BYTES = 8 << 20  # of one encoded message, payload frames not counted
 PAGE_NAME_BYTES = 16
 NOBODY_ASKS = -1
+HOLDS_EXPERTS = -1  # in place of a stage's number: a device without layers of its own (`expert_messages.py`)
 
 # ---------------------------------------------------------------- pairing (enrolment listener, any key)
 
@@ -178,7 +180,8 @@ class LoadStage:
     """Become stage `stage` of the pipeline `lease`. Everything of an older lease is fenced off from now on.
 
     `devices` lists the pipeline's device ids in order; the next stage is devices[stage + 1], the tail's ring goes to
-    devices[0]. Layers already loaded are kept.
+    devices[0]. Layers already loaded are kept. `shares` say who holds the experts of these layers; without any the
+    stage holds all of them. Stage HOLDS_EXPERTS: compute the experts of one's own shares for the `devices`, no more.
     """
 
     lease: int
@@ -190,6 +193,7 @@ class LoadStage:
     prefill_chunk_tokens: int
     wire: str = "fp32"  # of rows between layers, and so of frames: fp32, fp16, int8
     kv: str = "fp32"  # of keys and values in memory: fp32, int8
+    shares: tuple[ExpertShare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +418,9 @@ Message = (
     | SessionFailed
     | CloseSession
     | Relay
+    | ExpertRows
+    | ExpertOutputs
+    | ExpertsRefused
 )
 
 # The closed table: tags are never reused or renumbered.
@@ -449,4 +456,7 @@ MESSAGE_TAGS: Mapping[int, type[Message]] = {
     49: Draft,
     51: Fence,
     50: Relay,
+    60: ExpertRows,
+    61: ExpertOutputs,
+    62: ExpertsRefused,
 }

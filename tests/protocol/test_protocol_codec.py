@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.core import SamplingParams, Token, TokenLogprob
 from edge_runtime.errors import ProtocolError, VersionError
 from edge_runtime.protocol import codec, messages
+from edge_runtime.protocol.expert_messages import ExpertShare
 from edge_runtime.protocol.messages import (
     MAX_CONTROL_BYTES,
     MAX_STRING_BYTES,
@@ -61,6 +62,9 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     ).map(tuple),
     tuple[PeerEntry, ...]: st.lists(
         st.builds(PeerEntry, st.text(max_size=8), st.binary(max_size=32), st.text(max_size=8)), max_size=3
+    ).map(tuple),
+    tuple[ExpertShare, ...]: st.lists(
+        st.builds(ExpertShare, st.text(max_size=8), INTS, st.binary(max_size=16)), max_size=3
     ).map(tuple),
 }
 
