@@ -1,0 +1,290 @@
+"""The drafter's side of a request as a pure state machine (docs/speculative.md).
+
+In: committed ids, proposals that are ready, time, the link's ends. Out: frames for the link, orders for the drafter,
+and when to look again. At most one proposal is asked for at a time; drafts condition on all ids in flight.
+
+    driver                          loop                                   driver
+    begin(prompt) on the drafter -> start(now)
+    committed frame arrived      -> committed(position, ids, now, finish) -> Rewind, Extend, Propose, SendDrafts …
+    drafter.propose returned     -> proposed(ticket, proposal, …)         -> SendDrafts, Extend, Propose
+    wake_at passed               -> passed(now)                           -> SendDrafts (again)
+
+Knows: positions, what is in flight, and which of it is settled. Does not know: clocks, threads, sockets, models.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from edge_runtime.errors import ProtocolError
+from edge_runtime.speculative.controller import Controller
+from edge_runtime.speculative.drafters.base import Proposal
+from edge_runtime.speculative.estimates import Estimates
+from edge_runtime.speculative.wire import DraftFrame, chain_frame
+
+LOOPS_BEFORE_RESEND = 1.5
+LONGEST_RESEND_SECONDS = 30.0
+IN_TIME = 0.5  # of a turn: ids that follow faster came from drafts, the target alone can't make them
+
+
+# ---------------------------------------------------------------- actions, to be done in order
+
+
+@dataclass(frozen=True, slots=True)
+class SendDrafts:
+    """Put this frame on the link. Where there is none, drop it: `resumed` makes another."""
+
+    frame: DraftFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """Drafter.rewind(length)."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Drafter.extend(ids)."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Drafter.propose(count, width), then `proposed(ticket, …)`. A newer ticket makes older ones worthless."""
+
+    ticket: int
+    count: int
+    width: int
+
+
+Action = SendDrafts | Rewind | Extend | Propose
+
+
+@dataclass(slots=True)
+class Counts:
+    """Ids of main chains unless said otherwise."""
+
+    drafted: int = 0
+    accepted: int = 0
+    wasted: int = 0  # sent, and then behind a miss or the miss itself
+    misses: int = 0
+    resent_frames: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    id: int
+    source: str
+    depth: int  # drafts in flight before it when it was made
+    sent_seconds: float  # negative: sent more than once, its loop can't be told
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    ticket: int
+    base: int  # position of its first id
+
+
+class DraftLoop:
+    """One request. Every method returns the actions that follow, in order."""
+
+    def __init__(
+        self,
+        prompt_length: int,
+        max_rows: int,
+        vocab_size: int,
+        controller: Controller,
+        *,
+        estimates: Estimates | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        """`prompt_length`: given ids, position of the first id to come. `max_rows`: prompt and all that may follow."""
+        self.length = prompt_length  # ids that are committed, prompt included
+        self.turn = 0
+        self.finish = ""
+        self.counts = Counts()
+        self.estimates = estimates or Estimates()
+        self._first = prompt_length
+        self._last_row = max_rows - 2  # the id of the last position is never run
+        self._vocab_size = vocab_size
+        self._controller = controller
+        self._stop_ids = frozenset(stop_ids)
+        self._window: deque[_InFlight] = deque()
+        self._tickets = 0
+        self._asked: _Asked | None = None
+        self._since: list[int] = []  # committed while a proposal was being made for their positions
+        self._stuck = False  # the drafter had nothing to say about this sequence
+        self._linked = False
+        self._after_miss = True  # the next draft opens an empty pipe
+        self._last_commit_seconds = -1.0
+        self._progress_seconds = 0.0
+        self._resends = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Drafts sent and not judged yet."""
+        return len(self._window)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to call `passed`, in the driver's seconds; None: only when something happens."""
+        if not self._window or not self._linked or self.finish:
+            return None
+        wait = LOOPS_BEFORE_RESEND * self.estimates.loop_seconds * 2.0**self._resends
+        return self._progress_seconds + min(wait, LONGEST_RESEND_SECONDS)
+
+    def start(self, now_seconds: float) -> list[Action]:
+        """The link is up and the request admitted. Drafting begins with the first committed id."""
+        self._linked = True
+        self._progress_seconds = now_seconds
+        return []
+
+    def link_lost(self, now_seconds: float) -> list[Action]:
+        self._linked = False
+        return []
+
+    def link_resumed(self, now_seconds: float) -> list[Action]:
+        """Again connected, with new codecs; the far side sends what was committed since by itself."""
+        self._linked = True
+        return [*self._resend(now_seconds), *self._ask()]
+
+    def measured_link(self, seconds: float) -> None:
+        """A round trip on the device's link."""
+        self.estimates.linked(seconds)
+
+    # ------------------------------------------------------------ what was committed
+
+    def committed(
+        self, position: int, ids: Sequence[int], now_seconds: float, finish: str = ""
+    ) -> list[Action]:
+        """Ids of positions `position` and on; those known already are skipped.
+
+        Raises ProtocolError where ids before `position` are missing, or for one outside the vocabulary.
+        """
+        if position > self.length:
+            raise ProtocolError(
+                f"ids from position {position} arrived, {self.length} is next", hint="reconnect, and resume"
+            )
+        if any(not 0 <= token < self._vocab_size for token in ids):
+            raise ProtocolError(
+                "a committed id lies outside the vocabulary", hint="use the target's tokenizer"
+            )
+        new = tuple(ids[self.length - position :])
+        self.finish = finish or self.finish
+        if not new:
+            return self._ask()
+        actions = self._settle(new, now_seconds)
+        self._stuck = False
+        self._resends = 0
+        self._progress_seconds = self._last_commit_seconds = now_seconds
+        return [*actions, *self._ask()]
+
+    def _settle(self, new: tuple[int, ...], now: float) -> list[Action]:
+        right = self._count_right(new, now)
+        self.length += len(new)
+        rest = new[right:]
+        if not rest:
+            return []
+        if not self._window:  # the target is ahead of the drafter
+            if self._asked is not None:
+                self._since.extend(rest)
+            return [Extend(rest)]
+        return self._miss(self.length - len(rest), rest)
+
+    def _count_right(self, new: tuple[int, ...], now: float) -> int:
+        """Takes drafts that were right out of the window."""
+        right = 0
+        before = self._last_commit_seconds
+        for token in new:
+            if not self._window or self._window[0].id != token:
+                break
+            draft = self._window.popleft()
+            self.estimates.judged(draft.source, draft.depth, True)
+            right += 1
+        self._time(right, len(new), now, before)
+        self.counts.accepted += right
+        return right
+
+    def _time(self, right: int, new: int, now: float, before: float) -> None:
+        """Loop, floor and service times from when ids arrive. `before`: when the last ones did, negative for never."""
+
+    def _miss(self, position: int, ids: tuple[int, ...]) -> list[Action]:
+        """The draft at `position` was wrong; `ids` are right, from there on."""
+        wrong = self._window[0]
+        self.estimates.judged(wrong.source, wrong.depth, False)
+        self.counts.misses += 1
+        self.counts.wasted += len(self._window)
+        self.turn = position
+        self._window.clear()
+        self._asked = None
+        self._since.clear()
+        self._after_miss = True
+        return [Rewind(position), Extend(ids)]
+
+    # ------------------------------------------------------------ what is proposed
+
+    def proposed(
+        self, ticket: int, proposal: Proposal, began_seconds: float, ended_seconds: float
+    ) -> list[Action]:
+        """What the drafter answered to Propose(ticket), and when it was at it."""
+        self.estimates.drafted(proposal.source, len(proposal.ids), ended_seconds - began_seconds)
+        asked, self._asked = self._asked, None
+        if asked is None or asked.ticket != ticket:
+            self._asked = asked
+            return []
+        since, self._since = tuple(self._since), []
+        chain = proposal.ids[: proposal.chain_length]
+        if chain[: len(since)] != since:
+            return self._ask()
+        base = asked.base + len(since)
+        ids = chain[len(since) :][: max(0, self._last_row + 1 - base)]
+        self._stuck = not chain
+        if not ids or not self._linked or self.finish:
+            return self._ask()
+        return [*self._send(base, ids, proposal.source, ended_seconds), *self._ask()]
+
+    def _send(self, base: int, ids: tuple[int, ...], source: str, now: float) -> list[Action]:
+        if not self._window:
+            self._progress_seconds = now
+        for token in ids:
+            self._window.append(_InFlight(token, source, len(self._window), now))
+        self.counts.drafted += len(ids)
+        self._after_miss = False
+        return [SendDrafts(chain_frame(self.turn, base, ids)), Extend(ids)]
+
+    def _ask(self) -> list[Action]:
+        if self._asked or self._stuck or self.finish or not self._linked or self.length == self._first:
+            return []
+        choice = self._controller.choose(self.estimates.measured(), self.length - self._first)
+        base = self.length + len(self._window)
+        chunk = 1 if not self._window else choice.chunk
+        room = choice.window - len(self._window)
+        count = min(chunk, self._last_row + 1 - base)
+        if count < 1 or room < chunk:
+            return []
+        self._tickets += 1
+        self._asked = _Asked(self._tickets, base)
+        return [Propose(self._tickets, count, choice.width)]
+
+    # ------------------------------------------------------------ time
+
+    def passed(self, now_seconds: float) -> list[Action]:
+        """Sends again what is unanswered for 1.5 loops; each time in a row it waits twice as long."""
+        due = self.wake_at
+        if due is None or now_seconds < due:
+            return []
+        self._resends += 1
+        return self._resend(now_seconds)
+
+    def _resend(self, now: float) -> list[Action]:
+        if not self._window:
+            return []
+        self._window = deque(_InFlight(draft.id, draft.source, draft.depth, -1.0) for draft in self._window)
+        self._progress_seconds = now
+        self.counts.resent_frames += 1
+        return [SendDrafts(chain_frame(self.turn, self.length, tuple(draft.id for draft in self._window)))]
