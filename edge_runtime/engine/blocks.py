@@ -21,7 +21,7 @@ from edge_runtime.engine.kv_cache import KvCache
 from edge_runtime.engine.resident import forget_pages
 from edge_runtime.engine.spans import lay_out
 from edge_runtime.errors import EngineError
-from edge_runtime.experts.cache import ExpertCache
+from edge_runtime.experts.runner import ExpertSource
 
 Float32 = NDArray[np.float32]
 
@@ -30,7 +30,7 @@ class LoadedBlock:
     """The embedding, one layer, or the head."""
 
     def __init__(
-        self, bundle: Bundle, block: Block, executor: str, threads: int, experts: ExpertCache | None = None
+        self, bundle: Bundle, block: Block, executor: str, threads: int, experts: ExpertSource | None = None
     ) -> None:
         self.name = block.name
         self.threads = threads
@@ -50,8 +50,8 @@ class LoadedBlock:
         """For whoever wants to watch or replace what runs the experts."""
         return [step for step in self._steps if isinstance(step, ExpertsStep)]
 
-    def use_experts(self, bundle: Bundle, experts: ExpertCache | None) -> None:
-        """A block that is used again by another stage gets that stage's cache."""
+    def use_experts(self, bundle: Bundle, experts: ExpertSource | None) -> None:
+        """A block that is used again by another stage gets those of that stage."""
         for step in self.experts_steps:
             step.use_experts(bundle, experts)
 
@@ -67,7 +67,7 @@ class LoadedBlock:
 
 
 def _compile(
-    bundle: Bundle, block: Block, executor: str, threads: int, experts: ExpertCache | None
+    bundle: Bundle, block: Block, executor: str, threads: int, experts: ExpertSource | None
 ) -> list[SegmentStep | CutStep]:
     """Segments cover the maximal runs of uncut operations, in order: the bundle's checks made sure."""
     segments = {segment.first_operation: segment for segment in block.segments}

@@ -26,6 +26,9 @@ from edge_runtime.engine.wire import FP32, check_wire, rounded
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_layers
+from edge_runtime.experts.peer_runner import PeerExperts, PeerOptions
+
+ExpertOptions = CacheOptions | PeerOptions
 
 _NO_ROWS = np.zeros((0, 0), np.float32)
 
@@ -40,7 +43,7 @@ class CpuStage:
         executor: str,
         blocks: dict[str, LoadedBlock],
         cache: KvCache,
-        experts: ExpertCache | None = None,
+        experts: ExpertCache | PeerExperts | None = None,
         formats: StageFormats = DEFAULT_FORMATS,
     ) -> None:
         manifest = bundle.manifest
@@ -50,7 +53,9 @@ class CpuStage:
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
         if experts is not None:
             self.weight_bytes += experts.arena_bytes - experts.total_bytes
-        self.experts = experts  # None: all experts are mapped
+        # Both None: all experts are mapped.
+        self.experts = experts if isinstance(experts, ExpertCache) else None
+        self.peer_experts = experts if isinstance(experts, PeerExperts) else None
         self.bundle_digest = bundle.digest
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
         self._blocks = blocks
@@ -70,13 +75,13 @@ class CpuStage:
         kv_budget_bytes: int,
         executor: str = AUTO,
         reuse: CpuStage | None = None,
-        experts: CacheOptions | None = None,
+        experts: ExpertOptions | None = None,
         formats: StageFormats = DEFAULT_FORMATS,
     ) -> CpuStage:
         """Load the blocks of `layers`. `executor` is native, onnx or auto (`engine/executors.py`).
 
         `reuse` is closed, and its blocks are kept where they are wanted again. `experts`: a cache of that many bytes
-        in front of flash instead of mapping all experts.
+        in front of flash, or devices that share them, instead of mapping all experts.
 
         Raises EngineError (a graph that can't be compiled, layers that don't exist), CapacityError (a budget that
         does not hold one page of KV, or one token's experts) or BundleError (experts that can't stay on flash).
@@ -165,8 +170,9 @@ class CpuStage:
         return self._cache.table.get(session).rows
 
     def close(self) -> None:
-        if self.experts is not None:
-            self.experts.close()
+        for experts in (self.experts, self.peer_experts):
+            if experts is not None:
+                experts.close()
         self._cache.close()
         self._blocks = {}
         self._closed = True
@@ -243,9 +249,11 @@ def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange
 
 
 def _make_expert_cache(
-    bundle: Bundle, blocks: tuple[Block, ...], options: CacheOptions | None
-) -> ExpertCache | None:
+    bundle: Bundle, blocks: tuple[Block, ...], options: ExpertOptions | None
+) -> ExpertCache | PeerExperts | None:
     """None also where these layers have no experts."""
+    if isinstance(options, PeerOptions):
+        return PeerExperts(options)
     layers = expert_layers(bundle, blocks) if options is not None else ()
     return ExpertCache(layers, options) if layers and options is not None else None
 

@@ -19,8 +19,7 @@ from edge_runtime.bundle.operations import Operation
 from edge_runtime.engine.spans import RowLayout
 from edge_runtime.engine.weights import RowTable, read_tensor
 from edge_runtime.errors import EngineError
-from edge_runtime.experts.cache import ExpertCache
-from edge_runtime.experts.runner import expert_runner
+from edge_runtime.experts.runner import ExpertSource, expert_runner
 
 Float32 = NDArray[np.float32]
 RopeTables = Mapping[str, tuple[Float32, Float32]]  # name -> cos and sin [positions, rotary / 2]
@@ -124,7 +123,7 @@ class ExpertsStep:
     """Routes here; who runs the chosen experts, and where these are, is the runner's business."""
 
     def __init__(
-        self, bundle: Bundle, operation: Operation, threads: int, experts: ExpertCache | None
+        self, bundle: Bundle, operation: Operation, threads: int, experts: ExpertSource | None
     ) -> None:
         self.inputs, self.outputs = operation.inputs, operation.outputs
         attributes = operation.attributes
@@ -136,8 +135,8 @@ class ExpertsStep:
         self._tensor = operation.weights["experts"]
         self.use_experts(bundle, experts)
 
-    def use_experts(self, bundle: Bundle, experts: ExpertCache | None) -> None:
-        """From now on through this cache; None: where they are mapped."""
+    def use_experts(self, bundle: Bundle, experts: ExpertSource | None) -> None:
+        """From now on through these; None: where they are mapped."""
         self.runner = expert_runner(bundle, self._tensor, self._activation, self._threads, experts)
 
     def run(self, values: Sequence[Float32], context: RunContext) -> list[Float32]:
@@ -172,7 +171,7 @@ CutStep = EmbeddingStep | AttentionStep | ExpertsStep | PoolStep
 
 
 def cut_step(
-    bundle: Bundle, operation: Operation, kv_index: int, threads: int, experts: ExpertCache | None
+    bundle: Bundle, operation: Operation, kv_index: int, threads: int, experts: ExpertSource | None
 ) -> CutStep:
     if operation.kind == "embedding":
         return EmbeddingStep(bundle, operation)

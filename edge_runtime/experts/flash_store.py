@@ -48,8 +48,13 @@ class ExpertLayer:
         return self.first_byte + expert * self.stride_bytes
 
 
-def expert_layers(bundle: Bundle, blocks: Iterable[Block]) -> tuple[ExpertLayer, ...]:
-    """In the order of the blocks. Raises BundleError: no digests (an old bundle), a slice missing or cut short."""
+def expert_layers(
+    bundle: Bundle, blocks: Iterable[Block], *, files: bool = True
+) -> tuple[ExpertLayer, ...]:
+    """In the order of the blocks. Raises BundleError: no digests (an old bundle), a slice missing or cut short.
+
+    Without `files` nothing needs to be on flash yet.
+    """
     found = []
     for block in blocks:
         for operation in block.operations:
@@ -59,7 +64,7 @@ def expert_layers(bundle: Bundle, blocks: Iterable[Block]) -> tuple[ExpertLayer,
             tensor = bundle.manifest.tensors[name]
             layer = int(block.name.rpartition(".")[2])
             found.append(_layer(bundle, name, tensor, layer, int(operation.attributes["top_k"])))
-    for layer_found in found:
+    for layer_found in found if files else ():
         _check_file(bundle, layer_found)
     return tuple(found)
 

@@ -1,6 +1,6 @@
-"""Who runs the experts of one layer: the kernel over a mapped slice, or a cache in front of flash. Same bits.
+"""Who runs the experts of one layer: the kernel over a mapped slice, a cache in front of flash, or several devices.
 
-Knows: the two. Does not know: routing, batches, where a cache's budget comes from.
+The bits are the same. Knows: mapped slices. Does not know: routing, batches, where a cache's budget comes from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.errors import EngineError
-from edge_runtime.experts.cache import ExpertCache
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -23,6 +22,18 @@ class ExpertRunner(Protocol):
     def run(self, x: Float32, ids: Int32, gates: Float32) -> Float32:
         """x [R, hidden], ids and gates [R, top_k] -> [R, hidden]."""
         ...
+
+
+class ExpertSource(Protocol):
+    """The experts of a stage where they are not mapped: a cache in front of flash, or other devices."""
+
+    def layer_of(self, tensor: str) -> int:
+        """Number of the layer whose experts are `tensor`."""
+        ...
+
+    def run(
+        self, layer: int, x: Float32, ids: Int32, gates: Float32, *, activation: str, threads: int
+    ) -> Float32: ...
 
 
 class MappedExperts:
@@ -35,21 +46,23 @@ class MappedExperts:
         return run_experts(x, ids, gates, self._weights, activation=self._activation, threads=self._threads)
 
 
-class CachedExperts:
-    def __init__(self, cache: ExpertCache, layer: int, activation: str, threads: int) -> None:
-        self._cache, self._layer = cache, layer
+class SourcedExperts:
+    def __init__(self, source: ExpertSource, layer: int, activation: str, threads: int) -> None:
+        self._source, self._layer = source, layer
         self._activation, self._threads = activation, threads
 
     def run(self, x: Float32, ids: Int32, gates: Float32) -> Float32:
-        return self._cache.run(self._layer, x, ids, gates, activation=self._activation, threads=self._threads)
+        return self._source.run(
+            self._layer, x, ids, gates, activation=self._activation, threads=self._threads
+        )
 
 
 def expert_runner(
-    bundle: Bundle, tensor: str, activation: str, threads: int, cache: ExpertCache | None
+    bundle: Bundle, tensor: str, activation: str, threads: int, source: ExpertSource | None
 ) -> ExpertRunner:
     """Raises EngineError (experts in several slices), BundleError (slices that can't be mapped)."""
-    if cache is not None:
-        return CachedExperts(cache, cache.layer_of(tensor), activation, threads)
+    if source is not None:
+        return SourcedExperts(source, source.layer_of(tensor), activation, threads)
     return MappedExperts(_mapped(bundle, tensor), activation, threads)
 
 
