@@ -120,7 +120,8 @@ class DraftLoop:
         self._since: list[int] = []  # committed while a proposal was being made for their positions
         self._stuck = False  # the drafter had nothing to say about this sequence
         self._linked = False
-        self._after_miss = True  # the next draft opens an empty pipe
+        self._after_verdict = False  # the next id is the target's own: nothing was in flight
+        self._last_right_seconds = -1.0  # when the draft was sent whose row is sampled next
         self._last_commit_seconds = -1.0
         self._progress_seconds = 0.0
         self._resends = 0
@@ -198,20 +199,31 @@ class DraftLoop:
 
     def _count_right(self, new: tuple[int, ...], now: float) -> int:
         """Takes drafts that were right out of the window."""
-        right = 0
-        before = self._last_commit_seconds
+        right: list[_InFlight] = []
         for token in new:
             if not self._window or self._window[0].id != token:
                 break
             draft = self._window.popleft()
             self.estimates.judged(draft.source, draft.depth, True)
-            right += 1
-        self._time(right, len(new), now, before)
-        self.counts.accepted += right
-        return right
+            right.append(draft)
+        self._time(right, len(new), now)
+        self.counts.accepted += len(right)
+        return len(right)
 
-    def _time(self, right: int, new: int, now: float, before: float) -> None:
-        """Loop, floor and service times from when ids arrive. `before`: when the last ones did, negative for never."""
+    def _time(self, right: list[_InFlight], new: int, now: float) -> None:
+        """Loop and floor, from when ids arrive: the row of a right draft is sampled as the id after it."""
+        before = self._last_commit_seconds
+        waited = now - before
+        if self._after_verdict and before >= 0:
+            self.estimates.turned(waited)
+        in_time = before >= 0 and waited < IN_TIME * self.estimates.floor_seconds
+        sent = [self._last_right_seconds if in_time else -1.0]
+        sent += [draft.sent_seconds for draft in right[: new - 1]]
+        for seconds in sent:
+            if seconds >= 0:
+                self.estimates.looped(now - seconds)
+        self._after_verdict = before < 0
+        self._last_right_seconds = right[-1].sent_seconds if len(right) == new else -1.0
 
     def _miss(self, position: int, ids: tuple[int, ...]) -> list[Action]:
         """The draft at `position` was wrong; `ids` are right, from there on."""
@@ -223,7 +235,7 @@ class DraftLoop:
         self._window.clear()
         self._asked = None
         self._since.clear()
-        self._after_miss = True
+        self._after_verdict = True
         return [Rewind(position), Extend(ids)]
 
     # ------------------------------------------------------------ what is proposed
@@ -254,7 +266,6 @@ class DraftLoop:
         for token in ids:
             self._window.append(_InFlight(token, source, len(self._window), now))
         self.counts.drafted += len(ids)
-        self._after_miss = False
         return [SendDrafts(chain_frame(self.turn, base, ids)), Extend(ids)]
 
     def _ask(self) -> list[Action]:
