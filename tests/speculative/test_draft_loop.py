@@ -1,0 +1,116 @@
+"""The drafter's side: whatever is guessed, the drafter's sequence and every frame follow what was committed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.errors import ProtocolError
+from edge_runtime.speculative.controller import Controller
+from edge_runtime.speculative.draft_loop import Action, DraftLoop, Extend, Propose, Rewind, SendDrafts
+from edge_runtime.speculative.drafters.base import Proposal
+from edge_runtime.speculative.wire import DraftFrame
+
+PROMPT = (1, 2, 3)
+MAX_ROWS = 60
+VOCABULARY = 50
+
+
+def truth(position: int) -> int:
+    return (7 * position + position * position) % VOCABULARY
+
+
+class World:
+    """A drafter that is right where `guesses` says so, and a link that keeps what is sent."""
+
+    def __init__(self, guesses: list[bool]) -> None:
+        self.loop = DraftLoop(len(PROMPT), MAX_ROWS, VOCABULARY, Controller())
+        self.guesses = guesses
+        self.ids = list(PROMPT)
+        self.asked: Propose | None = None
+        self.frames: list[DraftFrame] = []
+        self.now = 0.0
+        self.do(self.loop.start(0.0))
+
+    def do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Rewind(length):
+                    del self.ids[length:]
+                case Extend(ids):
+                    self.ids.extend(ids)
+                case Propose():
+                    self.asked = action
+                case SendDrafts(frame):
+                    self.frames.append(frame)
+
+    def answer(self) -> None:
+        if self.asked is None:
+            return
+        asked, self.asked = self.asked, None
+        ids = tuple(
+            (truth(at) + (0 if self.guesses[at % len(self.guesses)] else 1)) % VOCABULARY
+            for at in range(len(self.ids), len(self.ids) + asked.count)
+        )
+        parents = tuple(range(-1, len(ids) - 1))
+        proposal = Proposal(ids, parents, (0.5,) * len(ids), "toy")
+        self.do(self.loop.proposed(asked.ticket, proposal, self.now, self.now + 0.01))
+
+    def commit(self, count: int) -> None:
+        at = self.loop.length
+        ids = [truth(position) for position in range(at, min(at + count, MAX_ROWS))]
+        self.do(self.loop.committed(at, ids, self.now))
+
+
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=9), st.lists(st.integers(0, 4), min_size=20, max_size=120)
+)
+def test_the_drafters_sequence_is_what_is_committed_and_what_is_in_flight(
+    guesses: list[bool], steps: list[int]
+) -> None:
+    world = World(guesses)
+    for step in steps:
+        world.now += 0.02
+        if step == 0:
+            world.answer()
+        elif step == 4:
+            world.do(world.loop.passed(world.now))
+        else:
+            world.commit(step)
+        length = world.loop.length
+        assert world.ids[3:length] == [truth(position) for position in range(3, length)]
+        assert len(world.ids) == length + world.loop.in_flight
+        assert world.loop.turn <= length
+    for frame in world.frames:
+        assert frame.base_row + len(frame.ids) <= MAX_ROWS - 1
+    counts = world.loop.counts
+    assert counts.drafted == counts.accepted + counts.wasted + world.loop.in_flight
+
+
+def test_what_is_unanswered_is_sent_again_whole_and_from_the_first_open_position() -> None:
+    world = World([True])
+    world.commit(1)
+    world.answer()
+    world.answer()
+    sent = [token for frame in world.frames for token in frame.ids]
+    due = world.loop.wake_at
+    assert due is not None
+    world.do(world.loop.passed(due))
+    assert (world.frames[-1].base_row, list(world.frames[-1].ids)) == (world.loop.length, sent)
+
+
+def test_nothing_is_sent_over_a_broken_link_and_all_of_it_after() -> None:
+    world = World([True])
+    world.commit(1)
+    world.do(world.loop.link_lost(1.0))
+    world.answer()
+    assert world.frames == []
+    world.do(world.loop.link_resumed(2.0))
+    world.answer()
+    assert world.frames[-1].base_row == world.loop.length
+
+
+def test_missing_committed_ids_are_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        World([True]).loop.committed(5, [1], 0.0)
