@@ -16,29 +16,39 @@ constexpr int kGroupRows = 64;                         // activation rows that g
 constexpr std::int64_t kThreadShare = 1 << 19;         // weight bytes a thread must read to be worth starting
 constexpr std::int64_t kScratchFloats = 16 << 20;      // bounds the scratch of a large batch
 
-enum class Format { fp32, int8, int4 };
+enum class Format { fp32, int8, int4, nested2, nested4 };  // nested: edge_kernels/nested.py
 
 struct Layer {
   const std::uint8_t* base;
   Format format;
   std::int64_t experts, hidden, intermediate, stride_bytes;
-  std::int64_t data[3], scales[3];  // byte offsets of gate, up, down
+  std::int64_t data[3], scales[3], low[3];  // byte offsets of gate, up, down
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+bool is_nested(Format format) { return format == Format::nested2 || format == Format::nested4; }
+
+std::int64_t groups_of(std::int64_t columns) { return ceil_div(columns, 4 * kBlock); }
+
+// Of one plane where the weights are nested.
 std::int64_t row_bytes(Format format, std::int64_t columns) {
   if (format == Format::fp32) return columns * 4;
+  if (is_nested(format)) return groups_of(columns) * kBlock;
   return ceil_div(columns, kBlock) * (format == Format::int8 ? 32 : 16);
+}
+
+std::int64_t row_scale_bytes(Format format, std::int64_t columns) {
+  return is_nested(format) ? groups_of(columns) * 8 : ceil_div(columns, kBlock) * 4;
 }
 
 // Quantized rows of one width, zeroed so that blocks past the last add nothing.
 class QuantizedRows {
  public:
   QuantizedRows(Format format, std::int64_t rows, std::int64_t columns)
-      : group_blocks_(format == Format::int4 ? 4 : 2),
+      : group_blocks_(format == Format::int8 ? 2 : 4),
         groups_(ceil_div(ceil_div(columns, kBlock), group_blocks_)),
-        code_bytes_(groups_ * (format == Format::int4 ? 128 : 64)),
+        code_bytes_(groups_ * (format == Format::int8 ? 64 : 128)),
         codes_(static_cast<std::size_t>(rows * code_bytes_)),
         corrections_(static_cast<std::size_t>(rows * groups_ * 16)),
         scales_(static_cast<std::size_t>(rows * groups_ * group_blocks_)) {}
@@ -68,7 +78,10 @@ class Activations {
   void set(const KernelTable& k, std::int64_t row, const float* x, std::int64_t first, std::int64_t last) {
     if (format_ == Format::fp32) return;
     const int from = static_cast<int>(first / kBlock), to = static_cast<int>(ceil_div(last, kBlock));
-    (format_ == Format::int8 ? k.quantize_int8 : k.quantize_int4)(x, columns_, from, to, quantized_.out(row));
+    const auto quantize = format_ == Format::int8      ? k.quantize_int8
+                          : format_ == Format::nested2 ? k.quantize_nested2
+                                                       : k.quantize_int4;
+    quantize(x, columns_, from, to, quantized_.out(row));
   }
   QuantizedRow quantized(std::int64_t row) const { return quantized_.row(row); }
 
@@ -129,13 +142,21 @@ class Run {
   // y[m] = weight rows [first, first + count) of a part, times each of `rows` activations
   void multiply(std::int64_t expert, int part, std::int64_t columns, std::int64_t first, int count,
                 const QuantizedRow* quantized, const float* const* floats, int rows, float* const* y) const {
-    const std::uint8_t* data = layer_.base + expert * layer_.stride_bytes + layer_.data[part] +
-                               first * row_bytes(layer_.format, columns);
+    const std::uint8_t* own = layer_.base + expert * layer_.stride_bytes;
+    const std::uint8_t* data = own + layer_.data[part] + first * row_bytes(layer_.format, columns);
+    if (is_nested(layer_.format)) {
+      const bool both = layer_.format == Format::nested4;
+      const NestedRows weights{
+          data, both ? own + layer_.low[part] + first * row_bytes(layer_.format, columns) : nullptr,
+          reinterpret_cast<const std::uint16_t*>(own + layer_.scales[part]) + first * groups_of(columns) * 4,
+          static_cast<int>(groups_of(columns))};
+      return (both ? k_.multiply_nested4 : k_.multiply_nested2)(weights, count, quantized, rows, y);
+    }
     const int blocks = static_cast<int>(ceil_div(columns, kBlock));
     if (layer_.format == Format::fp32)
       return k_.multiply_fp32(reinterpret_cast<const float*>(data), static_cast<int>(columns), 0, count, floats, rows, y);
     const float* scales =
-        reinterpret_cast<const float*>(layer_.base + expert * layer_.stride_bytes + layer_.scales[part]) + first * blocks;
+        reinterpret_cast<const float*>(own + layer_.scales[part]) + first * blocks;
     (layer_.format == Format::int8 ? k_.multiply_int8 : k_.multiply_int4)(data, scales, blocks, 0, count, quantized, rows, y);
   }
 
@@ -203,22 +224,29 @@ class Run {
   std::unique_ptr<float[]> outputs_;
 };
 
+Format named(const std::string& name) {
+  if (name == "fp32") return Format::fp32;
+  if (name == "int8") return Format::int8;
+  if (name == "int4") return Format::int4;
+  if (name == "nested2") return Format::nested2;
+  require(name == "nested4", "experts are fp32, int8, int4, nested2 or nested4");
+  return Format::nested4;
+}
+
 Layer checked_layer(const Array<const std::uint8_t, 1>& buffer, const std::string& format, std::int64_t experts,
                     std::int64_t hidden, std::int64_t intermediate, std::int64_t stride_bytes,
                     const Array<const std::int64_t, 1>& offsets) {
-  require(format == "fp32" || format == "int8" || format == "int4", "experts are fp32, int8 or int4");
-  Layer layer{buffer.data(), format == "fp32" ? Format::fp32 : format == "int8" ? Format::int8 : Format::int4,
-              experts, hidden, intermediate, stride_bytes, {}, {}};
+  Layer layer{buffer.data(), named(format), experts, hidden, intermediate, stride_bytes, {}, {}, {}};
   constexpr std::int64_t kLimit = 1 << 28;  // keeps every product below 2^63
   require(experts > 0 && experts < (1 << 20) && hidden > 0 && hidden < kLimit && intermediate > 0 &&
               intermediate < kLimit && stride_bytes >= 0 && stride_bytes < (std::int64_t{1} << 40),
           "experts have impossible sizes");
-  const int parts = layer.format == Format::fp32 ? 3 : 6;
+  const int parts = layer.format == Format::fp32 ? 3 : layer.format == Format::nested4 ? 9 : 6;
   require(offsets.shape(0) == static_cast<std::size_t>(parts), "experts need an offset for each part");
   for (int i = 0; i < parts; ++i) {
-    const bool is_down = i % 3 == 2, is_scales = i >= 3;
+    const bool is_down = i % 3 == 2, is_scales = i / 3 == 1;
     const std::int64_t rows = is_down ? hidden : intermediate, columns = is_down ? intermediate : hidden;
-    const std::int64_t bytes = rows * (is_scales ? ceil_div(columns, kBlock) * 4 : row_bytes(layer.format, columns));
+    const std::int64_t bytes = rows * (is_scales ? row_scale_bytes : row_bytes)(layer.format, columns);
     const std::int64_t offset = offsets.data()[i], size = static_cast<std::int64_t>(buffer.size());
     require(offset >= 0 && bytes <= size && offset <= size - bytes &&
                 (experts - 1) * stride_bytes <= size - bytes - offset,
@@ -227,7 +255,7 @@ Layer checked_layer(const Array<const std::uint8_t, 1>& buffer, const std::strin
       require((reinterpret_cast<std::uintptr_t>(buffer.data()) + static_cast<std::uintptr_t>(offset | stride_bytes)) % 4 == 0 &&
                   offset % 4 == 0 && stride_bytes % 4 == 0,
               "an expert's floats must lie on 4-byte boundaries");
-    (is_scales ? layer.scales : layer.data)[i % 3] = offset;
+    (is_scales ? layer.scales : i < 3 ? layer.data : layer.low)[i % 3] = offset;
   }
   return layer;
 }

@@ -58,6 +58,14 @@ struct QuantizedRowOut {
   float* scales;
 };
 
+// Rows of bit-nested weights (edge_kernels/nested.py), `groups` groups of 128 weights each.
+struct NestedRows {
+  const std::uint8_t* high;
+  const std::uint8_t* low;      // null where only the first plane is read
+  const std::uint16_t* scales;  // bfloat16, one for each block
+  int groups;
+};
+
 constexpr int kTileOutputs = 16;
 constexpr int kPanelRows = 16;
 
@@ -129,6 +137,12 @@ struct KernelTable {
   void (*exp_all)(const double* x, double* y, std::int64_t count);
   void (*uniform_all)(std::uint64_t seed, std::uint32_t position, const std::uint32_t* ids, double* u,
                       std::int64_t count);
+
+  // Weight rows [0, count) times rows, as above: of the first plane with rows that `quantize_nested2` made, of both
+  // planes with rows that `quantize_int4` made.
+  void (*quantize_nested2)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
+  void (*multiply_nested2)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
+  void (*multiply_nested4)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
 };
 
 extern const KernelTable kScalarKernels;

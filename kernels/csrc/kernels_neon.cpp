@@ -4,6 +4,7 @@
 
 #include "attention_kernel.hpp"
 #include "experts_kernel.hpp"
+#include "nested_kernel.hpp"
 #include "linear_lanes_neon.hpp"
 // (after its lanes)
 #include "linear_kernel.hpp"
@@ -15,4 +16,5 @@ const edge::KernelTable edge::kNeonKernels = {
     multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
     linear<PartInt8>, linear<PartInt4>, linear_fp32, quantize_row, row_operation,
     exp_all,        uniform_all,
+    quantize_nested2, multiply_nested<HighPlane>, multiply_nested<BothPlanes>,
 };

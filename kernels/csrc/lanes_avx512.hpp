@@ -60,6 +60,28 @@ inline I dot4(const Nibbles& w, const std::int8_t* x, const std::int32_t* correc
   return {_mm512_dpbusd_epi32(even, w.high, _mm512_loadu_si512(x + 64))};
 }
 
+// Two planes of 2 bits, 32 bytes each, to the codes of a group (edge_kernels/nested.py); and 8 times those of one.
+inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+  const __m256i l = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+  const __m256i first = _mm256_set1_epi8(0x33), second = _mm256_set1_epi8(static_cast<char>(0xCC));
+  const __m256i a = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(h, first), 2), _mm256_and_si256(l, first));
+  const __m256i b = _mm256_or_si256(_mm256_and_si256(h, second), _mm256_and_si256(_mm256_srli_epi16(l, 2), first));
+  const __m512i mask = _mm512_set1_epi8(15), both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  return {_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask)};
+}
+inline Nibbles eighths(const std::uint8_t* high) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+  const __m512i mask = _mm512_set1_epi8(24);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_slli_epi16(h, 3)), _mm256_slli_epi16(h, 1), 1);
+  const __m512i odd = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_srli_epi16(h, 1)), _mm256_srli_epi16(h, 3), 1);
+  return {_mm512_and_si512(both, mask), _mm512_and_si512(odd, mask)};
+}
+inline void bfloats4(const std::uint16_t* p, float* out) {
+  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  _mm_storeu_ps(out, _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), halves)));
+}
+
 struct Bytes {
   __m512i v;
 };

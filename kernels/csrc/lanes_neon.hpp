@@ -78,6 +78,37 @@ inline I dot4(const Nibbles& w, const std::int8_t* x, const std::int32_t* correc
   return r;
 }
 
+// Two planes of 2 bits, 32 bytes each, to the codes of a group (edge_kernels/nested.py); and 8 times those of one.
+inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
+  Nibbles r;
+  const uint8x16_t first = vdupq_n_u8(0x33), second = vdupq_n_u8(0xCC), mask = vdupq_n_u8(15);
+  for (int i = 0; i < 2; ++i) {
+    const uint8x16_t h = vld1q_u8(high + 16 * i), l = vld1q_u8(low + 16 * i);
+    const uint8x16_t a = vorrq_u8(vshlq_n_u8(vandq_u8(h, first), 2), vandq_u8(l, first));
+    const uint8x16_t b = vorrq_u8(vandq_u8(h, second), vandq_u8(vshrq_n_u8(l, 2), first));
+    r.low[i] = vreinterpretq_s8_u8(vandq_u8(a, mask));
+    r.low[i + 2] = vreinterpretq_s8_u8(vandq_u8(b, mask));
+    r.high[i] = vreinterpretq_s8_u8(vshrq_n_u8(a, 4));
+    r.high[i + 2] = vreinterpretq_s8_u8(vshrq_n_u8(b, 4));
+  }
+  return r;
+}
+inline Nibbles eighths(const std::uint8_t* high) {
+  Nibbles r;
+  const uint8x16_t mask = vdupq_n_u8(24);
+  for (int i = 0; i < 2; ++i) {
+    const uint8x16_t h = vld1q_u8(high + 16 * i);
+    r.low[i] = vreinterpretq_s8_u8(vandq_u8(vshlq_n_u8(h, 3), mask));
+    r.low[i + 2] = vreinterpretq_s8_u8(vandq_u8(vshlq_n_u8(h, 1), mask));
+    r.high[i] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(h, 1), mask));
+    r.high[i + 2] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(h, 3), mask));
+  }
+  return r;
+}
+inline void bfloats4(const std::uint16_t* p, float* out) {
+  vst1q_f32(out, vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)));
+}
+
 struct Bytes {
   int8x16_t v[4];
 };

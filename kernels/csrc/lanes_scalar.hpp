@@ -51,6 +51,43 @@ struct Nibbles {
 };
 inline Nibbles nibbles(const std::uint8_t* w) { return {w}; }
 
+// Codes of a group of bit-nested weights (edge_kernels/nested.py), even columns and odd ones.
+struct Codes {
+  std::uint8_t even[64], odd[64];
+};
+inline std::uint8_t two_bits(std::uint8_t byte, int place) { return static_cast<std::uint8_t>(byte >> (2 * place) & 3); }
+inline Codes planes(const std::uint8_t* high, const std::uint8_t* low) {
+  Codes r;
+  for (int i = 0; i < 64; ++i) {
+    r.even[i] = static_cast<std::uint8_t>(4 * two_bits(high[i % 32], i / 32) + two_bits(low[i % 32], i / 32));
+    r.odd[i] = static_cast<std::uint8_t>(4 * two_bits(high[i % 32], 2 + i / 32) + two_bits(low[i % 32], 2 + i / 32));
+  }
+  return r;
+}
+inline Codes eighths(const std::uint8_t* high) {
+  Codes r;
+  for (int i = 0; i < 64; ++i) {
+    r.even[i] = static_cast<std::uint8_t>(8 * two_bits(high[i % 32], i / 32));
+    r.odd[i] = static_cast<std::uint8_t>(8 * two_bits(high[i % 32], 2 + i / 32));
+  }
+  return r;
+}
+inline I dot4(const Codes& w, const std::int8_t* x, const std::int32_t* corrections) {
+  I r;
+  for (int i = 0; i < 16; ++i) {
+    std::int32_t sum = corrections[i];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum += w.even[j] * x[j] + w.odd[j] * x[64 + j];
+    r.v[i] = sum;
+  }
+  return r;
+}
+inline void bfloats4(const std::uint16_t* p, float* out) {
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(p[i]) << 16;
+    std::memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
 // lane i: sum over its 4 bytes of low * even + high * odd, plus the correction
 inline I dot4(Nibbles w, const std::int8_t* x, const std::int32_t* corrections) {
   I r;

@@ -1,7 +1,8 @@
 """Mixture-of-experts layers: routing, and running the chosen experts straight from the bytes of a mapped slice.
 
 Expert e's arrays start `e * stride_bytes` after expert 0's: gate and up [intermediate, hidden], down [hidden,
-intermediate], in fp32 or in the int8/int4 layout of `edge_kernels.quantization` (data, and scales beside it).
+intermediate], in fp32, in the int8/int4 layout of `edge_kernels.quantization` (data, and scales beside it), or in the
+planes of `edge_kernels.nested`: "nested4" reads both, "nested2" the first alone.
 
 Knows: that layout and the arithmetic. Does not know: bundles, files, caches.
 """
@@ -15,6 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels import _native
+from edge_kernels.nested import (
+    FULL_BITS,
+    GROUP,
+    PLANE_BYTES,
+    SCALE_BYTES,
+    START_BITS,
+    NestedMatrix,
+    dequantize_nested,
+)
 from edge_kernels.quantization import BITS, BLOCK, QuantizedMatrix, dequantize
 
 F32 = NDArray[np.float32]
@@ -22,11 +32,16 @@ I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
 PARTS = ("gate", "up", "down")
+NESTED_BITS = {"nested2": START_BITS, "nested4": FULL_BITS}
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """All experts of one layer, as bytes. `format`: "fp32", "int8" or "int4"; offsets are from the buffer's start."""
+    """All experts of one layer, as bytes. `format`: "fp32", "int8", "int4", "nested4" or "nested2".
+
+    Offsets are from the buffer's start: gate, up, down; but for fp32 gate_scales, up_scales, down_scales; for nested4
+    gate_low, up_low, down_low.
+    """
 
     buffer: U8  # one slice, mapped
     format: str
@@ -34,11 +49,13 @@ class ExpertWeights:
     hidden: int
     intermediate: int
     stride_bytes: int
-    offsets: Mapping[str, int]  # gate, up, down, and for int8/int4 gate_scales, up_scales, down_scales
+    offsets: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if self.format != "fp32" and self.format not in BITS:
-            raise ValueError(f"unknown expert format {self.format!r}: choose fp32, int8 or int4")
+        if self.format not in ("fp32", *BITS, *NESTED_BITS):
+            raise ValueError(
+                f"unknown expert format {self.format!r}: choose fp32, int8, int4, nested4 or nested2"
+            )
         if min(self.num_experts, self.hidden, self.intermediate) < 1:
             raise ValueError("experts need at least one expert, one hidden and one intermediate channel")
         if self.buffer.dtype != np.uint8 or self.buffer.ndim != 1 or not self.buffer.flags.c_contiguous:
@@ -61,34 +78,44 @@ class ExpertWeights:
                 raise ValueError(f"{name} must lie on a 4-byte boundary")
 
     def part_shape(self, part: str) -> tuple[int, ...]:
-        name = part.removesuffix("_scales")
+        name, _, kind = part.partition("_")
         rows, columns = (
             (self.hidden, self.intermediate) if name == "down" else (self.intermediate, self.hidden)
         )
         if self.format == "fp32":
             return rows, columns
+        if self.format in NESTED_BITS:
+            return rows, -(-columns // GROUP), SCALE_BYTES if kind == "scales" else PLANE_BYTES
         blocks = -(-columns // BLOCK)
-        return (rows, blocks) if part != name else (rows, blocks, BLOCK * BITS[self.format] // 8)
+        return (rows, blocks) if kind else (rows, blocks, BLOCK * BITS[self.format] // 8)
 
     def part_bytes(self, part: str) -> int:
-        item = 4 if part.endswith("_scales") or self.format == "fp32" else 1
-        return int(np.prod(self.part_shape(part))) * item
+        return int(np.prod(self.part_shape(part))) * self._dtype(part).itemsize
 
     def part(self, expert: int, part: str) -> NDArray[np.generic]:
         """View of one expert's array."""
         start = self.offsets[part] + expert * self.stride_bytes
-        dtype = np.float32 if part.endswith("_scales") or self.format == "fp32" else np.uint8
-        return self.buffer[start : start + self.part_bytes(part)].view(dtype).reshape(self.part_shape(part))
+        data = self.buffer[start : start + self.part_bytes(part)]
+        return data.view(self._dtype(part)).reshape(self.part_shape(part))
 
     def matrix(self, expert: int, part: str) -> F32:
         """One expert's matrix in float32: the slow, readable way in."""
         data = self.part(expert, part)
+        columns = self.intermediate if part == "down" else self.hidden
         if self.format == "fp32":
             return data.astype(np.float32)
-        quantized = QuantizedMatrix(
-            data.astype(np.uint8), self.part(expert, f"{part}_scales").astype(np.float32)
-        )
-        return dequantize(quantized, self.format, self.intermediate if part == "down" else self.hidden)
+        scales = self.part(expert, f"{part}_scales")
+        if self.format in NESTED_BITS:
+            codes = data.astype(np.uint8)
+            low = self.part(expert, f"{part}_low").astype(np.uint8) if self.format == "nested4" else codes
+            nested = NestedMatrix(codes, low, scales.astype(np.uint8))
+            return dequantize_nested(nested, NESTED_BITS[self.format], columns)
+        quantized = QuantizedMatrix(data.astype(np.uint8), scales.astype(np.float32))
+        return dequantize(quantized, self.format, columns)
+
+    def _dtype(self, part: str) -> np.dtype[np.generic]:
+        is_float = self.format == "fp32" or (part.endswith("_scales") and self.format in BITS)
+        return np.dtype(np.float32 if is_float else np.uint8)
 
 
 def route(logits: F32, *, top_k: int, normalize: bool, softmax_after: bool) -> tuple[I32, F32]:
@@ -110,7 +137,7 @@ def run_experts(
 ) -> F32:
     """Sum over a row's experts, in the order given, of gate * down(silu(gate_proj x) * up_proj x): [R, hidden].
 
-    For int8 and int4 weights the activations are quantized to int8 in blocks of 32. A row's bits do not depend on the
+    But for fp32 weights the activations are quantized to int8 in blocks of 32. A row's bits do not depend on the
     other rows, on `threads` or on the instruction set.
     """
     if activation != "silu":
@@ -157,4 +184,5 @@ def combine(outputs: F32, gates: F32) -> F32:
 
 def _part_names(format: str) -> tuple[str, ...]:
     """In the order the native kernel takes their offsets."""
-    return PARTS if format == "fp32" else PARTS + tuple(f"{part}_scales" for part in PARTS)
+    kinds = {"fp32": (), "nested4": ("scales", "low")}.get(format, ("scales",))
+    return PARTS + tuple(f"{part}_{kind}" for kind in kinds for part in PARTS)
