@@ -1,159 +1,54 @@
-"""Train a demo checkpoint: `python examples/models/train.py {moe,draft} --minutes N --out DIRECTORY`.
+"""Train a demo checkpoint, from nothing or going on from one; distil the draft from the target.
 
-Text: the Python standard library's own source as installed (PSF licence), 5 % of the files held out by a hash of their
-path. Runs on two CPU cores; needs torch, transformers and tokenizers.
+    python examples/models/train.py moe --steps 1300 --out moe
+    python examples/models/train.py moe --start moe --rate 1e-3 --steps 500 --out moe-2
+    python examples/models/train.py draft --start draft --teacher moe-2 --steps 1000 --out draft-2
+
+Text: the Python standard library's own source as installed (PSF licence), most of it in documents that copy and edit
+earlier spans of themselves. Runs on two CPU cores; needs torch, transformers and tokenizers. `--state FILE` keeps what
+a run needs to go on after a stop.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import math
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from copies import CopyMixture
+from networks import BALANCE_WEIGHT, for_training, read_model, untrained, write_checkpoint
+from scores import agreement, bits_per_byte, copy_scores, evenly_spaced
+from text import VOCAB_SIZE, Corpus
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-VOCAB_SIZE = 4096
-BATCH_SEQUENCES = 16
-SEQUENCE_TOKENS = 512
-MAX_FILE_BYTES = 400_000
-HELD_OUT_ONE_IN = 20
-WARMUP_STEPS = 100
-REPORT_EVERY_STEPS = 200
-BALANCE_WEIGHT = 0.01  # of the router's load-balancing loss
-END_OF_TEXT = 0
-# Newlines with their indentation, words and identifiers, up to three digits, punctuation, spaces.
-WORDS = r"\n+ *| ?[A-Za-z_]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9_]+| +"
+STEP_TOKENS = 4096
+# Tokens of a row and how often: long rows are for copies from far back, and cost more.
+ROW_TOKENS, ROW_SHARES = (512, 1024, 2048), (0.6, 0.25, 0.15)
+PEAK_RATE = {"moe": 2e-3, "draft": 3e-3}
+WARMUP_STEPS = 30
+DECAY_SHARE = 0.35  # of the steps, at the end
+LEAST_RATE = 0.02
+REPORT_EVERY_STEPS = 150
+KEEP_EVERY_STEPS = 50
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    text: str
-    is_held_out: bool
-
-
-def standard_library() -> Iterator[SourceFile]:
-    root = Path(os.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if "site-packages" in relative.parts or "encodings" in relative.parts:
-            continue
-        if path.stat().st_size < MAX_FILE_BYTES:
-            hashed = int(hashlib.sha256(str(relative).encode()).hexdigest(), 16)
-            text = path.read_text(encoding="utf-8", errors="replace")
-            yield SourceFile(text, hashed % HELD_OUT_ONE_IN == 0)
-
-
-def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def build_model(kind: str) -> tuple[PreTrainedModel, float]:
-    """The untrained model and its peak learning rate."""
-    common = {
-        "vocab_size": VOCAB_SIZE,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "rope_theta": 10000.0,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "pad_token_id": 3,
-    }
-    if kind == "draft":
-        config = Qwen3Config(
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            **common,
-        )
-        return Qwen3ForCausalLM(config), 3e-3
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            hidden_size=192,
-            intermediate_size=512,
-            moe_intermediate_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            num_experts=16,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            output_router_logits=True,
-            router_aux_loss_coef=BALANCE_WEIGHT,
-            **common,
-        )
-    )
-    model.set_experts_implementation("grouped_mm")
-    return model, 2e-3
-
-
-class Corpus:
-    """Token ids of the training and the held-out files."""
-
-    def __init__(self) -> None:
-        files = list(standard_library())
-        self.tokenizer = train_tokenizer(file.text for file in files if not file.is_held_out)
-        train = [self._encode(file.text) for file in files if not file.is_held_out]
-        np.random.default_rng(0).shuffle(train)  # type: ignore[arg-type]
-        self.train = np.concatenate(train)
-        self.held_out = np.concatenate([self._encode(file.text) for file in files if file.is_held_out])
-        self.held_out_bytes = sum(len(file.text.encode()) for file in files if file.is_held_out)
-
-    def _encode(self, text: str) -> NDArray[np.int64]:
-        return np.array([*self.tokenizer.encode(text).ids, END_OF_TEXT], np.int64)
-
-    def batch(self, rng: np.random.Generator) -> torch.Tensor:
-        starts = rng.integers(0, len(self.train) - SEQUENCE_TOKENS - 1, BATCH_SEQUENCES)
-        return torch.from_numpy(np.stack([self.train[i : i + SEQUENCE_TOKENS + 1] for i in starts]))
-
-    @torch.no_grad()
-    def bits_per_byte(self, model: PreTrainedModel, windows: int) -> float:
-        """Held-out cross entropy over evenly spaced windows, per byte of text."""
-        model.eval()
-        span = len(self.held_out) - SEQUENCE_TOKENS - 1
-        nats = tokens = 0.0
-        for start in range(0, span, max(1, span // windows)):
-            ids = torch.from_numpy(self.held_out[start : start + SEQUENCE_TOKENS + 1])[None]
-            logits = model(input_ids=ids[:, :-1]).logits.float()[0]
-            nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-            tokens += SEQUENCE_TOKENS
-        model.train()
-        return nats / tokens / math.log(2) * len(self.held_out) / self.held_out_bytes
+class Plan:
+    kind: str
+    steps: int
+    rate: float
+    start: Path | None
+    teacher: Path | None
+    state: Path | None
+    out: Path
+    plain: float
+    scrambled: float
 
 
 def make_optimizer(model: PreTrainedModel, rate: float) -> torch.optim.Optimizer:
@@ -163,59 +58,143 @@ def make_optimizer(model: PreTrainedModel, rate: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
 
 
-def learning_rate_scale(step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine from 1 to 0.05 over the time given."""
-    return min(1.0, step / WARMUP_STEPS) * (0.05 + 0.475 * (1 + math.cos(math.pi * progress)))
+def learning_rate_scale(step: int, steps: int) -> float:
+    """Linear warm-up, level, linear down to LEAST_RATE: a run in its level part can be given more or fewer steps."""
+    left = (steps - step) / (DECAY_SHARE * steps)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * max(LEAST_RATE, min(1.0, left))
 
 
-def train_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, kind: str
-) -> None:
+def batch(mixture: CopyMixture, step: int) -> torch.Tensor:
+    """Int64 [rows, tokens + 1], a function of the step alone."""
+    rng = np.random.default_rng((1, step))
+    tokens = int(rng.choice(ROW_TOKENS, p=ROW_SHARES))
+    return torch.from_numpy(mixture.rows(rng, STEP_TOKENS // tokens, tokens + 1))
+
+
+def text_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropy with the text, nats per token; for experts also how unevenly they are used."""
     output = model(input_ids=ids[:, :-1])
-    loss = torch.nn.functional.cross_entropy(output.logits.reshape(-1, VOCAB_SIZE), ids[:, 1:].reshape(-1))
-    if kind == "moe":
+    loss = cross_entropy(output.logits.reshape(-1, VOCAB_SIZE), ids[:, 1:].reshape(-1))
+    if model.config.model_type == "qwen3_moe":
         experts, used = model.config.num_experts, model.config.num_experts_per_tok
         loss = loss + BALANCE_WEIGHT * load_balancing_loss_func(output.router_logits, experts, used)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    return loss
 
 
-def train(kind: str, minutes: float, out: Path) -> None:
+def distillation_loss(
+    draft: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, variation_share: float
+) -> torch.Tensor:
+    """KL(teacher || draft), of which `variation_share` is replaced by the total variation between them.
+
+    The total variation is what acceptance loses, but its gradient says little while the two are far apart; so it comes
+    in late (DistillSpec, Zhou et al. 2024, compares such divergences).
+    """
+    with torch.no_grad():
+        p = teacher(input_ids=ids[:, :-1]).logits.reshape(-1, VOCAB_SIZE).softmax(-1)
+    log_q = draft(input_ids=ids[:, :-1]).logits.reshape(-1, VOCAB_SIZE).log_softmax(-1)
+    loss = -(p * log_q).sum(-1).mean()  # the KL but for the teacher's own entropy, a constant
+    if variation_share == 0:
+        return loss
+    variation = 0.5 * (p - log_q.exp()).abs().sum(-1).mean()
+    return (1 - variation_share) * loss + variation_share * VARIATION_SCALE * variation
+
+
+VARIATION_SCALE = 4.0  # brings its gradient to about the size of the KL's
+
+
+class Run:
+    """A model in training, and its step."""
+
+    def __init__(self, plan: Plan, corpus: Corpus) -> None:
+        self.plan, self.corpus, self.step = plan, corpus, 0
+        self.mixture = CopyMixture(
+            corpus.train, corpus.tokenizer, plain_share=plan.plain, scrambled_share=plan.scrambled
+        )
+        self.model = for_training(read_model(plan.start) if plan.start else untrained(plan.kind))
+        self.model.train()
+        self.teacher = read_model(plan.teacher).eval() if plan.teacher else None
+        self.optimizer = make_optimizer(self.model, plan.rate)
+        if plan.state and plan.state.exists():
+            kept = torch.load(plan.state)
+            self.model.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.step = kept["step"]
+
+    def keep(self) -> None:
+        """Write the state beside its place first, so that a stop at any time leaves a whole one."""
+        if self.plan.state:
+            fresh = self.plan.state.with_suffix(".fresh")
+            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+            torch.save({"model": model, "optimizer": optimizer, "step": self.step}, fresh)
+            fresh.replace(self.plan.state)
+
+    def advance(self) -> float:
+        """One step; returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate * learning_rate_scale(self.step, self.plan.steps)
+        loss = self.loss(batch(self.mixture, self.step))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.item()
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.teacher is None:
+            return text_loss(self.model, ids)
+        progress = self.step / self.plan.steps
+        return distillation_loss(self.model, self.teacher, ids, max(0.0, 2 * progress - 1))
+
+    def report(self, windows: int, prompts: int) -> str:
+        bits = bits_per_byte(self.model, self.corpus, windows)
+        copies = copy_scores(self.model, self.corpus, prompts)
+        line = (
+            f"held-out bits/byte {bits:.4f}, copies {copies.verbatim:.3f}, edited copies {copies.edited:.3f}"
+        )
+        if self.teacher is not None:
+            both = agreement(self.teacher, self.model, evenly_spaced(self.corpus.held_out, windows))
+            line += f", same top token {both.greedy:.4f}, 1 - TV {both.overlap:.4f}"
+        return line
+
+
+def train(plan: Plan) -> None:
     torch.manual_seed(0)
-    corpus = Corpus()
-    model, rate = build_model(kind)
-    optimizer = make_optimizer(model, rate)
-    begin, step, rng = time.monotonic(), 0, np.random.default_rng(1)
-    while (progress := (time.monotonic() - begin) / (minutes * 60)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_scale(step, progress)
-        train_step(model, optimizer, corpus.batch(rng), kind)
-        step += 1
-        if step % REPORT_EVERY_STEPS == 0:
-            bits = corpus.bits_per_byte(model, 20)
-            print(f"step {step}, {progress:.0%} of the time, held-out bits/byte {bits:.3f}", flush=True)
-    print(f"{step} steps, held-out bits/byte {corpus.bits_per_byte(model, 400):.3f}")
-    model.config.output_router_logits = False
-    model.to(torch.bfloat16).save_pretrained(out)
-    PreTrainedTokenizerFast(
-        tokenizer_object=corpus.tokenizer,
-        eos_token="<|endoftext|>",
-        bos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        model_max_length=2048,
-        chat_template="{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
-    ).save_pretrained(out)
+    run = Run(plan, Corpus(Tokenizer.from_file(str(plan.start / "tokenizer.json")) if plan.start else None))
+    print(f"start at step {run.step}: {run.report(20, 8)}", flush=True)
+    begin = time.process_time()
+    while run.step < plan.steps:
+        loss = run.advance()
+        if run.step % KEEP_EVERY_STEPS == 0:
+            run.keep()
+            print(f"step {run.step}, loss {loss:.3f}, {time.process_time() - begin:.0f} CPU s", flush=True)
+        if run.step % REPORT_EVERY_STEPS == 0:
+            print(f"step {run.step}: {run.report(20, 8)}", flush=True)
+    write_checkpoint(run.model, run.corpus.tokenizer, plan.out)
+    print(f"{run.step} steps, rounded to bfloat16: ", end="", flush=True)
+    run.model.float()
+    print(run.report(100, 40))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("kind", choices=["moe", "draft"])
-    parser.add_argument("--minutes", type=float, required=True, help="how long to train")
+    parser.add_argument("--steps", type=int, required=True, help=f"of {STEP_TOKENS} tokens")
+    parser.add_argument(
+        "--rate", type=float, help="peak learning rate; the default is for a start from nothing"
+    )
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, and its tokenizer")
+    parser.add_argument(
+        "--teacher", type=Path, help="learn this checkpoint's distributions in place of the text"
+    )
+    parser.add_argument("--plain", type=float, default=0.4, help="share of rows that are plain text")
+    parser.add_argument("--scrambled", type=float, default=0.0, help="share of scrambled documents")
+    parser.add_argument("--state", type=Path, help="file to keep the run's state in, and to go on from")
     parser.add_argument("--out", type=Path, required=True, help="directory of the new checkpoint")
     arguments = parser.parse_args()
-    train(arguments.kind, arguments.minutes, arguments.out)
+    arguments.rate = arguments.rate or PEAK_RATE[arguments.kind]
+    torch.set_num_threads(2)
+    train(Plan(**vars(arguments)))
 
 
 if __name__ == "__main__":
