@@ -254,11 +254,19 @@ class DraftLoop:
         if chain[: len(since)] != since:
             return self._ask()
         base = asked.base + len(since)
-        ids = chain[len(since) :][: max(0, self._last_row + 1 - base)]
-        self._stuck = not chain
+        rest = chain[len(since) :]
+        ids = self._worth_sending(rest)[: max(0, self._last_row + 1 - base)]
+        self._stuck = not chain or (bool(rest) and not ids)
         if not ids or not self._linked or self.finish:
             return self._ask()
         return [*self._send(base, ids, proposal.source, ended_seconds), *self._ask()]
+
+    def _worth_sending(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Nothing follows a stop id, and the target has no other ids than its vocabulary's."""
+        for index, token in enumerate(ids):
+            if token in self._stop_ids or not 0 <= token < self._vocab_size:
+                return ids[:index]
+        return ids
 
     def _send(self, base: int, ids: tuple[int, ...], source: str, now: float) -> list[Action]:
         if not self._window:

@@ -114,3 +114,15 @@ def test_nothing_is_sent_over_a_broken_link_and_all_of_it_after() -> None:
 def test_missing_committed_ids_are_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
         World([True]).loop.committed(5, [1], 0.0)
+
+
+def test_neither_a_stop_id_nor_one_the_target_does_not_have_is_sent() -> None:
+    for strange in (9, VOCABULARY):
+        loop = DraftLoop(3, MAX_ROWS, VOCABULARY, Controller(), stop_ids=(9,))
+        loop.start(0.0)
+        (_, asked) = loop.committed(3, [1], 0.0)
+        assert isinstance(asked, Propose)
+        proposal = Proposal((5, strange, 6), (-1, 0, 1), (0.9, 0.9, 0.9), "toy")
+        sent, *_ = loop.proposed(asked.ticket, proposal, 0.0, 0.01)
+        assert isinstance(sent, SendDrafts)
+        assert sent.frame.ids == (5,)
