@@ -1,11 +1,11 @@
-"""How far ahead to draft, in what pieces, how wide, or not at all: the choice that commits most tokens per second.
+"""How far ahead to draft and in what pieces: the choice that commits most tokens per second of one session.
 
 One session (research: the streamed pipeline with a fenced restart, checked there by event simulation):
 
     rate(c, W) = 1 / (tau + (1 - a) (L + (c - 1) Td / 2))      tau = max(Td, s(c) / c, L / W)
 
 a: acceptance, L: loop, Td: time of a draft, s(c): service of a frame of c rows at the slowest stage, W: window.
-By itself the target makes 1 / F tokens a second (the floor); k = 0 where drafts would not add to that.
+It does not yet choose to draft nothing (k = 0) or to share a loaded target between sessions.
 
 Knows: measured values. Does not know: time, frames, links, or how anything was measured.
 """
@@ -19,7 +19,6 @@ from edge_runtime.speculative.estimates import Measured
 
 CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 SLACK = 1.3  # windows a little larger than a loop holds: a verdict that is late must not stall the stream
-FIRST_PAUSE_IDS, LONGEST_PAUSE_IDS = 32, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,6 @@ class Choice:
     window: int
     chunk: int
     width: int
-
-
-NOTHING = Choice(0, 1, 1)
 
 
 def mean_acceptance(measured: Measured, depth: int) -> float:
@@ -67,7 +63,7 @@ def streamed_rate(measured: Measured, chunk: int, window: int) -> float:
 
 
 def choose(measured: Measured, limits: Limits) -> Choice:
-    """The chunk with the best rate, the window that keeps the loop full, and whether it is worth it."""
+    """The chunk with the best rate, and the window that keeps the loop full."""
     chunk = max(
         (c for c in CHUNKS if c <= limits.max_chunk),
         key=lambda c: (streamed_rate(measured, c, limits.max_window), -c),
@@ -78,11 +74,11 @@ def choose(measured: Measured, limits: Limits) -> Choice:
 
 
 class Controller:
-    """Remembers only how long drafting pauses."""
+    """What `draft_loop` asks: `choose` under fixed limits."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
 
     def choose(self, measured: Measured, committed_ids: int) -> Choice:
-        """`committed_ids`: of this request, so far: pauses are counted in them."""
+        """`committed_ids`: of this request, so far; not used yet."""
         return choose(measured, self.limits)
