@@ -29,7 +29,7 @@ class CopyMixture:
     plain_share: float = 0.4
     copy_share: float = 0.5  # of the pieces of a document
     edited_share: float = 0.5  # of the copies
-    scrambled_share: float = 0.0  # of the documents: their new text in random order, so that only copies can be foreseen
+    scrambled_share: float = 0.0  # of the documents: new text in random order, only copies can be foreseen
 
     def rows(self, rng: np.random.Generator, count: int, tokens: int) -> Ids:
         """Int64 [count, tokens]."""
