@@ -32,6 +32,15 @@ class Proposal:
         """Leading nodes that each continue the one before."""
         return next((i for i, parent in enumerate(self.parents) if parent != i - 1), len(self.parents))
 
+    @property
+    def expected_accepted(self) -> float:
+        """Ids of the chain that are right, by the drafter's own estimate: each needs all before it."""
+        total, path = 0.0, 1.0
+        for probability in self.probabilities[: self.chain_length]:
+            path *= probability
+            total += path
+        return total
+
 
 def no_proposal(source: str) -> Proposal:
     return Proposal((), (), (), source)
