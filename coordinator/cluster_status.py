@@ -5,11 +5,12 @@ Knows: how each part of the state reads. Does not know: HTTP, or how the state c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from coordinator.journal.base import DeviceEntry
 from coordinator.planning.model import Split
-from coordinator.service import DeviceStatus, PlanStatus, RequestStatus
+from coordinator.service import DeviceStatus, DraftStatus, PlanStatus, RequestStatus
+from coordinator.sessions.draft_ledger import DraftCounts
 from coordinator.sessions.generation import Generation
 from coordinator.state import ClusterState, Device, Pipeline
 
@@ -35,6 +36,13 @@ def _device(state: ClusterState, entry: DeviceEntry, now: float, exclude_seconds
         memory_budget_bytes=device.memory_budget_bytes if device is not None else 0,
         rtt_seconds=device.link.rtt_seconds if device is not None and device.link is not None else 0.0,
         last_seen_seconds=max(0.0, now - device.last_seen) if device is not None else 0.0,
+    )
+
+
+def draft_statuses(drafts: Mapping[str, DraftCounts]) -> tuple[DraftStatus, ...]:
+    return tuple(
+        DraftStatus(source, counts.drafted, counts.accepted, counts.wasted)
+        for source, counts in sorted(drafts.items())
     )
 
 

@@ -31,6 +31,7 @@ from coordinator.speed_meter import SpeedMeter
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId, SamplingParams, Token
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed, UsageError
+from edge_runtime.protocol.messages import Draft
 from edge_runtime.text import Decoder
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,11 @@ class RequestDesk:
             self._abandoned.pop(request, None)
             self._begin(generation, found.entry.class_map)
         return generation.events(after_index)
+
+    def draft(self, request: RequestId, draft: Draft, source: str) -> None:
+        running = self._sessions.get(request)
+        if isinstance(running, Generation):
+            running.draft(draft, source)
 
     def _generation(
         self,

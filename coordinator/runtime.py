@@ -38,6 +38,7 @@ from coordinator.text_codec import TextCodec
 from edge_runtime.bundle import Bundle
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId
+from edge_runtime.protocol.messages import Draft
 from edge_runtime.transport import zeromq
 from edge_runtime.trust.pairing import EnrollmentServer, listen_for_devices
 
@@ -209,6 +210,9 @@ class CoordinatorRuntime:
     def decode(self, ids: Sequence[int]) -> str:
         return self._text.decode(ids)
 
+    def tokenizer(self) -> tuple[str, bytes]:
+        return self._text.digest, self._text.json
+
     # ------------------------------------------------------------ requests
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
@@ -216,6 +220,9 @@ class CoordinatorRuntime:
 
     async def resume(self, request: RequestId, after_index: int) -> AsyncIterator[TokenEvent]:
         return await self.desk.resume(request, after_index)
+
+    def draft(self, request: RequestId, draft: Draft, source: str) -> None:
+        self.desk.draft(request, draft, source)
 
     async def embed(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         return await self.desk.embed(sequences)
@@ -238,6 +245,7 @@ class CoordinatorRuntime:
             tokens_per_second=self._meter.cluster_tokens_per_second(now),
             uptime_seconds=now - self._started_at,
             plans=plans,
+            drafts=cluster_status.draft_statuses(self.sessions.drafts),
         )
 
     def create_join_link(self) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId, SamplingParams, TokenLogprob
+from edge_runtime.protocol.messages import Draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class TokenEvent:
     logprob: TokenLogprob | None = None
     finish_reason: str = ""  # "stop" or "length" on the last event
     cached_tokens: int = 0  # on the first event: of the prompt, that needed no computing
+    accepted_drafts: int = 0  # on the last event: guesses that were right,
+    wasted_drafts: int = 0  # and those that were run for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,16 @@ class RequestStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStatus:
+    """Rows drafted since the coordinator started, by who guessed them."""
+
+    source: str
+    drafted: int
+    accepted: int
+    wasted: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     model: ModelInfo
     bundle: str  # digest
@@ -90,6 +103,7 @@ class ClusterStatus:
     plans: tuple[
         PlanStatus, ...
     ] = ()  # pipelines at once, over different devices: each session is on one of them
+    drafts: tuple[DraftStatus, ...] = ()
 
 
 class Service(Protocol):
@@ -120,6 +134,17 @@ class Service(Protocol):
 
     async def resume(self, request: RequestId, after_index: int) -> AsyncIterator[TokenEvent]:
         """Events after `after_index` of a journalled request, then live ones. Raises UsageError if unknown."""
+        ...
+
+    def draft(self, request: RequestId, draft: Draft, source: str) -> None:
+        """Guesses for a running generation (session and lease of `draft` are not looked at); late ones are dropped.
+
+        Raises ProtocolError where they are not even wrong: another vocabulary, an impossible tree.
+        """
+        ...
+
+    def tokenizer(self) -> tuple[str, bytes]:
+        """(digest, the tokenizer as JSON): what makes ids of text on a device that drafts."""
         ...
 
     async def embed(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]: ...

@@ -11,13 +11,16 @@ from tokenizers import Tokenizer
 
 from coordinator.chat_template import ChatTemplate
 from edge_runtime.bundle import Bundle
+from edge_runtime.bundle.hashing import sha256_digest
 from edge_runtime.errors import UsageError
 
 
 class TextCodec:
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
-        self.tokenizer = Tokenizer.from_str(bundle.tokenizer_json().decode())
+        self.json = bundle.tokenizer_json()
+        self.digest = sha256_digest(self.json)
+        self.tokenizer = Tokenizer.from_str(self.json.decode())
         self._model_name = manifest.model.name
         self._template = (
             ChatTemplate(manifest.chat_template, manifest.special_tokens) if manifest.chat_template else None

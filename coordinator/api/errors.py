@@ -54,6 +54,7 @@ KINDS: Mapping[str, Kind] = {
     "unsupported_media_type": Kind(415, _INVALID),
     "overloaded": Kind(429, _LIMIT, retry_after_seconds=1),
     # ours
+    "protocol": Kind(400, _INVALID),
     "internal_error": Kind(500, _SERVER),
     "request_failed": Kind(500, _SERVER),
     "not_ready": Kind(503, _SERVER, retry_after_seconds=2),

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from coordinator.api.context import API
-from coordinator.service import ClusterStatus, DeviceStatus, Service
+from coordinator.service import ClusterStatus, DeviceStatus, DraftStatus, Service
 
 PREFIX = "edge_runtime_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -106,6 +106,20 @@ class _StatusCollector(Collector):
         status = self._service.status()
         yield from _cluster_gauges(status)
         yield from _device_gauges(status)
+        yield from _draft_counters(status)
+
+
+def _draft_counters(status: ClusterStatus) -> Iterator[Metric]:
+    columns: tuple[tuple[str, str, Callable[[DraftStatus], int]], ...] = (
+        ("spec_decode_num_draft_tokens", "Guessed tokens sent to the first stage.", lambda d: d.drafted),
+        ("spec_decode_num_accepted_tokens", "Those that were right.", lambda d: d.accepted),
+        ("spec_decode_num_wasted_tokens", "Those that were run for nothing.", lambda d: d.wasted),
+    )
+    for name, text, value in columns:
+        family = CounterMetricFamily(PREFIX + name, text, labels=("model_name", "source"))
+        for each in status.drafts:
+            family.add_metric((status.model.name, each.source), value(each))
+        yield family
 
 
 def _cluster_gauges(status: ClusterStatus) -> Iterator[Metric]:

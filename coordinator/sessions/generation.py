@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from coordinator.service import GenerateRequest, TokenEvent
+from coordinator.sessions.draft_ledger import DraftCounts, DraftLedger, check_draft
 from coordinator.sessions.live_session import LiveSession, crashed
 from coordinator.sessions.port import Cancel, Inbound, KeptPages, Rebind, RequestJournal, SessionPort
 from edge_runtime.core import Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
-from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, Feed, OpenSession, RowsHeld, Tokens
+from edge_runtime.protocol.messages import (
+    NOBODY_ASKS,
+    PAGE_NAME_BYTES,
+    Draft,
+    Feed,
+    OpenSession,
+    RowsHeld,
+    Tokens,
+)
 from edge_runtime.text import Decoder, TextStream
 
 FAILED = "error"
@@ -60,6 +70,8 @@ class Generation(LiveSession):
         self._cached_tokens = 0  # of the prompt, where it was opened first
         for token in tokens:
             self._show(token)
+        self._drafts = DraftLedger(len(request.prompt_ids) + len(self._tokens), self.rows)
+        self._drafter = ""  # who guesses: a source's name, "" for nobody
 
     # ------------------------------------------------------------ for listeners
 
@@ -94,6 +106,35 @@ class Generation(LiveSession):
             self._listeners -= 1
             if self._listeners == 0 and not self._is_detached and not self.is_finished:
                 self.deliver(Cancel())
+
+    # ------------------------------------------------------------ for whoever drafts
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        return self._drafts.counts
+
+    @property
+    def draft_turn(self) -> int:
+        """Position of the last guess that was wrong, 0 for none."""
+        return self._drafts.turn
+
+    def draft(self, draft: Draft, source: str) -> None:
+        """Guesses for stage 1, its lease and session filled in here; dropped while there is no pipeline.
+
+        Raises ProtocolError where they can't be anybody's guesses.
+        """
+        check_draft(draft, self._vocab_size)
+        if self.is_open and not self.ended:
+            self._drafter = source
+            before = self._drafts.counts
+            if self._drafts.offer(draft):
+                self._port.draft(replace(draft, session=self._number, lease=self._lease))
+            self._count_drafts(before)
+
+    def _count_drafts(self, before: DraftCounts) -> None:
+        counts = self._drafts.counts
+        if counts != before:
+            self._port.drafted(self._drafter, counts - before)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -149,6 +190,7 @@ class Generation(LiveSession):
             return
         first_index = len(self._tokens)
         pieces = self._trim(new)
+        pieces = self._judge(pieces)
         if self._journal is not None:
             await self._journal.append_tokens(self.request.id, first_index, tuple(t for t, _ in pieces))
         self._brought()
@@ -163,6 +205,19 @@ class Generation(LiveSession):
             self._tokens.append(token)
             self._events.append(event)
         self._wake()
+
+    def _judge(self, pieces: list[tuple[Token, TokenEvent]]) -> list[tuple[Token, TokenEvent]]:
+        """What these ids say about the drafts; the last event of all has the sums."""
+        before = self._drafts.counts
+        for token, _ in pieces:
+            self._drafts.committed(token.id)
+        token, event = pieces[-1]
+        if event.finish_reason:
+            self._drafts.forget()
+            counts = self._drafts.counts
+            event = replace(event, accepted_drafts=counts.accepted, wasted_drafts=counts.wasted)
+        self._count_drafts(before)
+        return [*pieces[:-1], (token, event)]
 
     def _waiting_tokens(self) -> list[Tokens]:
         """Tokens of the open session at the head of the inbox."""
@@ -248,6 +303,9 @@ class Generation(LiveSession):
         self.error = crashed()
 
     def _on_ended(self) -> None:
+        before = self._drafts.counts
+        self._drafts.forget()
+        self._count_drafts(before)
         if self.error is None and not self.is_finished:
             self.error = RequestFailed(
                 "the coordinator stopped before the request was finished",

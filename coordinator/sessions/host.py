@@ -10,13 +10,14 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from coordinator import events as ev
+from coordinator.sessions.draft_ledger import DraftCounts
 from coordinator.sessions.live_session import LiveSession
 from coordinator.sessions.page_names import PageNames
 from coordinator.sessions.port import Fail, Inbound, KeptPages
 from coordinator.speed_meter import SpeedMeter
 from coordinator.state import Pipeline
 from edge_runtime.errors import RequestFailed
-from edge_runtime.protocol.messages import CloseSession, Feed, Message, OpenSession
+from edge_runtime.protocol.messages import CloseSession, Draft, Feed, Message, OpenSession
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class SessionHost:
         self._sessions: dict[str, LiveSession] = {}
         self._by_number: dict[int, str] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self.drafts: dict[str, DraftCounts] = {}  # by source, of all sessions ever
 
     # ------------------------------------------------------------ life
 
@@ -147,6 +149,14 @@ class SessionHost:
         if pipeline is not None and not pipeline.broken:
             self._post(pipeline.members[0], opening)
             self._post(pipeline.members[0], feed)
+
+    def draft(self, draft: Draft) -> None:
+        pipeline = self._pipeline(draft.lease)
+        if pipeline is not None and not pipeline.broken:
+            self._post(pipeline.members[0], draft)
+
+    def drafted(self, source: str, counts: DraftCounts) -> None:
+        self.drafts[source] = self.drafts.get(source, DraftCounts()) + counts
 
     def close(self, session: int, lease: int, kept: KeptPages) -> None:
         """A pipeline that is over needs no telling: its sessions went with its lease."""

@@ -12,9 +12,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.sessions.draft_ledger import DraftCounts
 from edge_runtime.core import RequestId, Token
 from edge_runtime.errors import EdgeRuntimeError
-from edge_runtime.protocol.messages import Feed, Gap, OpenSession, Pooled, RowsHeld, SessionFailed, Tokens
+from edge_runtime.protocol.messages import (
+    Draft,
+    Feed,
+    Gap,
+    OpenSession,
+    Pooled,
+    RowsHeld,
+    SessionFailed,
+    Tokens,
+)
 
 # ---------------------------------------------------------------- into a session
 
@@ -92,6 +102,14 @@ class SessionPort(Protocol):
 
     def start(self, key: str, opening: OpenSession, feed: Feed) -> None:
         """Send both to the first stage, in this order; route what comes back to the session `key`."""
+        ...
+
+    def draft(self, draft: Draft) -> None:
+        """Guesses for the first stage of the draft's lease."""
+        ...
+
+    def drafted(self, source: str, counts: DraftCounts) -> None:
+        """So much came of drafts since it was told last."""
         ...
 
     def close(self, session: int, lease: int, kept: KeptPages) -> None:

@@ -17,9 +17,11 @@ from coordinator.service import (
     RequestStatus,
     TokenEvent,
 )
+from coordinator.sessions.draft_ledger import check_draft
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId, TokenLogprob
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, UsageError
+from edge_runtime.protocol.messages import Draft
 from edge_runtime.text import TextStream
 
 GENERATOR = ModelInfo("tiny", "fake", "generator", 8, 256, 128, 64, (0,), -1, "fp32")
@@ -61,6 +63,7 @@ class FakeService:
     probes: int = 0
     revoked: list[str] = field(default_factory=list)
     links: int = 0
+    drafts: list[tuple[RequestId, Draft, str]] = field(default_factory=list)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -109,6 +112,13 @@ class FakeService:
         """Returns once so many generations run."""
         async with self.changed:
             await self.changed.wait_for(lambda: len(self.running) == count)
+
+    def draft(self, request: RequestId, draft: Draft, source: str) -> None:
+        check_draft(draft, self.model.vocab_size)
+        self.drafts.append((request, draft, source))
+
+    def tokenizer(self) -> tuple[str, bytes]:
+        return "sha256:" + "0" * 64, b"{}"
 
     async def resume(self, request: RequestId, after_index: int) -> AsyncIterator[TokenEvent]:
         if request not in self.journal:

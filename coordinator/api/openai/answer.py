@@ -43,16 +43,24 @@ class Answer:
             "seed": self.ticket.seed,
         }
 
-    def _usage(self) -> Json:
+    def usage(self) -> Json:
         """A prompt counts once, however many choices it has: so do its cached tokens."""
         generated = sum(len(choice.ids) for choice in self.choices)
         cached = sum(choice.cached_tokens for choice in self.choices if choice.copy == 0)
-        return {
+        accepted = sum(choice.accepted_drafts for choice in self.choices)
+        rejected = sum(choice.wasted_drafts for choice in self.choices)
+        usage: Json = {
             "prompt_tokens": self.ticket.prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self.ticket.prompt_tokens + generated,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        if accepted or rejected:
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": rejected,
+            }
+        return usage
 
     def _chunk(self, entries: Sequence[Json], more: Json | None = None) -> Json:
         head = self._head(self.dialect.chunk_object) | (more or {}) | {"choices": list(entries)}
@@ -74,7 +82,7 @@ class Answer:
         seconds = KEEP_ALIVE_SECONDS
         await run_choices(sources, deliver, idle=idle, first_idle_seconds=seconds, idle_seconds=seconds)
         body = self._head(self.dialect.whole_object) | self.dialect.extra(self.choices)
-        body |= {"choices": [self.dialect.whole(choice) for choice in self.choices], "usage": self._usage()}
+        body |= {"choices": [self.dialect.whole(choice) for choice in self.choices], "usage": self.usage()}
         return web.json_response(body, headers={"X-Request-Id": self.request_id})
 
     async def stream(
@@ -142,5 +150,5 @@ class _StreamWriter:
     async def finish(self) -> None:
         answer = self._answer
         if answer.ticket.include_usage:
-            await self._stream.write(encode_event(answer._chunk([]) | {"usage": answer._usage()}))
+            await self._stream.write(encode_event(answer._chunk([]) | {"usage": answer.usage()}))
         await self._stream.write(DONE)

@@ -31,6 +31,8 @@ class Choice:
     token_characters: int = 0  # of the tokens' own texts: where the next one starts
     copy: int = 0  # of its prompt: 0 to n - 1
     cached_tokens: int = 0  # of its prompt, that needed no computing
+    accepted_drafts: int = 0
+    wasted_drafts: int = 0
 
     def absorb(self, event: TokenEvent) -> None:
         self.texts.append(event.text)
@@ -38,6 +40,8 @@ class Choice:
         self.previous = event.id
         self.finish_reason = event.finish_reason
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
+        self.accepted_drafts += event.accepted_drafts
+        self.wasted_drafts += event.wasted_drafts
 
     @property
     def text(self) -> str:

@@ -1,0 +1,91 @@
+"""The drafting socket over a service that shifts the alphabet, with real frames on a real WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+
+from edge_runtime.speculative.wire import CommittedDecoder, DraftEncoder, chain_frame
+from tests.support.api_server import OTHER_KEY, Server
+from tests.support.coordinator_world import until
+
+BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 6, "seed": 3, "drafter": "suffix"}
+
+
+async def _committed(socket: aiohttp.ClientWebSocketResponse) -> tuple[list[int], str, dict[str, Any]]:
+    decoder, ids, finish = CommittedDecoder(256), [], ""
+    while not finish:
+        frame = decoder.decode(await socket.receive_bytes())
+        ids.extend(frame.ids)
+        finish = frame.finish
+    return ids, finish, json.loads(await socket.receive_str())
+
+
+async def test_ids_come_down_as_frames_and_drafts_go_to_the_service(server: Server) -> None:
+    server.service.hold = asyncio.Event()
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY)
+        head = await socket.receive_json()
+        assert head["prompt_token_ids"] == list(b"abc")
+        assert head["sampling"]["seed"] == 3
+        assert head["vocab_size"] == 256
+        await socket.send_bytes(DraftEncoder(256).encode(chain_frame(0, 4, (5, 6))))
+        await until(lambda: bool(server.service.drafts))
+        request, draft, source = server.service.drafts[0]
+        assert (draft.base_row, draft.ids, source) == (4, (5, 6), "suffix")
+        assert str(request).startswith(head["id"])
+        server.service.hold.set()
+        ids, finish, end = await _committed(socket)
+    assert bytes(ids) == b"defghi"
+    assert finish == "length"
+    assert end["usage"]["completion_tokens"] == 6
+
+
+async def test_a_broken_socket_is_taken_up_again_after_what_the_device_has(server: Server) -> None:
+    server.service.hold = asyncio.Event()
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY)
+        head = await socket.receive_json()
+        await socket.receive_bytes()
+    async with asyncio.timeout(5):
+        await server.service.all_closed.wait()
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json({"resume": head["id"], "after": 2})
+        assert (await socket.receive_json())["after"] == 2
+        ids, _, _ = await _committed(socket)
+    assert bytes(ids) == b"fghi"
+
+
+async def test_another_tenant_cannot_take_it_up(server: Server) -> None:
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY)
+        head = await socket.receive_json()
+    headers = {"Authorization": f"Bearer {OTHER_KEY}"}
+    async with server.http.ws_connect(f"{server.url}/v1/drafting", headers=headers) as socket:
+        await socket.send_json({"resume": head["id"]})
+        assert (await socket.receive_json())["error"]["code"] == "request_not_found"
+
+
+async def test_garbage_is_told_and_ends_the_socket(server: Server) -> None:
+    server.service.hold = asyncio.Event()
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY)
+        await socket.receive_json()
+        await socket.send_bytes(b"\x00")
+        while (message := await socket.receive()).type is aiohttp.WSMsgType.BINARY:
+            pass
+        assert json.loads(message.data)["error"]["code"] == "protocol"
+    async with asyncio.timeout(5):
+        await server.service.all_closed.wait()
+
+
+async def test_what_a_socket_cannot_do_is_refused_by_name(server: Server) -> None:
+    for change, param in (({"n": 2}, "n"), ({"logprobs": 1}, "logprobs"), ({"kind": "poem"}, "kind")):
+        async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+            await socket.send_json(BODY | change)
+            assert (await socket.receive_json())["error"]["param"] == param
+    async with server.http.get(f"{server.url}/v1/drafting") as answer:
+        assert answer.status == 400
