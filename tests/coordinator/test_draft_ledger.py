@@ -1,0 +1,45 @@
+"""Drafts are counted by what the target said, and a drafter that is always wrong is held to next to nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.sessions.draft_ledger import FIRST_CREDIT, DraftCounts, DraftLedger, check_draft
+from edge_runtime.errors import ProtocolError
+from edge_runtime.protocol.messages import Draft
+
+
+def chain(base_row: int, *ids: int, turn: int = 0) -> Draft:
+    return Draft(0, 0, turn, base_row, tuple(range(base_row - 1, base_row - 1 + len(ids))), ids)
+
+
+def test_right_guesses_are_accepted_and_a_miss_takes_the_rest_with_it() -> None:
+    ledger = DraftLedger(10, 100)
+    assert ledger.offer(chain(10, 1, 2, 3, 4))
+    assert ledger.offer(chain(10, 1, 2, 3, 4))  # sent again: counted once
+    assert ledger.committed(1) is True
+    assert ledger.committed(9) is False
+    assert ledger.turn == 11
+    assert ledger.counts == DraftCounts(drafted=4, accepted=1, wasted=3)
+    assert ledger.committed(3) is None
+
+
+def test_who_is_always_wrong_buys_hardly_anything() -> None:
+    ledger = DraftLedger(1, 10_000)
+    for position in range(1, 2001):
+        ledger.offer(chain(position, 1, 1, 1, 1, turn=ledger.turn))
+        ledger.committed(0)
+    assert ledger.counts.accepted == 0
+    assert ledger.counts.wasted == ledger.counts.drafted <= FIRST_CREDIT + 2000 / 8
+
+
+def test_the_future_is_not_forwarded() -> None:
+    ledger = DraftLedger(10, 100_000)
+    assert not ledger.offer(chain(5000, 1))
+    assert not ledger.offer(chain(10, 1, turn=10))
+
+
+@pytest.mark.parametrize("wrong", [chain(4), chain(4, 7), Draft(0, 0, 0, 4, (9,), (1,)), chain(0, 1)])
+def test_what_is_no_draft_is_refused(wrong: Draft) -> None:
+    with pytest.raises(ProtocolError):
+        check_draft(wrong, 7)
