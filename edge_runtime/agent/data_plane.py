@@ -18,6 +18,7 @@ from typing import Protocol
 from edge_runtime.agent.peer_outbox import PeerMessage, PeerOutbox
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
+    CancelRows,
     ControlLost,
     DropRows,
     Event,
@@ -166,7 +167,7 @@ class DataPlane:
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case OpenRows() | RunRows() | DropRows():
+            case OpenRows() | RunRows() | CancelRows() | DropRows():
                 self.worker.put(instruction)
             case Send(to, message, rows):
                 self._send(to, message, [] if rows is None else [self._frame_of(message, rows)])

@@ -17,6 +17,7 @@ from edge_runtime.protocol.messages import LoadStage, Message
 Rows = NDArray[np.float32]
 
 COORDINATOR = ""  # as a source or destination, in place of a device id
+MAX_DECODE_ROWS = 64  # of one step: beyond it a step gets slower for everyone without doing more per second
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,13 +37,13 @@ class Work:
 
     @property
     def is_decode(self) -> bool:
-        """A single row that a person is waiting for, not a slice of a prompt."""
-        return len(self.ids) == 1 and not self.bidirectional and not self.is_prompt
+        """Rows that a person is waiting for, guessed ones too, not a slice of a prompt."""
+        return not self.is_prompt and not self.bidirectional and len(self.ids) <= MAX_DECODE_ROWS
 
     @property
     def is_divisible(self) -> bool:
         """Whether its rows may run in several steps. Logits are wanted of its last rows only."""
-        return not self.bidirectional and self.logit_rows < len(self.ids)
+        return not self.bidirectional and self.logit_rows < len(self.ids) and not self.is_decode
 
     def split(self, count: int) -> tuple[Work, Work]:
         """The first `count` rows, and the rest: frames of the same seq, one after the other."""
@@ -51,6 +52,28 @@ class Work:
             first, rest = self.hidden[:count], self.hidden[count:]
         head = replace(self, ids=self.ids[:count], hidden=first, logit_rows=0)
         return head, replace(self, base_row=self.base_row + count, ids=self.ids[count:], hidden=rest)
+
+    def continues(self, work: Work) -> bool:
+        """Whether it may run as one with `work`, which comes right before it in the same session."""
+        return (
+            self.is_decode
+            and work.is_decode
+            and self.turn == work.turn
+            and self.base_row == work.base_row + len(work.ids)
+        )
+
+    def joined(self, before: Work) -> Work:
+        """One frame of both, `before` first."""
+        hidden = None
+        if self.hidden is not None and before.hidden is not None:
+            hidden = np.concatenate((before.hidden, self.hidden))
+        return replace(
+            self,
+            base_row=before.base_row,
+            ids=before.ids + self.ids,
+            hidden=hidden,
+            logit_rows=before.logit_rows + self.logit_rows,
+        )
 
 
 # ---------------------------------------------------------------- events
@@ -180,6 +203,15 @@ class RunRows:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRows:
+    """Take the session's queued work of turns below `turn` out, before the next step. What it holds stays."""
+
+    lease: int
+    session: SessionId
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
 class DropRows:
     """Take the session's queued work out and free its KV, before the next step.
 
@@ -200,4 +232,4 @@ class Ignore:
     reason: str
 
 
-Instruction = Send | Load | Retire | Unload | OpenRows | RunRows | DropRows | Ignore
+Instruction = Send | Load | Retire | Unload | OpenRows | RunRows | CancelRows | DropRows | Ignore

@@ -5,10 +5,13 @@ Knows: the plan's devices and a session's order. Does not know: what is held, ru
 
 from __future__ import annotations
 
-from edge_runtime.agent.pipeline_events import COORDINATOR, Rows
+from edge_runtime.agent.pipeline_events import COORDINATOR, Instruction, Rows, Send, Work
+from edge_runtime.agent.session import Session
 from edge_runtime.protocol.messages import (
     CloseSession,
+    Draft,
     Feed,
+    Fence,
     FrameRows,
     LoadStage,
     OpenSession,
@@ -16,7 +19,9 @@ from edge_runtime.protocol.messages import (
     Tokens,
 )
 
-ForStages = OpenSession | Feed | FrameRows | Tokens | RowsHeld | CloseSession
+PROGRESS_ROWS = 256  # of a prompt, after which the coordinator hears that it is getting on
+
+ForStages = OpenSession | Feed | Draft | FrameRows | Fence | Tokens | RowsHeld | CloseSession
 
 
 def may_send(order: LoadStage, source: str, message: ForStages) -> bool:
@@ -25,10 +30,12 @@ def may_send(order: LoadStage, source: str, message: ForStages) -> bool:
     match message:
         case OpenSession():
             return source == before
-        case Feed():
+        case Feed() | Draft():
             return is_first and source == COORDINATOR
         case FrameRows():
             return not is_first and source == before
+        case Fence():
+            return not is_tail and source == order.devices[-1]
         case Tokens() | RowsHeld():
             return is_first and not is_tail and source == order.devices[-1]
         case CloseSession():
@@ -48,3 +55,32 @@ def frame_problem(order: OpenSession, frame: FrameRows, rows: Rows | None) -> tu
     if frame.bidirectional != (order.tail == "pooler") or (frame.bidirectional and not is_whole):
         return "protocol", "a sequence that is read both ways must come in one frame"
     return None
+
+
+def frame_of(work: Work) -> FrameRows:
+    """What the next stage gets of a work that has run here."""
+    return FrameRows(
+        session=work.session,
+        lease=work.lease,
+        turn=work.turn,
+        seq=work.seq,
+        base_row=work.base_row,
+        parents=tuple(range(work.base_row - 1, work.base_row + len(work.ids) - 1)),
+        ids=work.ids,
+        bidirectional=work.bidirectional,
+    )
+
+
+def fences(order: LoadStage, session: Session) -> list[Instruction]:
+    """Of the tail, for the stages in between: stage 1 learns of a miss from the ids themselves."""
+    fence = Fence(session.id, order.lease, session.turn)
+    return [Send(device, fence) for device in order.devices[1:-1]]
+
+
+def prompt_progress(order: LoadStage, work: Work) -> list[Instruction]:
+    """Of the tail: prompt rows that have come through it."""
+    message = RowsHeld(work.session, order.lease, work.base_row + len(work.ids), reused=False)
+    receivers = order.devices[:1] if order.stage else ()
+    if work.base_row // PROGRESS_ROWS != message.rows // PROGRESS_ROWS:
+        receivers = (*receivers, COORDINATOR)
+    return [Send(to, message) for to in receivers]

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
+from edge_runtime.agent.draft_rules import in_frames, merge
 from edge_runtime.agent.lease_state import LeaseState
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
+    CancelRows,
     ControlLost,
     DropRows,
     Event,
@@ -32,14 +34,23 @@ from edge_runtime.agent.pipeline_events import (
     Work,
     WorkFinished,
 )
-from edge_runtime.agent.pipeline_rules import ForStages, frame_problem, may_send
+from edge_runtime.agent.pipeline_rules import (
+    ForStages,
+    fences,
+    frame_of,
+    frame_problem,
+    may_send,
+    prompt_progress,
+)
 from edge_runtime.agent.session import Session, finish_of, problem_of, split_names
 from edge_runtime.core import SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.protocol.messages import (
     NOBODY_ASKS,
     CloseSession,
+    Draft,
     Feed,
+    Fence,
     FrameRows,
     Gap,
     LoadStage,
@@ -53,7 +64,6 @@ from edge_runtime.protocol.messages import (
 
 CLOSED_SESSIONS_KEPT = 1 << 16  # an OpenSession that comes after its CloseSession must not open it again
 CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would only fill memory
-PROGRESS_ROWS = 256  # of a prompt, after which the coordinator hears that it is getting on
 
 
 class PipelineState(LeaseState):
@@ -116,13 +126,19 @@ class PipelineState(LeaseState):
             return self._close_kept(message)
         if session is None or session.halted:
             return [Ignore(f"{type(message).__name__} for session {message.session}, not running")]
-        if isinstance(message, Feed):
-            return self._feed(session, message)
-        if isinstance(message, FrameRows):
-            return self._frame(session, message, event.rows)
-        if isinstance(message, RowsHeld):
-            return self._rows_held(session, message.rows)
-        return self._ring(session, message)
+        match message:
+            case Feed():
+                return self._feed(session, message)
+            case FrameRows():
+                return self._frame(session, message, event.rows)
+            case RowsHeld():
+                return self._rows_held(session, message.rows)
+            case Draft():
+                return self._draft(session, message)
+            case Fence():
+                return self._fence(session, message.turn)
+            case Tokens():
+                return self._ring(session, message)
 
     # ------------------------------------------------------------ sessions
 
@@ -248,22 +264,39 @@ class PipelineState(LeaseState):
         return self._go_on(session)
 
     def _ring(self, session: Session, message: Tokens) -> list[Instruction]:
-        """The tail's ids come back round: the next row of each session."""
-        if message.turn < session.turn:
-            return [Ignore(f"tokens of turn {message.turn}; turn {session.turn} is in force")]
-        session.turn = message.turn
-        instructions: list[Instruction] = []
+        """The tail's ids come back round: positions say what is new, whatever turn they were sampled in."""
+        if session.rows < session.order.forced_rows:
+            return [Ignore("tokens of a session whose given rows are not all issued")]
         session.through = session.order.forced_rows  # the first token comes after all of them
-        for token in message.tokens:
-            if token.position != session.rows or token.position < session.order.forced_rows or session.halted:
-                instructions.append(Ignore(f"token at {token.position}: row {session.rows} is next"))
-            elif token.finish or token.position + 1 >= session.order.max_rows:
+        chain, known = session.chain, session.chain.next_position
+        new = chain.continued_by(message.tokens)
+        if not new:
+            return [Ignore(f"tokens {message.tokens}: position {known} is next")]
+        if not self._are_ids(tuple(token.id for token in new)):
+            return self._fail(session, "protocol", "the tail sent an id outside the model's vocabulary")
+        for token in new:
+            chain.commit(token.id)
+            if token.finish or token.position + 1 >= session.order.max_rows:
                 session.halted = True
-            elif not self._are_ids((token.id,)):
-                return self._fail(session, "protocol", "the tail sent an id outside the model's vocabulary")
-            else:
-                instructions.append(self._issue(session, (token.id,)))
-        return [*instructions, *self._issue_prompts()]
+                break
+        return [*self._go_round(session, known), *self._issue_prompts()]
+
+    def _go_round(self, session: Session, known: int) -> list[Instruction]:
+        """Positions from `known` on are committed: those without a row, or with one of another id, get theirs."""
+        dead = self._abandon_wrong(session, known)
+        ids = () if session.halted else session.chain.sure(session.rows)
+        return [*dead, self._issue(session, ids)] if ids else dead
+
+    def _draft(self, session: Session, draft: Draft) -> list[Instruction]:
+        assert self.loaded is not None
+        if not self.loaded.row_invariant or not draft.ids or not self._are_ids(draft.ids):
+            return [Ignore("a draft that can't be verified here")]
+        turn = max(session.turn, session.draft_turn)
+        merged = merge(session.chain, session.rows, session.order.max_rows, turn, draft)
+        session.draft_turn = merged.turn
+        if not merged.ids:
+            return [Ignore(f"a draft for {draft.base_row}: {merged.reason}")]
+        return [self._issue(session, ids) for ids in in_frames(merged.ids)]
 
     def _issue(self, session: Session, ids: tuple[int, ...]) -> RunRows:
         session.seq += 1
@@ -282,29 +315,42 @@ class PipelineState(LeaseState):
             return self._fail(session, *problem)
         if frame.base_row > session.rows:
             return self._gap(session, session.rows)
+        assert self.order is not None
+        wrong = session.chain.contradicts(frame.base_row, frame.ids)
+        if wrong is not None and wrong > session.turn:  # at the tail: it alone knows what is committed
+            return [*self._abandon(session, wrong), *fences(self.order, session)]
+        dead = [CancelRows(self.lease, session.id, frame.turn)] if frame.turn > session.turn else []
         session.seq, session.turn = frame.seq, frame.turn
-        return [self._accept(session, frame.base_row, frame.ids, rows)]
+        return [*dead, self._accept(session, frame.base_row, frame.ids, rows)]
+
+    def _fence(self, session: Session, turn: int) -> list[Instruction]:
+        if not session.turn < turn <= session.order.max_rows:
+            return [Ignore(f"turn {turn}: {session.turn} is in force")]
+        return self._abandon(session, turn)
+
+    def _abandon_wrong(self, session: Session, known: int) -> list[Instruction]:
+        """Rows whose ids are not those committed, or that come after the end. Positions from `known` on are new."""
+        end = session.chain.next_position
+        row = min(session.chain.departs(known), end - 1 if session.halted else end)
+        is_over = session.halted and session.guessed  # stages before may hold more
+        return self._abandon(session, row) if is_over or row < min(end, session.rows) else []
+
+    def _abandon(self, session: Session, row: int) -> list[Instruction]:
+        session.abandon(row)
+        return [CancelRows(self.lease, session.id, row)]
 
     def _accept(self, session: Session, base_row: int, ids: tuple[int, ...], hidden: Rows | None) -> RunRows:
-        end = base_row + len(ids)
-        session.rows = end
+        session.rows = end = base_row + len(ids)
         logit_rows = 0
         if self.is_tail and session.order.tail == "sampler":
-            logit_rows = max(0, end - max(base_row, session.order.forced_rows - 1))
-        return RunRows(
-            Work(
-                self.lease,
-                session.id,
-                session.turn,
-                session.seq,
-                base_row,
-                ids,
-                hidden,
-                logit_rows,
-                session.is_bidirectional,
-                base_row < session.order.forced_rows,
-            )
-        )
+            first = session.chain.next_position - 1  # rows below have been sampled at
+            logit_rows = max(0, end - max(base_row, first))
+            session.guessed |= end > first + 1
+        if self.is_first or self.is_tail:
+            session.chain.issue(base_row, ids)
+        where = self.lease, session.id, session.turn, session.seq, base_row
+        is_prompt = base_row < session.order.forced_rows
+        return RunRows(Work(*where, ids, hidden, logit_rows, session.is_bidirectional, is_prompt))
 
     def _gap(self, session: Session, wanted_row: int) -> list[Instruction]:
         """Said once: the coordinator closes the session everywhere and feeds a new one."""
@@ -316,51 +362,35 @@ class PipelineState(LeaseState):
         session = self.sessions.get(work.session)
         if work.lease != self.lease or session is None or self.loaded is None:
             return [Ignore(f"rows of session {work.session}, which is closed")]
+        if work.turn < session.turn:
+            return [Ignore(f"rows of turn {work.turn}: {session.turn} is in force")]
+        assert self.order is not None
         if not self.is_tail:
-            return [self._pass_on(work, event.rows)]
+            return [Send(self.order.devices[self._stage + 1], frame_of(work), event.rows)]
         if session.order.tail == "pooler":
             pooled = Send(COORDINATOR, Pooled(session.id, self.lease), event.rows)
-            return [pooled, *self._prompt_came_through(session, 0, len(work.ids))]
-        if not work.logit_rows:
-            return self._prompt_came_through(session, work.base_row, len(work.ids))
+            return [pooled, *prompt_progress(self.order, work)]
+        if not work.logit_rows and work.is_prompt:
+            return prompt_progress(self.order, work)
         return self._commit(session, work, event.tokens)
-
-    def _pass_on(self, work: Work, rows: Rows | None) -> Send:
-        assert self.order is not None
-        frame = FrameRows(
-            session=work.session,
-            lease=work.lease,
-            turn=work.turn,
-            seq=work.seq,
-            base_row=work.base_row,
-            parents=tuple(range(work.base_row - 1, work.base_row + len(work.ids) - 1)),
-            ids=work.ids,
-            bidirectional=work.bidirectional,
-        )
-        return Send(self.order.devices[self._stage + 1], frame, rows)
-
-    def _prompt_came_through(self, session: Session, base_row: int, count: int) -> list[Instruction]:
-        message = RowsHeld(session.id, self.lease, base_row + count, reused=False)
-        receivers = [] if self.is_first else [self._ring_to]
-        if base_row // PROGRESS_ROWS != message.rows // PROGRESS_ROWS:
-            receivers.append(COORDINATOR)
-        return [Send(to, message) for to in receivers]
 
     def _commit(self, session: Session, work: Work, sampled: tuple[Token, ...]) -> list[Instruction]:
         assert self.order is not None
+        known = session.chain.next_position
         tokens: list[Token] = []
         for token in sampled:
-            finish = finish_of(session.order, token)
-            tokens.append(replace(token, finish=finish))
-            if finish:
+            if token.position == session.chain.next_position:
+                tokens.append(replace(token, finish=finish_of(session.order, token)))
+                session.chain.commit(token.id)
+            if tokens and tokens[-1].finish:
+                session.halted = True
                 break
         if not tokens:
             return []
-        message = Tokens(session.id, self.lease, work.turn, tuple(tokens))
-        to_coordinator = Send(COORDINATOR, message)
-        if self.is_first:
-            return [*self._ring(session, message), to_coordinator]
-        return [Send(self.order.devices[0], message), to_coordinator]
+        then = self._go_round(session, known) if self.is_first else self._abandon_wrong(session, known)
+        message = Tokens(session.id, self.lease, session.turn, tuple(tokens))
+        ring = [Send(to, message) for to in dict.fromkeys((self._ring_to, COORDINATOR))]
+        return [*then, *ring, *(fences(self.order, session) if then else [])]
 
     def _are_ids(self, ids: tuple[int, ...]) -> bool:
         assert self.loaded is not None

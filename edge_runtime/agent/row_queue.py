@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from edge_runtime.agent.pipeline_events import Work
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, Work
 from edge_runtime.core import SessionId
-
-MAX_DECODE_ROWS = 64  # of one step: beyond it a step gets slower for everyone without doing more per second
 
 
 class RowQueue:
@@ -31,13 +29,26 @@ class RowQueue:
     @property
     def decode_rows(self) -> int:
         """That the next step would take."""
-        return min(MAX_DECODE_ROWS, sum(works[0].is_decode for works in self._works.values()))
+        heads = (works[0] for works in self._works.values())
+        return min(MAX_DECODE_ROWS, sum(len(work.ids) for work in heads if work.is_decode))
 
     def add(self, work: Work) -> None:
-        self._works.setdefault(work.session, deque()).append(work)
+        """Guessed rows that follow each other wait as one work: many rows cost little more than one."""
+        works = self._works.setdefault(work.session, deque())
+        if works and work.continues(works[-1]) and len(works[-1].ids) + len(work.ids) <= MAX_DECODE_ROWS:
+            work = work.joined(works.pop())
+        works.append(work)
 
     def drop(self, session: SessionId) -> None:
         self._works.pop(session, None)
+
+    def cancel(self, session: SessionId, turn: int) -> None:
+        """Works of older turns."""
+        kept = deque(work for work in self._works.get(session, ()) if work.turn >= turn)
+        if kept:
+            self._works[session] = kept
+        else:
+            self.drop(session)
 
     def take(self, prompt_rows: int | None = None) -> list[Work]:
         """`prompt_rows`: no more than so many, for which chunks are cut; None: whole chunks, at least one."""
@@ -45,7 +56,7 @@ class RowQueue:
         if not self.shared:
             chosen = heads[:1]
         else:
-            decode = [work for work in heads if work.is_decode][:MAX_DECODE_ROWS]
+            decode = _within([work for work in heads if work.is_decode], MAX_DECODE_ROWS)
             prompts = [work for work in heads if not work.is_decode]
             chosen = decode + (
                 self._chunks(prompts) if prompt_rows is None else self._cut(prompts, prompt_rows)
@@ -97,3 +108,12 @@ class RowQueue:
         is_rest = (following.seq, following.base_row) == (work.seq, work.base_row + len(work.ids))
         if not is_rest:
             self._works.move_to_end(work.session)
+
+
+def _within(heads: list[Work], rows: int) -> list[Work]:
+    """The first ones, of no more than so many rows together; the first one in any case."""
+    for count, work in enumerate(heads):
+        rows -= len(work.ids)
+        if rows < 0 and count:
+            return heads[:count]
+    return heads

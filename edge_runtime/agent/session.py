@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from edge_runtime.agent.continuation import Continuation
 from edge_runtime.core import SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, OpenSession
@@ -19,12 +20,18 @@ class Session:
     order: OpenSession
     rows: int = 0  # accepted for running: rows 0 .. rows - 1 are run or queued
     seq: int = 0  # stage 1: last issued; others: last accepted
-    turn: int = 0  # last seen
+    turn: int = 0  # last seen, or learned: rows of older ones are dead
+    draft_turn: int = 0  # stage 1: drafts of older ones are not looked at
+    guessed: bool = False  # the tail: rows came in advance
     fed: list[int] = field(default_factory=list)  # stage 1: ids of rows from `rows` on, not yet a whole chunk
     halted: bool = False  # finished, or a gap was reported: nothing more will run
     first_row: int | None = 0  # of those to run: the ones below every stage holds; None: that is being asked
     held_rows: int = 0  # of other sessions, here and on all stages before
     through: int = 0  # stage 1: rows known to have come through the tail
+    chain: Continuation = field(init=False)  # stage 1 and the tail
+
+    def __post_init__(self) -> None:
+        self.chain = Continuation(self.order.forced_rows)
 
     @property
     def id(self) -> SessionId:
@@ -42,6 +49,12 @@ class Session:
     def rows_under_way(self) -> int:
         """Prompt rows between stage 1 and the tail."""
         return max(0, min(self.rows, self.order.forced_rows) - self.through)
+
+    def abandon(self, row: int) -> None:
+        """There is another id at position `row`: rows from there on, of the turns so far, count for nothing."""
+        self.turn = row
+        self.rows = min(self.rows, row)
+        self.chain.cut(row)
 
     def begin_at(self, row: int) -> None:
         """Stage 1: every stage holds the rows below. Nothing was issued yet."""

@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from edge_runtime.agent.pipeline_events import (
+    CancelRows,
     DropRows,
     Event,
     OpenRows,
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Event]], None]  # called on the compute thread
 Result = TypeVar("Result")
 Job = Callable[[], None]  # something that must not run beside a step: loading, closing
-Command = OpenRows | RunRows | DropRows | Job
+Command = OpenRows | RunRows | CancelRows | DropRows | Job
 
 STOP_SECONDS = 10.0  # the longest step we wait for at the end; the thread is a daemon beyond it
 
@@ -260,6 +261,8 @@ class StageWorker:
                     loaded.queue.add(work)
                     if work.is_decode:
                         loaded.pace.came(work.session)
+            case CancelRows():
+                loaded.queue.cancel(command.session, command.turn)
             case DropRows():
                 if command.page_names and command.session in loaded.open and loaded.queue.shared:
                     loaded.stage.keep(command.session, command.first_page, command.page_names, command.ids)
@@ -306,7 +309,7 @@ class StageWorker:
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
         now = self._clock()
-        decode_rows = sum(work.is_decode for work in works)
+        decode_rows = sum(len(work.ids) for work in works if work.is_decode)
         loaded.pace.ended(
             decode_rows, sum(len(work.ids) for work in works) - decode_rows, now - began_at, now
         )

@@ -25,13 +25,18 @@ class TailSession:
         self._observe(ids)
 
     def sample(self, base_row: int, ids: Sequence[int], logits: Rows) -> tuple[Token, ...]:
-        """Take in rows base_row .. and sample after each of the last len(logits) of them. Logits [n, V]."""
+        """Take in rows base_row .. and sample after each of the last len(logits) of them. Logits [n, V].
+
+        Stops at the first sample that is not the id of the next row: that row was guessed wrong, and all after it.
+        """
         if base_row < len(self._ids):
             self._go_back_to(base_row)
         quiet = len(ids) - len(logits)
         self._observe(ids[:quiet])
-        tokens = []
+        tokens: list[Token] = []
         for token_id, row in zip(ids[quiet:], logits, strict=True):
+            if tokens and token_id != tokens[-1].id:
+                break
             self._observe((token_id,))
             position = len(self._ids)
             tokens.append(Token(position, *self._sampler.sample(row, position)))

@@ -20,7 +20,8 @@ from edge_runtime.agent.pipeline_events import (
     Send,
     WorkFinished,
 )
-from edge_runtime.agent.pipeline_state import CHUNKS_UNDER_WAY, PROGRESS_ROWS, PipelineState
+from edge_runtime.agent.pipeline_rules import PROGRESS_ROWS
+from edge_runtime.agent.pipeline_state import CHUNKS_UNDER_WAY, PipelineState
 from edge_runtime.core import SamplingParams, SessionId, Token
 from edge_runtime.protocol.messages import (
     NOBODY_ASKS,

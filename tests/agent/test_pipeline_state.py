@@ -284,13 +284,6 @@ def test_the_tails_id_becomes_the_next_row_once(first: PipelineState) -> None:
     assert ignored(first.handle(Received("device-1", Tokens(1, LEASE, 0, (Token(5, 5),)))))
 
 
-def test_the_turn_of_the_tail_is_copied_and_older_ones_are_dropped(first: PipelineState) -> None:
-    first.handle(Received(COORDINATOR, Feed(1, LEASE, 0, (1, 2, 3))))
-    (row,) = works(first.handle(Received("device-1", Tokens(1, LEASE, 2, (Token(3, 5),)))))
-    assert row.turn == 2
-    assert ignored(first.handle(Received("device-1", Tokens(1, LEASE, 1, (Token(4, 5),)))))
-
-
 @pytest.mark.parametrize("last", [Token(3, 9, finish="stop"), Token(3, 5, finish="length")])
 def test_the_ring_stops_where_the_tail_says_so(first: PipelineState, last: Token) -> None:
     first.handle(Received(COORDINATOR, Feed(1, LEASE, 0, (1, 2, 3))))
@@ -396,13 +389,13 @@ def test_sampled_ids_go_to_the_coordinator_and_round_the_ring(tail: PipelineStat
 
 
 @pytest.mark.parametrize(
-    ("token", "finish"),
-    [(Token(3, 5), ""), (Token(3, 9), "stop"), (Token(5, 5), "length"), (Token(5, 9), "stop")],
+    ("ids", "finish"), [((5,), ""), ((9,), "stop"), ((5, 5, 5), "length"), ((5, 5, 9), "stop")]
 )
-def test_the_tail_says_when_it_ends(tail: PipelineState, token: Token, finish: str) -> None:
+def test_the_tail_says_when_it_ends(tail: PipelineState, ids: tuple[int, ...], finish: str) -> None:
     (work,) = works(tail.handle(arrives(frame(0, (1, 2, 3)))))
-    sent = messages(tail.handle(WorkFinished(work, None, (token,))))
-    assert [message.tokens[0].finish for _, message in sent if isinstance(message, Tokens)] == [finish] * 2
+    tokens = tuple(Token(3 + index, token) for index, token in enumerate(ids))
+    sent = messages(tail.handle(WorkFinished(work, None, tokens)))
+    assert [message.tokens[-1].finish for _, message in sent if isinstance(message, Tokens)] == [finish] * 2
 
 
 def test_nothing_is_committed_after_the_end(tail: PipelineState) -> None:

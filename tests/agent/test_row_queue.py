@@ -12,7 +12,7 @@ from edge_runtime.core import SessionId
 
 
 def work(session: int, rows: int, seq: int = 1) -> Work:
-    return Work(1, SessionId(session), 0, seq, 0, tuple(range(rows)), None, 0, False)
+    return Work(1, SessionId(session), 0, seq, 0, tuple(range(rows)), None, 0, False, is_prompt=rows > 1)
 
 
 def taken(queue: RowQueue) -> list[int]:

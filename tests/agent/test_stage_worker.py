@@ -114,7 +114,9 @@ class Bench:
 
     def rows(self, session: int, base_row: int, *ids: int, logit_rows: int = 1, lease: int = LEASE) -> None:
         self.worker.put(
-            RunRows(Work(lease, SessionId(session), 0, 1, base_row, ids, None, logit_rows, False))
+            RunRows(
+                Work(lease, SessionId(session), 0, 1, base_row, ids, None, logit_rows, False, len(ids) > 1)
+            )
         )
 
     def next(self) -> Event:
