@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
+    CancelRows,
     DropRows,
     Ignore,
     Load,
@@ -89,6 +90,10 @@ class Held:
     names: list[bytes]
 
 
+def is_dead(work: Work | RowsOpened, cancel: CancelRows) -> bool:
+    return isinstance(work, Work) and work.session == cancel.session and work.turn < cancel.turn
+
+
 @dataclass
 class Device:
     """A PipelineState, its queue of work and a toy engine."""
@@ -121,6 +126,8 @@ class Device:
                     self.queue.append(work)
                     waiting = sum(len(w.ids) for w in self.queue if isinstance(w, Work))
                     self.most_queued_rows = max(self.most_queued_rows, waiting)
+                case CancelRows():
+                    self.queue = [w for w in self.queue if not is_dead(w, instruction)]
                 case DropRows():
                     self.queue = [w for w in self.queue if w.session != instruction.session]
                     self.drop(instruction)
@@ -181,6 +188,7 @@ class Device:
         else:
             del self.queue[index]
         held = self.kv[session]
+        assert work.turn >= self.state.sessions[session].turn, "a dead row was started"
         assert work.base_row <= len(held.ids), "a stage was given rows it can't place"
         held.ids[work.base_row :] = work.ids
         values = list(work.ids) if work.hidden is None else [int(v) for v in work.hidden[:, 0]]
@@ -191,10 +199,11 @@ class Device:
                 values[i] = layer_row(layer, cache)
         self.keep(held, len(held.ids))
         first = work.base_row + len(values) - work.logit_rows
-        tokens = tuple(
-            Token(first + i + 1, value % VOCAB)
-            for i, value in enumerate(values[len(values) - work.logit_rows :])
-        )
+        tokens: tuple[Token, ...] = ()
+        for row, value in enumerate(values[len(values) - work.logit_rows :], first):
+            if tokens and held.ids[row] != tokens[-1].id:
+                break  # guessed wrong, as TailSession says
+            tokens += (Token(row + 1, value % VOCAB),)
         rows = np.array(values, np.float32)[:, None]
         self.handle(WorkFinished(work, rows, tokens))
 
