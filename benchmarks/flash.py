@@ -1,4 +1,4 @@
-"""Experts on flash against experts in memory: `python -m benchmarks.flash [--json] [--rounds N] [--small]`.
+"""Experts on flash against experts in memory: `python -m benchmarks.flash [--json] [--rounds N] [--arms A,B]`.
 
 Two models: the demo's (trained, 6 layers of 16 experts, its own routing), and a random one with the depth and the
 number of experts of Qwen3-30B-A3B (48 layers of 128, narrower: 4.5 GB at int4, made in `.bench/` once) whose routing
@@ -69,10 +69,20 @@ def main() -> None:
         "--small", action="store_true", help="a model of 3 MB instead of 4.5 GB: a smoke test"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--arms",
+        default="",
+        help="only these of the large model, by name (product 50 %%,naive), and nothing else; memory always runs",
+    )
     given = parser.parse_args()
+    chosen = tuple(name.strip() for name in given.arms.split(",") if name.strip())
     rounds = given.rounds or (1 if given.small else 2)
     report = Report("experts on flash", only_json=given.json, threads=given.threads, rounds=rounds)
     figures: Figures = {}
+    if chosen:
+        figures["identical"] = _large(figures, report, given.threads, rounds, chosen, small=given.small)
+        report.end(figures)
+        return
     _kernels(figures, report)
     _policies(figures, report)
     demo = _demo(report, given.threads)
@@ -141,7 +151,16 @@ def _demo(report: Report, threads: int) -> bool:
     return len({result.notes.digest for result in results.values()}) == 1
 
 
-def _large(figures: Figures, report: Report, threads: int, rounds: int, *, small: bool) -> bool:
+def _large(
+    figures: Figures,
+    report: Report,
+    threads: int,
+    rounds: int,
+    chosen: tuple[str, ...] = (),
+    *,
+    small: bool,
+) -> bool:
+    """`chosen`: names of arms; none: all."""
     trace = read_trace(QWEN)
     bundle = Bundle.open(random_moe(TINY if small else LARGE))
     layers = expert_layers(bundle, bundle.manifest.layers)
@@ -154,7 +173,7 @@ def _large(figures: Figures, report: Report, threads: int, rounds: int, *, small
         f"flash {speed.bytes_per_second / 1e9:.2f} GB/s with {speed.lanes} reads at a time"
         f"{'' if speed.direct else ', through the page cache'}; routing of {QWEN.name}, not looped"
     )
-    arms = _arms(base, total, dense, speed.lanes)
+    arms = _chosen(_arms(base, total, dense, speed.lanes), chosen)
     results = _rounds(arms, bundle, rounds, report)
     again = measure_flash(layers, budget_seconds=1.0)
     bandwidth = max(speed.bytes_per_second, again.bytes_per_second)
@@ -187,6 +206,15 @@ def _arms(base: Order, total: int, dense: int, lanes: int) -> list[Arm]:
         Arm("mapped 25 %", replace(base, arm=MAPPED), quarter + dense + OVERHEAD_BYTES),
         Arm("naive", replace(base, arm=NAIVE)),
     ]
+
+
+def _chosen(arms: list[Arm], names: tuple[str, ...]) -> list[Arm]:
+    """Memory, which the others are held against, and those named. Raises SystemExit for a name that is none."""
+    known = {arm.name for arm in arms}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"there is no arm {unknown[0]!r}: choose of {', '.join(sorted(known))}")
+    return [arm for arm in arms if not names or arm.name == MEMORY or arm.name in names]
 
 
 def _rounds(arms: list[Arm], bundle: Bundle, rounds: int, report: Report) -> dict[str, Result]:
