@@ -58,7 +58,7 @@ class Sampler:
         params = self._params
         try:
             token = sampling.sample(
-                self._penalised(logits),
+                self.penalised(logits),
                 seed=params.seed,
                 position=position,
                 temperature=params.temperature,
@@ -79,7 +79,7 @@ class Sampler:
         chosen, top = sampling.log_probabilities(logits.astype(np.float64), token, self._params.top_logprobs)
         return TokenLogprob(chosen, tuple(top))
 
-    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    def penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Repetition, presence, frequency, then bias; float64, one rounding per operation, so the same everywhere."""
         values = logits.astype(np.float64)
         params = self._params
