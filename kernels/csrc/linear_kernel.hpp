@@ -22,40 +22,51 @@ inline void put(P y, int n, std::int64_t m, const edge::TileOut& out) {
   for (int i = 0; i < count; ++i) to[i] = out.bias ? v[i] + out.bias[n + i] : v[i];
 }
 
+// Parts `part` .. `part + kTogether - 1` of a tile.
 template <typename Format, int M>
-void linear_part(const std::uint8_t* tile, int blocks, int part, const edge::PanelRows& x, int first,
-                 const edge::TileOut& out) {
+void linear_parts(const std::uint8_t* tile, int blocks, int part, const edge::PanelRows& x, int first,
+                  const edge::TileOut& out) {
   constexpr int J = M < kInterleaved ? M : kInterleaved;
-  P sums[M];
+  P sums[kTogether][M];
   EDGE_UNROLL
-  for (int m = 0; m < M; ++m) sums[m] = part_set1(0.0f);
+  for (int t = 0; t < kTogether; ++t)
+    EDGE_UNROLL
+    for (int m = 0; m < M; ++m) sums[t][m] = part_set1(0.0f);
   const std::int8_t* row_codes = x.codes + first * edge::kBlock;
   for (int block = 0; block < blocks; ++block) {
     const std::uint8_t* pair = tile + (block >> 1) * (2 * Format::kTileBytes + 4 * edge::kTileOutputs);
     const std::uint8_t* codes = pair + (block & 1) * Format::kTileBytes;
     const auto* scales = reinterpret_cast<const std::uint16_t*>(pair + 2 * Format::kTileBytes);
     const Weights w = Format::unpack(codes, part);
-    const P weight_scales = part_half(scales + (block & 1) * edge::kTileOutputs + kPart * part);
+    P weight_scales[kTogether];
+    EDGE_UNROLL
+    for (int t = 0; t < kTogether; ++t)
+      weight_scales[t] = part_half(scales + (block & 1) * edge::kTileOutputs + kPart * (part + t));
     for (int line = 0; line < Format::kTileBytes + 32; line += 64) prefetch(codes + kPrefetchBytes + line);
     EDGE_UNROLL
     for (int m = 0; m < M; m += J) {
-      P dots[J];
+      P dots[kTogether][J];
       Format::template dot<J>(w, row_codes + m * edge::kBlock, x.corrections + block * x.stride + first + m, dots);
       EDGE_UNROLL
-      for (int j = 0; j < J; ++j)
-        sums[m + j] =
-            fma(dots[j], mul(weight_scales, part_set1(x.scales[block * x.stride + first + m + j])), sums[m + j]);
+      for (int j = 0; j < J; ++j) {
+        const P row_scale = part_set1(x.scales[block * x.stride + first + m + j]);
+        EDGE_UNROLL
+        for (int t = 0; t < kTogether; ++t)
+          sums[t][m + j] = fma(dots[t][j], mul(weight_scales[t], row_scale), sums[t][m + j]);
+      }
     }
     row_codes += x.stride * edge::kBlock;
   }
   EDGE_UNROLL
-  for (int m = 0; m < M; ++m) put(mul(sums[m], part_set1(out.unit)), kPart * part, first + m, out);
+  for (int t = 0; t < kTogether; ++t)
+    EDGE_UNROLL
+    for (int m = 0; m < M; ++m) put(mul(sums[t][m], part_set1(out.unit)), kPart * (part + t), first + m, out);
 }
 
 template <typename Format, int M>
 void linear_rows(const std::uint8_t* tile, int blocks, const edge::PanelRows& x, int first, const edge::TileOut& out) {
-  for (int part = 0; kPart * part < out.outputs; ++part)
-    linear_part<Format, M>(tile, blocks, part, x, first, out);
+  for (int part = 0; kPart * part < out.outputs; part += kTogether)
+    linear_parts<Format, M>(tile, blocks, part, x, first, out);
 }
 
 template <typename Format>

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kPart = 16;       // outputs a register holds
+constexpr int kTogether = 1;   // parts whose sums are taken side by side
 constexpr int kPanelStep = 16;  // most rows computed together
 constexpr int kDenseTiles = 2;  // of fp32 weights, and rows, whose sums fit the registers
 constexpr int kDenseRows = 8;
@@ -40,7 +41,8 @@ struct PartInt4 {
   }
   // Exact dot products of a block with J rows, as floats.
   template <int J>
-  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections,
+                              P (&out)[kTogether][J]) {
     constexpr int kChains = J == 1 ? 4 : J == 2 ? 2 : 1;  // enough additions side by side to hide their latency
     __m512i sums[J][kChains];
     EDGE_UNROLL
@@ -59,7 +61,7 @@ struct PartInt4 {
     for (int j = 0; j < J; ++j) {
       EDGE_UNROLL
       for (int c = 1; c < kChains; ++c) sums[j][0] = _mm512_add_epi32(sums[j][0], sums[j][c]);
-      out[j] = {_mm512_cvtepi32_ps(sums[j][0])};
+      out[0][j] = {_mm512_cvtepi32_ps(sums[j][0])};
     }
   }
 };

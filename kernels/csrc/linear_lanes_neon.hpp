@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kPart = 4;       // outputs a register holds
+constexpr int kTogether = 1;   // parts whose sums are taken side by side
 constexpr int kPanelStep = 8;  // most rows computed together
 constexpr int kDenseTiles = 1;  // of fp32 weights, and rows, whose sums fit the registers
 constexpr int kDenseRows = 4;
@@ -35,7 +36,8 @@ inline int8x16_t four_columns(const std::int8_t* x) {
 }
 
 template <int J>
-EDGE_INLINE void dot_block(const Weights& w, const std::int8_t* x, const int32x4_t (&start)[J], P (&out)[J]) {
+EDGE_INLINE void dot_block(const Weights& w, const std::int8_t* x, const int32x4_t (&start)[J],
+                           P (&out)[kTogether][J]) {
   EDGE_UNROLL
   for (int j = 0; j < J; ++j) {
     int32x4_t sums = start[j];
@@ -53,7 +55,7 @@ EDGE_INLINE void dot_block(const Weights& w, const std::int8_t* x, const int32x4
     EDGE_UNROLL
     for (int g = 0; g < 8; ++g) sums = dot(sums, w.group[g], four_columns(x + 32 * j + 4 * g));
 #endif
-    out[j] = {vcvtq_f32_s32(sums)};
+    out[0][j] = {vcvtq_f32_s32(sums)};
   }
 }
 
@@ -70,7 +72,8 @@ struct PartInt4 {
     return w;
   }
   template <int J>
-  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t* corrections,
+                              P (&out)[kTogether][J]) {
     int32x4_t start[J];
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) start[j] = vdupq_n_s32(corrections[j]);
@@ -88,7 +91,7 @@ struct PartInt8 {
     return w;
   }
   template <int J>
-  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[kTogether][J]) {
     int32x4_t start[J];
     EDGE_UNROLL
     for (int j = 0; j < J; ++j) start[j] = vdupq_n_s32(0);

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int kPart = 4;       // outputs a register holds
+constexpr int kTogether = 1;   // parts whose sums are taken side by side
 constexpr int kPanelStep = 2;  // most rows computed together
 constexpr int kDenseTiles = 1;  // of fp32 weights, and rows, whose sums fit the registers
 constexpr int kDenseRows = 2;
@@ -48,12 +49,12 @@ struct PartInt4 {
     return w;
   }
   template <int J>
-  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[J]) {
+  static EDGE_INLINE void dot(const Weights& w, const std::int8_t* x, const std::int32_t*, P (&out)[kTogether][J]) {
     for (int j = 0; j < J; ++j)
       for (int o = 0; o < 4; ++o) {
         std::int32_t sum = 0;
         for (int k = 0; k < 32; ++k) sum += w.code[o][k] * x[32 * j + k];
-        out[j].v[o] = static_cast<float>(sum);
+        out[0][j].v[o] = static_cast<float>(sum);
       }
   }
 };
