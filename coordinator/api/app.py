@@ -16,7 +16,7 @@ from coordinator.api.context import API, Api
 from coordinator.api.errors import error_middleware
 from coordinator.api.guard import Access, Routes, add_security_headers, auth_middleware, origin_middleware
 from coordinator.api.keys import ApiKeys
-from coordinator.api.openai import drafting, embeddings, handlers, models
+from coordinator.api.openai import drafting, embeddings, handlers, models, tokenizer
 from coordinator.api.pages import add_console
 from coordinator.service import Service
 
@@ -61,6 +61,7 @@ def _add_routes(routes: Routes) -> None:
     routes.add("POST", "/v1/completions", handlers.create_completion, Access.KEY)
     routes.add("POST", "/v1/embeddings", embeddings.create_embeddings, Access.KEY)
     routes.add("GET", "/v1/drafting", drafting.draft, Access.KEY)
+    routes.add_get("/v1/tokenizer", tokenizer.show_tokenizer, Access.KEY)
     routes.add("GET", "/v1/requests/{request}/stream", handlers.resume_stream, Access.KEY)
     routes.add_get("/admin/status", admin.show_status, Access.ADMIN)
     routes.add("GET", "/admin/events", admin.stream_status, Access.ADMIN)

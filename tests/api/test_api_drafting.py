@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 
+from edge_runtime.bundle.hashing import sha256_digest
 from edge_runtime.speculative.wire import CommittedDecoder, DraftEncoder, chain_frame
 from tests.support.api_server import OTHER_KEY, Server
 from tests.support.coordinator_world import until
@@ -89,3 +90,12 @@ async def test_what_a_socket_cannot_do_is_refused_by_name(server: Server) -> Non
             assert (await socket.receive_json())["error"]["param"] == param
     async with server.http.get(f"{server.url}/v1/drafting") as answer:
         assert answer.status == 400
+
+
+async def test_the_tokenizer_comes_with_the_digest_that_the_socket_names(server: Server) -> None:
+    async with server.http.get(f"{server.url}/v1/tokenizer") as answer:
+        body = await answer.read()
+        assert answer.headers["ETag"] == f'"{sha256_digest(body)}"'
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY)
+        assert (await socket.receive_json())["tokenizer"] == sha256_digest(body)

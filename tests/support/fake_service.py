@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
 
 from coordinator.service import (
     ClusterStatus,
@@ -18,6 +21,7 @@ from coordinator.service import (
     TokenEvent,
 )
 from coordinator.sessions.draft_ledger import check_draft
+from edge_runtime.bundle.hashing import sha256_digest
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId, TokenLogprob
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, UsageError
@@ -36,6 +40,16 @@ DEVICES = (
 PLAN = PlanStatus(
     3, True, "auto", (("phone", 0, 1), ("laptop", 2, 3)), 42.0, 40.5, ("two devices are faster than one",)
 )
+
+
+def _tokenizer_json() -> bytes:
+    """Ids are code points, as far as tokens of one character can tell."""
+    tokenizer = Tokenizer(WordLevel({chr(code): code for code in range(256)}, unk_token="?"))
+    tokenizer.decoder = Fuse()
+    return tokenizer.to_str().encode()
+
+
+TOKENIZER_JSON = _tokenizer_json()
 
 
 class _Bytes:
@@ -118,7 +132,7 @@ class FakeService:
         self.drafts.append((request, draft, source))
 
     def tokenizer(self) -> tuple[str, bytes]:
-        return "sha256:" + "0" * 64, b"{}"
+        return sha256_digest(TOKENIZER_JSON), TOKENIZER_JSON
 
     async def resume(self, request: RequestId, after_index: int) -> AsyncIterator[TokenEvent]:
         if request not in self.journal:
