@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_runtime.agent.continuation import Continuation
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS
 from edge_runtime.protocol.messages import Draft
 
 MAX_ROWS_AHEAD = 512  # issued and not yet judged: more is no window, but a flood
+STEPS_UNDER_WAY = 2  # per stage: one that runs, one that waits or travels
 MAX_FRAME_ROWS = 32  # longer drafts go as several frames: the next stage begins while this one goes on
 
 
@@ -25,8 +27,18 @@ class Merged:
     reason: str = ""  # why there is nothing to issue
 
 
-def merge(chain: Continuation, rows: int, max_rows: int, turn: int, draft: Draft) -> Merged:
-    """`rows`: issued so far, given ones too. `turn`: of drafts, the highest that counted.
+def rows_ahead(sessions: int, stages: int) -> int:
+    """How many guessed rows of one session may be under way while so many are running, itself included.
+
+    Sessions share a step's rows evenly, and each one's next row comes first: where these fill a step, nobody guesses.
+    """
+    if sessions <= 1:
+        return MAX_ROWS_AHEAD
+    return max(0, MAX_DECODE_ROWS // sessions - 1) * STEPS_UNDER_WAY * stages
+
+
+def merge(chain: Continuation, rows: int, max_rows: int, turn: int, ahead: int, draft: Draft) -> Merged:
+    """`rows`: issued so far, given ones too. `turn`: of drafts, the highest that counted. `ahead`: `rows_ahead`.
 
     A draft never changes the turn that rows carry: a miss makes rows dead only where rows are issued anew, and rows of
     the target's own continuation may still be on their way under the old one.
@@ -46,9 +58,9 @@ def merge(chain: Continuation, rows: int, max_rows: int, turn: int, draft: Draft
     here = chain.issued[draft.base_row - chain.given :]
     if list(ids[: len(here)]) != here[: len(ids)]:
         return Merged((), turn, "other guesses for the same positions are being judged")
-    end = min(max_rows - 1, chain.next_position + MAX_ROWS_AHEAD)
+    end = min(max_rows - 1, chain.next_position + ahead)
     new = ids[len(here) : max(0, end - draft.base_row)]
-    return Merged(new, max(turn, draft.turn), "" if new else "nothing new in it")
+    return Merged(new, max(turn, draft.turn), "" if new else "nothing new in it, or no room")
 
 
 def main_chain(draft: Draft) -> tuple[int, ...]:

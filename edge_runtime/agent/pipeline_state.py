@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
-from edge_runtime.agent.draft_rules import in_frames, merge
+from edge_runtime.agent.draft_rules import in_frames, merge, rows_ahead
 from edge_runtime.agent.lease_state import LeaseState
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
@@ -288,11 +288,13 @@ class PipelineState(LeaseState):
         return [*dead, self._issue(session, ids)] if ids else dead
 
     def _draft(self, session: Session, draft: Draft) -> list[Instruction]:
-        assert self.loaded is not None
+        assert self.loaded is not None and self.order is not None
         if not self.loaded.row_invariant or not draft.ids or not self._are_ids(draft.ids):
             return [Ignore("a draft that can't be verified here")]
         turn = max(session.turn, session.draft_turn)
-        merged = merge(session.chain, session.rows, session.order.max_rows, turn, draft)
+        running = sum(not each.halted for each in self.sessions.values())
+        ahead = rows_ahead(running, len(self.order.devices))
+        merged = merge(session.chain, session.rows, session.order.max_rows, turn, ahead, draft)
         session.draft_turn = merged.turn
         if not merged.ids:
             return [Ignore(f"a draft for {draft.base_row}: {merged.reason}")]

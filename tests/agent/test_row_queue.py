@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.agent.pipeline_events import Work
-from edge_runtime.agent.row_queue import MAX_DECODE_ROWS, RowQueue
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, Work
+from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.core import SessionId
 
 
@@ -147,3 +147,41 @@ def test_everything_runs_once_and_in_order(
             rows += len(w.ids)
     assert all(works == sorted(set(works)) for works in ran.values())
     assert rows == sum(count for _, count in items)
+
+
+def guesses(session: int, base_row: int, rows: int, turn: int = 0) -> Work:
+    ids = tuple(range(base_row, base_row + rows))
+    hidden = np.arange(base_row, base_row + rows, dtype=np.float32)[:, None]
+    return Work(1, SessionId(session), turn, base_row, base_row, ids, hidden, 0, False)
+
+
+def test_guesses_that_follow_each_other_run_as_one() -> None:
+    queue = RowQueue(8)
+    for base_row, rows in ((5, 1), (6, 3), (9, 2), (12, 1)):
+        queue.add(guesses(1, base_row, rows))
+    assert queue.decode_rows == 6
+    (first,) = queue.take()
+    assert (first.base_row, first.ids, first.seq) == (5, (5, 6, 7, 8, 9, 10), 9)
+    assert first.hidden is not None
+    assert first.hidden[:, 0].tolist() == [5, 6, 7, 8, 9, 10]
+    assert [work.base_row for work in queue.take()] == [12]
+
+
+def test_guesses_of_many_sessions_share_a_step() -> None:
+    queue = RowQueue(8)
+    for session in (1, 2, 3):
+        queue.add(guesses(session, 5, 30))
+    assert taken(queue) == [1, 2]
+    assert taken(queue) == [3]
+
+
+def test_work_of_older_turns_is_cancelled_and_nothing_else() -> None:
+    queue = RowQueue(8)
+    for session, base_row, turn in ((1, 5, 0), (1, 6, 6), (2, 9, 0)):
+        queue.add(guesses(session, base_row, 1, turn))
+    queue.cancel(SessionId(1), 6)
+    queue.cancel(SessionId(3), 6)
+    assert [(work.session, work.turn) for work in queue.take()] == [(1, 6), (2, 0)]
+    queue.add(guesses(1, 5, 1))
+    queue.cancel(SessionId(1), 9)
+    assert not queue
