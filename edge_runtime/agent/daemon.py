@@ -23,20 +23,32 @@ from edge_runtime.agent.control_link import ControlLink
 from edge_runtime.agent.data_address import data_address
 from edge_runtime.agent.data_plane import DataPlane
 from edge_runtime.agent.device_profile import DeviceProfiler, MeasurementCache
+from edge_runtime.agent.engine_start import budget_of, import_engine
+from edge_runtime.agent.expert_loader import ExpertShareLoader
 from edge_runtime.agent.expert_report import ExpertReporter
 from edge_runtime.agent.loader import MakeStage, StageLoader, device_stages
-from edge_runtime.agent.memory import EXPERTS_ALL, MemoryBudget, resident_bytes
+from edge_runtime.agent.memory import EXPERTS_ALL, resident_bytes
 from edge_runtime.agent.pairing_file import load_pairing, save_pairing
 from edge_runtime.agent.pipeline_events import (
     LoadFailed,
 )
 from edge_runtime.agent.progress import ProgressGate
 from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
-from edge_runtime.agent.status import Connected, Disconnected, Failed, Loading, Paired, Serving, Status
+from edge_runtime.agent.status import (
+    Connected,
+    Disconnected,
+    Failed,
+    Holding,
+    Loading,
+    Paired,
+    Serving,
+    Status,
+)
 from edge_runtime.bundle.store import BundleStore
-from edge_runtime.engine.executors import TORCH, device_memory_bytes
+from edge_runtime.engine.executors import TORCH
 from edge_runtime.errors import ConfigError, ConnectionClosed, EdgeRuntimeError, TransportError, TrustError
 from edge_runtime.protocol.messages import (
+    HOLDS_EXPERTS,
     PROTOCOL_VERSION,
     Heartbeat,
     Hello,
@@ -91,8 +103,8 @@ class Agent:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = KeyPair.load_or_create(directory / KEY_FILE)
         pairing = await self._pair(key)
-        self._executor = await asyncio.to_thread(_import_engine, self._config.executor)
-        self._budget = _budget(self._config.memory_budget_bytes, self._executor)
+        self._executor = await asyncio.to_thread(import_engine, self._config.executor)
+        self._budget = budget_of(self._config.memory_budget_bytes, self._executor)
         self._loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
@@ -182,6 +194,15 @@ class Agent:
             self._make_stage or device_stages(self._executor),
             experts,
             self._profiler.flash_lanes,
+            ExpertShareLoader(
+                fetcher,
+                self._worker,
+                self._budget,
+                threads,
+                pairing.device_id,
+                self._plane.experts,
+                self._profiler.numeric_class,
+            ),
         )
         self._expert_reporter = ExpertReporter()
 
@@ -318,6 +339,9 @@ class Agent:
             )
             return
         self._plane.loaded(loaded, manifest.model.hidden_size, order.wire)
+        if order.stage == HOLDS_EXPERTS:
+            self._on_status(Holding(order.lease, manifest.model.name, loaded.weight_bytes))
+            return
         log.info("lease %d: serving, room for %d tokens", order.lease, loaded.kv_capacity_tokens)
         experts = self._loader.expert_cache
         self._on_status(
@@ -358,27 +382,6 @@ class Agent:
 def _resolve(future: asyncio.Future[str], result: str) -> None:
     if not future.done():  # else nobody waits any more
         future.set_result(result)
-
-
-def _import_engine(name: str) -> str:
-    """Before memory is measured: the libraries are part of the process that the budget is for.
-
-    Returns the executor that `auto` is on this device.
-    """
-    import edge_runtime.engine.probe  # noqa: F401
-    from edge_runtime.engine.executors import device_executor, import_executor
-
-    executor = device_executor(name)
-    import_executor(executor)
-    return executor
-
-
-def _budget(total_bytes: int, executor: str) -> MemoryBudget:
-    """Of this process, or of a GPU: then the process itself is not in it."""
-    gpu_bytes = device_memory_bytes(executor) if executor == TORCH else None
-    if gpu_bytes is None:
-        return MemoryBudget(total_bytes, resident_bytes())
-    return MemoryBudget(min(total_bytes, gpu_bytes), 0)
 
 
 def _first(problems: BaseExceptionGroup[EdgeRuntimeError]) -> EdgeRuntimeError:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from edge_runtime.agent.expert_links import ExpertLinks, ExpertMessage
 from edge_runtime.agent.peer_outbox import PeerMessage, PeerOutbox
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
@@ -41,6 +42,7 @@ from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.core import DeviceId, SessionId
 from edge_runtime.engine.wire import FP32, packed, unpacked
 from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.protocol.expert_messages import ExpertRows
 from edge_runtime.protocol.messages import (
     FrameRows,
     LoadStage,
@@ -81,6 +83,7 @@ class DataPlane:
             key, device_id, signing_key, control.relay, data_address, on_message=self._arrived
         )
         self._state = PipelineState()
+        self.experts = ExpertLinks()
         self._hidden_size = 0  # these two of the stage that is loaded
         self._wire = FP32
 
@@ -115,11 +118,16 @@ class DataPlane:
         """Until cancelled. `opened` is told where peers may dial, once they may."""
         async with self._make_mesh() as mesh, asyncio.TaskGroup() as tasks:
             self._mesh = mesh
+            self.experts.opened(mesh, tasks)
             self._peers = PeerOutbox(tasks, mesh.try_send, mesh.send, self._peer_lost)
             opened(mesh.data_address)
             await asyncio.get_running_loop().create_future()
 
     def _arrived(self, source: DeviceId, message: Message, payloads: Sequence[memoryview]) -> None:
+        if isinstance(message, ExpertMessage):
+            self.experts.arrived(source, message, payloads)
+            self.worker.steps += isinstance(message, ExpertRows)
+            return
         rows = None
         if isinstance(message, FrameRows) and len(payloads) == 1:
             rows = unpacked(payloads[0], self._wire, len(message.ids), self._hidden_size)
@@ -173,6 +181,7 @@ class DataPlane:
                 self._send(to, message, [] if rows is None else [self._frame_of(message, rows)])
             case Load(order):
                 self._peers.clear()
+                self.experts.end()
                 self.worker.retire()
                 self._control.start_loading(order)
             case Retire():
@@ -187,6 +196,7 @@ class DataPlane:
 
     def _end_plan(self) -> None:
         self._peers.clear()
+        self.experts.end()
         self._control.stop_loading()
 
     def _send(self, to: str, message: Message, payloads: Sequence[Frame]) -> None:

@@ -26,7 +26,7 @@ from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
-from edge_runtime.engine.base import DEFAULT_FORMATS, Stage
+from edge_runtime.engine.base import DEFAULT_FORMATS, Stage, StageFormats
 from edge_runtime.engine.numeric_class import plain_class
 from edge_runtime.errors import CapacityError
 from edge_runtime.experts.cache import CacheOptions
@@ -131,13 +131,19 @@ class DeviceProfiler:
     def is_row_invariant(self, bundle: Bundle, stage: Stage) -> bool:
         """Of a stage just loaded; measured now where it was not before. On the compute thread."""
         found = self._cache.get(str(bundle.digest), plain_class(stage.numeric_class), self._threads)
+        if found is None and getattr(stage, "peer_experts", None) is not None:
+            return False  # it can't run alone: careful, until it was measured with all of a layer
         return found.row_invariant if found is not None else self._probe(bundle, stage).row_invariant
 
     def _numeric_class(self, manifest: Manifest) -> str:
+        return self.numeric_class(manifest, DEFAULT_FORMATS)
+
+    def numeric_class(self, manifest: Manifest, formats: StageFormats) -> str:
+        """Of stages of this device."""
         from edge_runtime.engine.executors import TORCH, chosen_executor, numeric_class_of
 
         executor = self._executor if self._executor == TORCH else chosen_executor(self._executor)
-        return numeric_class_of(executor, manifest.model.weights)
+        return numeric_class_of(executor, manifest.model.weights, formats)
 
     def _what_fits(self, manifest: Manifest) -> tuple[LayerRange, StageMemory]:
         """The last layer with the head; a middle layer alone on a device too small for the head."""

@@ -18,7 +18,7 @@ from edge_runtime.agent.pipeline_events import (
     Send,
     Unload,
 )
-from edge_runtime.protocol.messages import LoadStage, StageFailed, StageReady, UnloadStage
+from edge_runtime.protocol.messages import HOLDS_EXPERTS, LoadStage, StageFailed, StageReady, UnloadStage
 
 
 class LeaseState(ABC):
@@ -62,7 +62,8 @@ class LeaseState(ABC):
             return self._report_again(order)
         self.lease = order.lease
         self._forget()
-        if not 0 <= order.stage < len(order.devices) or order.prefill_chunk_tokens < 1:
+        is_stage = 0 <= order.stage < len(order.devices) or order.stage == HOLDS_EXPERTS
+        if not is_stage or order.prefill_chunk_tokens < 1:
             return self._load_failed(LoadFailed(order.lease, "protocol", "the plan names no such stage"))
         self.order = order
         return [Load(order)]

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from edge_runtime.agent.expert_loader import ExpertShareLoader
 from edge_runtime.agent.memory import EXPERTS_AUTO, ExpertCacheSetting, MemoryBudget, StageMemory
 from edge_runtime.agent.pipeline_events import Loaded
 from edge_runtime.agent.row_queue import RowQueue
@@ -17,16 +18,20 @@ from edge_runtime.agent.slice_fetcher import Progress, SliceFetcher
 from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
+from edge_runtime.bundle.store import PartialBundle
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import Stage, StageFormats
 from edge_runtime.engine.executors import TORCH
 from edge_runtime.errors import EngineError, ProtocolError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_bytes
+from edge_runtime.experts.peer_runner import PeerOptions
 from edge_runtime.experts.reader import DEFAULT_LANES
-from edge_runtime.protocol.messages import LoadStage
+from edge_runtime.protocol.messages import HOLDS_EXPERTS, LoadStage
 
 log = logging.getLogger(__name__)
+
+ExpertOptions = CacheOptions | PeerOptions
 
 
 class MakeStage(Protocol):
@@ -38,11 +43,11 @@ class MakeStage(Protocol):
         kv_bytes: int,
         threads: int,
         reuse: Stage | None,
-        experts: CacheOptions | None,
+        experts: ExpertOptions | None,
         formats: StageFormats,
     ) -> Stage:
-        """`reuse` is closed; what it holds of `layers` may be kept. `experts`: keep them on flash, behind such a cache.
-        Runs on the compute thread."""
+        """`reuse` is closed; what it holds of `layers` may be kept. `experts`: keep them on flash, behind such a cache,
+        or share them with others. Runs on the compute thread."""
         ...
 
 
@@ -56,7 +61,7 @@ def cpu_stages(executor: str) -> MakeStage:
         kv_bytes: int,
         threads: int,
         reuse: Stage | None,
-        experts: CacheOptions | None,
+        experts: ExpertOptions | None,
         formats: StageFormats,
     ) -> Stage:
         from edge_runtime.engine.cpu import CpuStage
@@ -88,13 +93,16 @@ def torch_stages() -> MakeStage:
         kv_bytes: int,
         threads: int,
         reuse: Stage | None,
-        experts: CacheOptions | None,
+        experts: ExpertOptions | None,
         formats: StageFormats,
     ) -> Stage:
         from edge_runtime.engine.torch_stage.stage import TorchStage
 
         if experts is not None:
-            raise EngineError("the torch executor keeps no experts on flash", hint="use --expert-cache all")
+            raise EngineError(
+                "the torch executor holds all experts of its layers in the device's memory",
+                hint="use --expert-cache all, or --executor native to share them",
+            )
         kept = reuse if isinstance(reuse, TorchStage) else None
         if reuse is not None and kept is None:
             reuse.close()
@@ -121,6 +129,7 @@ class StageLoader:
         make_stage: MakeStage,
         expert_cache: ExpertCacheSetting = EXPERTS_AUTO,
         flash_lanes: Callable[[Manifest, str], int] = lambda manifest, bundle: DEFAULT_LANES,
+        shares: ExpertShareLoader | None = None,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
@@ -130,6 +139,7 @@ class StageLoader:
         self._make_stage = make_stage
         self._expert_setting = expert_cache
         self._flash_lanes = flash_lanes
+        self._shares = shares
         self.expert_cache: ExpertCache | None = None  # of the stage loaded last
 
     async def load(self, order: LoadStage, progress: Progress) -> tuple[Loaded, Manifest]:
@@ -137,6 +147,8 @@ class StageLoader:
         partial = await self._fetcher.manifest(order.bundle)
         manifest = partial.manifest
         check_order(order, manifest)
+        if order.stage == HOLDS_EXPERTS or order.shares:
+            return await self._load_shared(order, partial, progress), manifest
         memory = self._budget.divide(manifest, order.first_layer, order.last_layer, self._expert_setting)
         blocks = manifest.blocks(order.first_layer, order.last_layer)
         keys = list(dict.fromkeys(key for block in blocks for key in block.slices))
@@ -155,6 +167,28 @@ class StageLoader:
         progress("loading", total_bytes, total_bytes)
         return loaded, manifest
 
+    async def _load_shared(self, order: LoadStage, partial: PartialBundle, progress: Progress) -> Loaded:
+        """Dense weights as ever, and this device's own experts; or only those."""
+        if self._shares is None:
+            raise EngineError("this device does not share experts")
+        self.expert_cache = None
+        if order.stage == HOLDS_EXPERTS:
+            return await self._shares.hold(order, partial, progress)
+        manifest = partial.manifest
+        blocks = manifest.blocks(order.first_layer, order.last_layer)
+        experts = {key for block in blocks for key in manifest.expert_slices(block)}
+        keys = [key for block in blocks for key in block.slices if key not in experts]
+        options = self._shares.options(order, partial)
+        kv_bytes = self._budget.kv_beside(
+            manifest, order.first_layer, order.last_layer, options.store.held_bytes
+        )
+        await self._fetcher.slices(partial, list(dict.fromkeys(keys)), progress)
+        bundle = await asyncio.to_thread(partial.open)
+        await asyncio.to_thread(bundle.verify, keys)
+        loaded = await self._worker.call(lambda: self._install(order, bundle, kv_bytes, options))
+        await self._shares.begin(order, partial, options, progress)
+        return loaded
+
     def _cache_options(self, bundle: str, manifest: Manifest, memory: StageMemory) -> CacheOptions | None:
         if memory.expert_cache_bytes is None:
             return None
@@ -169,7 +203,7 @@ class StageLoader:
         return CacheOptions(memory.expert_cache_bytes, lanes=lanes, refetch=refetch)
 
     def _install(
-        self, order: LoadStage, bundle: Bundle, kv_bytes: int, experts: CacheOptions | None
+        self, order: LoadStage, bundle: Bundle, kv_bytes: int, experts: ExpertOptions | None
     ) -> Loaded:
         """On the compute thread. The stage before, retired but not closed, lends its layers."""
         layers = LayerRange(order.first_layer, order.last_layer)
@@ -230,6 +264,8 @@ def check_order(order: LoadStage, manifest: Manifest) -> None:
             f"layers {order.first_layer}-{order.last_layer} are not in {manifest.model.name}, "
             f"which has layers 0-{manifest.num_layers - 1}"
         )
+    if order.stage == HOLDS_EXPERTS:
+        return
     is_first, is_tail = order.stage == 0, order.stage == len(order.devices) - 1
     if is_first != (order.first_layer == 0) or is_tail != (order.last_layer == manifest.num_layers - 1):
         raise ProtocolError(

@@ -110,6 +110,22 @@ class MemoryBudget:
             hint="give the agent more --memory, another --expert-cache, or this device fewer layers",
         )
 
+    def kv_beside(self, manifest: Manifest, first_layer: int, last_layer: int, held_bytes: int) -> int:
+        """KV where other devices hold experts, and this one `held_bytes` of them. Raises CapacityError."""
+        others_bytes = expert_bytes(manifest, first_layer, last_layer) - held_bytes
+        return MemoryBudget(self.total_bytes + others_bytes, self.overhead_bytes).kv_bytes(
+            manifest, first_layer, last_layer
+        )
+
+    def check_held(self, held_bytes: int) -> None:
+        """Of a device that only holds experts. Raises CapacityError."""
+        if held_bytes > self.free_bytes:
+            raise CapacityError(
+                f"its experts are {_mib(held_bytes)}, and {_mib(self.free_bytes)} are free for them; "
+                f"the budget of this device is {_mib(self.total_bytes)}",
+                hint="give the agent more --memory, or let more devices share the experts",
+            )
+
     def kv_bytes(self, manifest: Manifest, first_layer: int, last_layer: int) -> int:
         """With all weights in memory: KV gets what they leave. Raises CapacityError with both numbers."""
         weight_bytes = manifest.stage_weight_bytes(first_layer, last_layer)

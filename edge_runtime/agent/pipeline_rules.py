@@ -8,6 +8,7 @@ from __future__ import annotations
 from edge_runtime.agent.pipeline_events import COORDINATOR, Instruction, Rows, Send, Work
 from edge_runtime.agent.session import Session
 from edge_runtime.protocol.messages import (
+    HOLDS_EXPERTS,
     CloseSession,
     Draft,
     Feed,
@@ -25,6 +26,8 @@ ForStages = OpenSession | Feed | Draft | FrameRows | Fence | Tokens | RowsHeld |
 
 
 def may_send(order: LoadStage, source: str, message: ForStages) -> bool:
+    if order.stage == HOLDS_EXPERTS:
+        return False
     is_first, is_tail = order.stage == 0, order.stage == len(order.devices) - 1
     before = COORDINATOR if is_first else order.devices[order.stage - 1]
     match message:

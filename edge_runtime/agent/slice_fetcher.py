@@ -38,14 +38,16 @@ class SliceChannel:
         self._chunk_seconds = chunk_seconds
         self._waiting: dict[Key, asyncio.Future[Chunk]] = {}
 
-    async def ask(self, bundle: str, slice_key: str, offset_bytes: int) -> asyncio.Future[Chunk]:
+    async def ask(
+        self, bundle: str, slice_key: str, offset_bytes: int, length_bytes: int = MAX_CHUNK_BYTES
+    ) -> asyncio.Future[Chunk]:
         """Send a request; `answer` waits for what comes. Cancel the future when it is not wanted any more."""
         key = (bundle, slice_key, offset_bytes)
         future: asyncio.Future[Chunk] = asyncio.get_running_loop().create_future()
         self._waiting[key] = future
         future.add_done_callback(lambda done: self._forget(key, done))
         try:
-            await self._ask(SliceRequest(bundle, slice_key, offset_bytes, MAX_CHUNK_BYTES))
+            await self._ask(SliceRequest(bundle, slice_key, offset_bytes, length_bytes))
         except BaseException:
             future.cancel()
             raise
@@ -135,7 +137,8 @@ class SliceFetcher:
         tries = 0
         while len(data) < length_bytes:
             try:
-                future = await self._channel.ask(bundle, key, offset_bytes + len(data))
+                left_bytes = min(length_bytes - len(data), MAX_CHUNK_BYTES)
+                future = await self._channel.ask(bundle, key, offset_bytes + len(data), left_bytes)
                 chunk, _ = await self._channel.answer(future)
             except TransportError as problem:
                 tries += 1

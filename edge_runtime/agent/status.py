@@ -69,6 +69,18 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """Experts of other devices' layers, and no layers."""
+
+    lease: int
+    model: str
+    held_bytes: int
+
+    def __str__(self) -> str:
+        return f"holding {self.held_bytes / (1 << 20):.1f} MiB of experts of {self.model} for others"
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """What the expert cache did since the last such line; the worst layer and `mended` since the stage was loaded."""
 
@@ -100,4 +112,4 @@ class Failed:
         return f"can't serve: {self.reason}" + (f" ({self.hint})" if self.hint else "")
 
 
-Status = Paired | Connected | Disconnected | Loading | Serving | Experts | Failed
+Status = Paired | Connected | Disconnected | Loading | Serving | Holding | Experts | Failed

@@ -3,6 +3,7 @@
     root/bundles/<digest>/manifest.json, manifest.sig
     root/slices/<sha256>            complete and checked
     root/slices/<sha256>.part       on the way; its size is where the transfer goes on
+    root/slices/<sha256>.some       single experts of a slice, each in its place; the rest is a hole
 
 Knows: files. Does not know: who sends the bytes. Arriving bytes are checked against the signed manifest before they get
 their final name, so whatever has one is good.
@@ -65,6 +66,24 @@ class PartialBundle:
             )
         part.rename(self._final(key))
         return True
+
+    def read_some(self, key: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """Of the whole slice or of what `write_some` wrote; unchecked, and shorter where nothing is."""
+        final = self._final(key)
+        for path in (final, final.with_suffix(".some")):
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(offset_bytes)
+                    return file.read(length_bytes)
+        return b""
+
+    def write_some(self, key: str, offset_bytes: int, data: bytes | memoryview) -> None:
+        """Of a slice that this device wants only pieces of."""
+        path = self._final(key).with_suffix(".some")
+        path.touch()
+        with path.open("r+b") as file:
+            file.seek(offset_bytes)
+            file.write(data)
 
     def open(self) -> Bundle:
         return self._store.open(self.digest)

@@ -86,6 +86,7 @@ class Mesh:
         self._listener: zeromq.ZeromqListener | None = None
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._heard_on: Channel | None = None  # what the message came on that is being handed over
         self._closed = False
 
     async def __aenter__(self) -> Mesh:
@@ -168,6 +169,44 @@ class Mesh:
         except ConnectionClosed:
             return False  # `send` dials anew
 
+    async def reach(self, device_id: str) -> None:
+        """Have a direct link to a peer. Raises TrustError (not in the lease), TransportError (there is none)."""
+        route = self._routes.get(device_id)
+        if route is None:
+            raise TrustError(f"device {device_id} is not in this device's peer lease", code="not_in_lease")
+        await self._connect(route)
+        if route.way != DIRECT:
+            raise TransportError(
+                f"device {device_id} can't be reached directly",
+                hint="experts are shared over direct links: let the device have an address that others can dial",
+            )
+
+    def wait(self, device_id: str, seconds: float) -> None:
+        """Keep the event loop from turning until something comes over the direct link to a peer, or for `seconds`.
+
+        What comes is handed to `on_message` as ever. Raises ConnectionClosed where there is no such link (any more).
+        """
+        route = self._routes.get(device_id)
+        channel = route.channel if route is not None else None
+        if not isinstance(channel, zeromq.DialledChannel) or channel.closed:
+            raise ConnectionClosed(f"the link to device {device_id} broke")
+        channel.wait(seconds)
+
+    def cut(self, device_id: str, reason: str) -> None:
+        """End the link to a peer; it may be dialled anew."""
+        route = self._routes.get(device_id)
+        if route is not None and route.channel is not None:
+            route.channel.abort(reason)
+
+    def try_answer(self, message: Message, payloads: Sequence[Frame] = ()) -> bool:
+        """Over the link that the message which `on_message` is being given came on. False where that has no room."""
+        if self._heard_on is None:
+            return False
+        try:
+            return self._heard_on.try_send(codec.encode(message, payloads))
+        except ConnectionClosed:
+            return False
+
     async def receive(self) -> Received:
         """The next message of any peer."""
         while True:
@@ -240,15 +279,20 @@ class Mesh:
             self._start(self._read(channel))
             return
         try:
-            channel.on_list(functools.partial(self._arrived, DeviceId(channel.peer.device_id)))
+            channel.on_list(functools.partial(self._arrived, channel, DeviceId(channel.peer.device_id)))
         except ProtocolError as error:
             log.warning("cut the link to device %s: %s", channel.peer.device_id, error.message)
             channel.abort(error.message)
 
-    def _arrived(self, source: DeviceId, frames: list[memoryview]) -> None:
+    def _arrived(self, channel: Channel, source: DeviceId, frames: list[memoryview]) -> None:
         message, payloads = codec.decode(frames)
-        if source in self._routes and self._on_message is not None:
+        if source not in self._routes or self._on_message is None:
+            return
+        before, self._heard_on = self._heard_on, channel
+        try:
             self._on_message(source, message, payloads)
+        finally:
+            self._heard_on = before
 
     async def _read(self, channel: Channel) -> None:
         source = DeviceId(channel.peer.device_id)

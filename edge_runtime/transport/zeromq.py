@@ -270,12 +270,25 @@ async def listen(
 # ------------------------------------------------------------------------------------------------ dialling
 
 
+class DialledChannel(Channel):
+    """A connection that was dialled has a socket of its own, and so can be waited for without the event loop."""
+
+    def __init__(self, wire: _DialledWire, peer: Peer, remote: str) -> None:
+        super().__init__(peer, wire, remote=remote)
+        self._dialled = wire
+
+    def wait(self, seconds: float) -> None:
+        """Keep the event loop from turning until something arrives (`on_list` is given it), or for `seconds`."""
+        self._dialled.wait(seconds)
+
+
 class _DialledWire:
     """The dialler's side: one DEALER socket, one link, never re-made."""
 
     def __init__(self, endpoint: str, key: KeyPair, server_public_key: bytes) -> None:
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.channel = Channel(Peer(device_id(server_public_key), server_public_key), self, remote=endpoint)
+        peer = Peer(device_id(server_public_key), server_public_key)
+        self.channel = DialledChannel(self, peer, endpoint)
         self._hung_up = asyncio.Event()
         self._connected = False
         self._gone = ""
@@ -311,6 +324,9 @@ class _DialledWire:
             self._socket.send(parts)
         except zmq.Again as error:
             raise ConnectionClosed("the other side has gone") from error
+
+    def wait(self, seconds: float) -> None:
+        self._socket.wait(seconds)
 
     def cut(self) -> None:
         self._hung_up.set()
@@ -370,7 +386,7 @@ class _DialledWire:
 
 async def connect(
     address: str, key: KeyPair, server_public_key: bytes, *, timeout_seconds: float = 5.0
-) -> Channel:
+) -> DialledChannel:
     """Dial `tcp://HOST:PORT`, whose key must be `server_public_key`. Takes no longer than `timeout_seconds`."""
     try:
         async with asyncio.timeout(timeout_seconds):

@@ -9,6 +9,7 @@ Knows: sockets, their events, their settings. Does not know: connections or who 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +75,7 @@ class LoopSocket:
         self._loop = asyncio.get_running_loop()
         self._monitor: Any = socket.get_monitor_socket(_WATCHED_EVENTS)
         self._scheduled = False
+        self._poller: zmq.Poller | None = None
         self._fds = (socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._fds[0], self._read_lists)
         self._loop.add_reader(self._fds[1], self._round)
@@ -89,6 +91,20 @@ class LoopSocket:
         # Sending may have consumed the signal that something arrived.
         if not self._scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             self._schedule()
+
+    def wait(self, seconds: float) -> None:
+        """Until something arrives, for a caller who keeps the loop from turning; it is handed over as the loop would.
+
+        Returns where nothing came in time.
+        """
+        if self.closed:
+            return
+        if self._poller is None:
+            self._poller = zmq.Poller()
+            self._poller.register(self._socket, zmq.POLLIN)
+            self._poller.register(self._monitor, zmq.POLLIN)
+        if self._poller.poll(max(0, math.ceil(seconds * 1000))):
+            self._round()
 
     def read_events(self) -> None:
         while not self.closed:

@@ -12,8 +12,11 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.core import SamplingParams, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.errors import ConnectionClosed
+from edge_runtime.experts.peer_shares import pack_experts
 from edge_runtime.protocol.codec import decode, encode
+from edge_runtime.protocol.expert_messages import ExpertShare
 from edge_runtime.protocol.messages import (
+    HOLDS_EXPERTS,
     NOBODY_ASKS,
     PAGE_NAME_BYTES,
     CloseSession,
@@ -223,6 +226,35 @@ class MiniCoordinator:
             await link.send(
                 LoadStage(lease, str(self.bundle.digest), stage, devices, first, last, chunk, wire)
             )
+        return lease
+
+    async def load_shared(
+        self, names: Sequence[str], places: Sequence[Sequence[int]], chunk: int = 4, tamper: bytes = b""
+    ) -> int:
+        """All layers on the first of `names`; places[layer][expert] is who holds that expert. Returns the lease."""
+        lease = next(self.numbers)
+        devices = [self.device(name) for name in names]
+        shares = tuple(
+            ExpertShare(
+                device, layer, tamper or pack_experts([e for e, p in enumerate(of) if p == n], len(of))
+            )
+            for layer, of in enumerate(places)
+            for n, device in enumerate(devices)
+        )
+        for number, name in reversed(list(enumerate(names))):
+            link = self.links[name]
+            peers = tuple(
+                PeerEntry(self.device(o), self.keys[self.device(o)], self.links[o].hello.data_address)
+                for o in names
+                if o != name
+            )
+            await link.send(sign_lease(self.signing, PeerLeaseBody(lease, self.device(name), peers)))
+            stage = HOLDS_EXPERTS if number else 0
+            last = self.bundle.manifest.num_layers - 1
+            order = LoadStage(
+                lease, str(self.bundle.digest), stage, (devices[0],), 0, last, chunk, shares=shares
+            )
+            await link.send(order)
         return lease
 
     async def open(
