@@ -12,6 +12,8 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.engine.executors import AUTO as AUTO_EXECUTOR
 from edge_runtime.errors import UsageError
 from edge_runtime.speculative.drafters.base import Drafter
+from edge_runtime.speculative.drafters.chooser import Chooser
+from edge_runtime.speculative.drafters.model import ModelDrafter
 from edge_runtime.speculative.drafters.none import NoDrafter
 from edge_runtime.speculative.drafters.suffix import SuffixDrafter
 from edge_runtime.speculative.drafters.suffix_memory import SuffixMemory
@@ -48,8 +50,8 @@ def make_drafter(
 ) -> Drafter:
     """A drafter for one request after another; `close` it when done.
 
-    `spec`: "model" (a small model, needs `bundle`; refused for now), "suffix" (what the request and its user's
-    past outputs repeat), "auto" (the best there is: the suffix drafter), or "none".
+    `spec`: "model" (a small model, needs `bundle`), "suffix" (what the request and its user's past outputs repeat),
+    "auto" (whichever of the two expects more at each step; without a `bundle` the suffix drafter), or "none".
     `target_tokenizer`: digest of the target's tokenizer (`tokenizer_digest`); a draft model with another is refused.
     `memory`: the one user's past outputs; None keeps nothing from request to request.
 
@@ -71,9 +73,10 @@ def make_drafter(
             f"{opened.manifest.model.name} has another tokenizer than the target: its ids mean other text",
             hint='draft with a model of the same family and tokenizer, or use draft="suffix"',
         )
+    model = ModelDrafter(opened, kv_bytes=budget.kv_bytes, executor=executor, threads=threads)
     if spec == MODEL:
-        raise UsageError("drafting with a model is not there yet", hint='use draft="suffix"')
-    return SuffixDrafter(memory, request_index_bytes=budget.request_index_bytes)
+        return model
+    return Chooser(model, SuffixDrafter(memory, request_index_bytes=budget.request_index_bytes))
 
 
 def tokenizer_digest(bundle: Bundle) -> str:
