@@ -6,8 +6,9 @@ Knows: endpoints and their shapes. Does not know: threads, processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,10 @@ from edge_runtime.sdk.options import GenerateOptions, Message, to_body, to_messa
 from edge_runtime.sdk.results import Result
 from edge_runtime.sdk.token_stream import AsyncTokenStream
 
+if TYPE_CHECKING:
+    from edge_runtime.sdk.drafting import Drafting
+
+NO_DRAFTS = "none"
 Vector = NDArray[np.float32]
 
 
@@ -29,13 +34,23 @@ class AsyncClient:
     """
 
     def __init__(
-        self, url: str | None = None, *, api_key: str | None = None, timeout_seconds: float | None = None
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_seconds: float | None = None,
+        draft: str | Path = NO_DRAFTS,
     ) -> None:
+        """`draft`: who guesses ahead on this device, "none", "suffix", "model", "auto" or a draft model's bundle.
+
+        Drafts change no id, only how fast they come.
+        """
         settings = load(
             {"client.url": url, "client.api_key": api_key, "client.timeout_seconds": timeout_seconds}
         ).client
         self._http = HttpSession(settings.url, settings.api_key, settings.timeout_seconds)
         self._model = ""
+        self._drafting = None if str(draft) == NO_DRAFTS else _drafting(self._http, draft)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -46,6 +61,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        if self._drafting is not None:
+            await self._drafting.close()
         await self._http.close()
 
     @property
@@ -61,7 +78,7 @@ class AsyncClient:
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncTokenStream:
         """`async for token in client.stream(prompt)`: tokens as they come."""
         body = {"prompt": to_prompt(prompt), **to_body(options)}
-        return AsyncTokenStream(self._http, "/v1/completions", lambda: self._with_model(body))
+        return self._stream("/v1/completions", body)
 
     async def chat(self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]) -> Result:
         """Answer a conversation: messages with role and content, or one text of the user's."""
@@ -72,7 +89,14 @@ class AsyncClient:
     ) -> AsyncTokenStream:
         """`async for token in client.stream_chat("hello")`."""
         body = {"messages": to_messages(messages), **to_body(options)}
-        return AsyncTokenStream(self._http, "/v1/chat/completions", lambda: self._with_model(body))
+        return self._stream("/v1/chat/completions", body)
+
+    def _stream(self, path: str, body: Json) -> AsyncTokenStream:
+        if self._drafting is None:
+            return AsyncTokenStream(self._http, path, lambda: self._with_model(body))
+        from edge_runtime.sdk.draft_stream import DraftTokenStream
+
+        return DraftTokenStream(self._drafting, path, lambda: self._with_model(body))
 
     async def _with_model(self, body: Json) -> Json:
         return {"model": await self.model(), **body}
@@ -123,6 +147,12 @@ class AsyncClient:
     async def ready(self) -> None:
         """Return if a pipeline can serve now; raise TransportError with the reason if not."""
         await self._http.json("GET", "/ready", retries=0)
+
+
+def _drafting(http: HttpSession, draft: str | Path) -> Drafting:
+    from edge_runtime.sdk.drafting import Drafting
+
+    return Drafting(http, draft)
 
 
 async def _whole(stream: AsyncTokenStream) -> Result:

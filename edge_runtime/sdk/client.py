@@ -6,10 +6,11 @@ Knows: how to wait for the other one. Does not know: HTTP.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
-from edge_runtime.sdk.async_client import AsyncClient, Vector
+from edge_runtime.sdk.async_client import NO_DRAFTS, AsyncClient, Vector
 from edge_runtime.sdk.http import Json
 from edge_runtime.sdk.loop_thread import LoopThread
 from edge_runtime.sdk.options import GenerateOptions, Message
@@ -65,9 +66,15 @@ class Client:
     """
 
     def __init__(
-        self, url: str | None = None, *, api_key: str | None = None, timeout_seconds: float | None = None
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_seconds: float | None = None,
+        draft: str | Path = NO_DRAFTS,
     ) -> None:
-        self._client = AsyncClient(url, api_key=api_key, timeout_seconds=timeout_seconds)
+        """`draft`: who guesses ahead on this device, "none", "suffix", "model", "auto" or a draft model's bundle."""
+        self._client = AsyncClient(url, api_key=api_key, timeout_seconds=timeout_seconds, draft=draft)
         self._thread = LoopThread("edge-runtime-client")
         self._closed = False
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from edge_runtime.errors import BundleError, EdgeRuntimeError, TransportError, UsageError
-from edge_runtime.sdk.async_client import AsyncClient
+from edge_runtime.sdk.async_client import NO_DRAFTS, AsyncClient
 from edge_runtime.sdk.client import Client
 from edge_runtime.sdk.device_spec import DeviceSpec
 from edge_runtime.sdk.process import STOP_SECONDS, ChildProcess
@@ -168,15 +168,15 @@ class LocalCluster:
     def coordinator_pid(self) -> int:
         return self._running_coordinator().pid
 
-    def client(self) -> Client:
-        """A client of this cluster; closed with it."""
-        client = Client(self._url, api_key=self._api_key)
+    def client(self, *, draft: str | Path = NO_DRAFTS) -> Client:
+        """A client of this cluster; closed with it. `draft`: who guesses ahead on its side."""
+        client = Client(self._url, api_key=self._api_key, draft=draft)
         self._clients.append(client)
         return client
 
-    def async_client(self) -> AsyncClient:
+    def async_client(self, *, draft: str | Path = NO_DRAFTS) -> AsyncClient:
         """The same for a program with an event loop, which closes it itself: `async with cluster.async_client()`."""
-        return AsyncClient(self._url, api_key=self._api_key)
+        return AsyncClient(self._url, api_key=self._api_key, draft=draft)
 
     def status(self) -> dict[str, Any]:
         """Devices, plan and requests, as the console sees them."""

@@ -18,6 +18,8 @@ from edge_runtime import errors
 CONNECT_SECONDS = 10.0
 MAX_RETRIES = 3  # of a refusal that says "later"
 MAX_RETRY_SECONDS = 5.0
+PING_SECONDS = 20.0  # on WebSockets
+MAX_MESSAGE_BYTES = 16 << 20  # of a WebSocket
 
 Json = dict[str, Any]
 
@@ -52,19 +54,31 @@ def error_of(status: int, body: object) -> errors.EdgeRuntimeError:
     return kind(message, hint=str(fields.get("hint") or ""), code=code)
 
 
+class NoWebSocket(errors.TransportError):
+    """The handshake was answered with this HTTP status. A plain request says better what is wrong."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(
+            f"the server refuses a WebSocket: HTTP status {status}",
+            hint="ask without drafts",
+            code="no_websocket",
+        )
+        self.status = status
+
+
 class HttpSession:
     """Requests with the API key, to one base URL. Belongs to the event loop that uses it first."""
 
     def __init__(self, url: str, api_key: str, timeout_seconds: float) -> None:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._session: aiohttp.ClientSession | None = None
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(
-                total=None, connect=CONNECT_SECONDS, sock_read=self._timeout_seconds
+                total=None, connect=CONNECT_SECONDS, sock_read=self.timeout_seconds
             )
             self._session = aiohttp.ClientSession(
                 headers=self._headers, timeout=timeout, read_bufsize=1 << 20
@@ -105,6 +119,25 @@ class HttpSession:
             if attempt == retries or answer.status not in (429, 503) or not wait.isdecimal():
                 raise refusal
             await asyncio.sleep(min(float(wait), MAX_RETRY_SECONDS))
+
+    @asynccontextmanager
+    async def websocket(self, path: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """A WebSocket, closed at the end. Raises NoWebSocket where the server, or something before it, refuses one."""
+        connecting = self._open().ws_connect(
+            self.url + path, heartbeat=PING_SECONDS, max_msg_size=MAX_MESSAGE_BYTES
+        )
+        try:
+            socket = await connecting
+        except aiohttp.WSServerHandshakeError as problem:
+            raise NoWebSocket(problem.status) from None
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
+            raise self._unreachable(problem) from None
+        except (aiohttp.ClientError, TimeoutError) as problem:
+            raise closed(problem) from None
+        try:
+            yield socket
+        finally:
+            await socket.close()
 
     async def json(
         self, method: str, path: str, body: Json | None = None, *, retries: int = MAX_RETRIES

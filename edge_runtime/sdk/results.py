@@ -38,6 +38,8 @@ class Result:
     request_id: str
     seed: int  # the one used, whoever chose it
     model: str
+    accepted_draft_tokens: int = 0  # guesses of this device that were right,
+    rejected_draft_tokens: int = 0  # and those that were run for nothing
 
 
 def timings_of(started: float, first: float | None, last: float, count: int) -> Timings:

@@ -22,8 +22,8 @@ from edge_runtime.sdk.results import Result, StreamToken, timings_of
 from edge_runtime.sdk.sse import ServerEvent, SseParser
 
 RESUME_SECONDS = 30.0  # of failed attempts in a row before a broken stream is given up
-_FIRST_PAUSE_SECONDS = 0.05
-_LONGEST_PAUSE_SECONDS = 2.0
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 2.0
 _DONE = "[DONE]"
 
 
@@ -46,6 +46,7 @@ class AsyncTokenStream:
         self._finish_reason = ""
         self._was_told = False  # an error event came: the stream ended, nothing broke
         self._head: Mapping[str, Any] = {}
+        self._accepted_drafts = self._rejected_drafts = 0
         self._started = time.perf_counter()
         self._first: float | None = None
         self._last = self._started
@@ -78,6 +79,8 @@ class AsyncTokenStream:
             request_id=self.request_id,
             seed=int(self._head.get("seed") or 0),
             model=str(self._head.get("model", "")),
+            accepted_draft_tokens=self._accepted_drafts,
+            rejected_draft_tokens=self._rejected_drafts,
         )
 
     # ------------------------------------------------------------ the connection
@@ -87,11 +90,11 @@ class AsyncTokenStream:
         self._body = {**await self._make_body(), "stream": True, "return_token_ids": True}
         self._started = self._last = time.perf_counter()
         broken_at: float | None = None
-        pause = _FIRST_PAUSE_SECONDS
+        pause = FIRST_PAUSE_SECONDS
         while True:
             try:
                 async for token in self._connection():
-                    broken_at, pause = None, _FIRST_PAUSE_SECONDS
+                    broken_at, pause = None, FIRST_PAUSE_SECONDS
                     yield token
                 return
             except TransportError:
@@ -102,7 +105,7 @@ class AsyncTokenStream:
                     raise
                 self.resumed += 1
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
     async def _connection(self) -> AsyncGenerator[StreamToken, None]:
         """The tokens of one connection. Raises ConnectionClosed where it ends before the stream does."""
