@@ -30,21 +30,29 @@ from edge_runtime.agent.tail import TailSession
 from edge_runtime.core import SessionId
 from edge_runtime.protocol.messages import Message
 
+LateRows = Callable[[str, list[int], int], int]  # a stage, its ids, first row of a step: how many are late
 Post = Callable[[str, str, Message, Rows | None], None]
 PREFILL_ROWS = 64
 
 
 class SimulatedStage:
-    def __init__(self, name: str, clock: Clock, step_seconds: Callable[[int], float], post: Post) -> None:
+    def __init__(
+        self,
+        name: str,
+        clock: Clock,
+        step_seconds: Callable[[int], float],
+        post: Post,
+        late_rows: LateRows,
+    ) -> None:
         """`step_seconds`: of so many rows."""
         self.name = name
         self.rows_run = 0
-        self.rows_run_dead = 0  # of a turn that was over before the step began
-        self.rows_judged = 0
-        self.busy_seconds = 0.0
+        self.rows_late = 0  # begun although a miss before them could have been known here
         self._clock = clock
         self._step_seconds = step_seconds
         self._post = post
+        self._late_rows = late_rows
+        self._ids: dict[SessionId, list[int]] = {}  # of the rows that were run
         self._state = PipelineState()
         self._queue = RowQueue(PREFILL_ROWS)
         self._layers = range(0)
@@ -88,11 +96,10 @@ class SimulatedStage:
         rows = sum(len(work.ids) for work in works)
         seconds = self._step_seconds(rows)
         self.rows_run += rows
-        self.busy_seconds += seconds
         for work in works:
-            session = self._state.sessions.get(work.session)
-            if session is None or work.turn < session.turn:
-                self.rows_run_dead += len(work.ids)
+            ids = self._ids.setdefault(work.session, [])
+            ids[work.base_row :] = work.ids
+            self.rows_late += self._late_rows(self.name, ids, work.base_row)
         done = [self._run(work) for work in works]
         self._clock.after(seconds, lambda: self._end_step(done))
 
@@ -117,6 +124,5 @@ class SimulatedStage:
             sampled_at = values[len(values) - work.logit_rows :]
             logits = np.array([logits_of(value) for value in sampled_at], np.float32).reshape(-1, VOCABULARY)
             tokens = tail.sample(work.base_row, work.ids, logits)
-            self.rows_judged += len(tokens)
             return WorkFinished(work, None, tokens)
         return WorkFinished(work, np.array(values, np.float32)[:, None])

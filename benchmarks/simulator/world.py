@@ -53,6 +53,7 @@ class Faults:
 
 
 LATE_SECONDS = 0.3
+LONGEST_WINDOW = 600  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class World:
         self.first_token_seconds = 0.0
         self.down_bytes = 0
         self.leases = 0
+        self._sampled_at: list[tuple[int, float]] = [(token, 0.0) for token in self.ids]  # and when
         self._rng = random.Random(setting.faults.seed)
         self._lease = self._session = 0
         self._ready: set[str] = set()
@@ -90,7 +92,8 @@ class World:
         self._link = 0
         self._names = tuple(f"stage-{index + 1}" for index in range(setting.stages))
         self.stages = {
-            name: SimulatedStage(name, self.clock, self._step_seconds, self._post) for name in self._names
+            name: SimulatedStage(name, self.clock, self._step_seconds, self._post, self._late_rows)
+            for name in self._names
         }
         self.device: DraftingDevice | None = None
         self._connect()
@@ -125,6 +128,14 @@ class World:
         return count / (self.clock.now_seconds - self.first_token_seconds)
 
     @property
+    def rows_run(self) -> int:
+        return sum(stage.rows_run for stage in self.stages.values())
+
+    @property
+    def rows_late(self) -> int:
+        return sum(stage.rows_late for stage in self.stages.values())
+
+    @property
     def loop_seconds(self) -> float:
         """L: the delay and one row's way through all stages."""
         return self.setting.loop_delay_seconds + self.setting.stages * self._step_seconds(1)
@@ -140,6 +151,8 @@ class World:
         return self.setting.loop_delay_seconds / self.setting.stages if is_ring else 0.0
 
     def _post(self, source: str, to: str, message: Message, rows: Rows | None = None) -> None:
+        if isinstance(message, Tokens):
+            self._note(message)
         delay, faults, rng = self._delay(source, to), self.setting.faults, self._rng
         copies = 1
         if isinstance(message, Draft | Fence):
@@ -149,6 +162,21 @@ class World:
             if isinstance(message, Draft | Fence) and rng.random() < faults.late:
                 late = rng.random() * LATE_SECONDS
             self.clock.after(delay + late, lambda: self._arrive(source, to, message, rows))
+
+    def _note(self, message: Tokens) -> None:
+        """When the tail sampled an id for the first time."""
+        for token in message.tokens:
+            if token.position == len(self._sampled_at):
+                self._sampled_at.append((token.id, self.clock.now_seconds))
+
+    def _late_rows(self, stage: str, ids: list[int], base_row: int) -> int:
+        """Of rows `base_row` and on: those behind an id whose miss a cancel could have told this stage by now."""
+        told_until = self.clock.now_seconds - self._delay(self._names[-1], stage)
+        for row in range(max(0, base_row - LONGEST_WINDOW), min(len(ids), len(self._sampled_at))):
+            token, seconds = self._sampled_at[row]
+            if ids[row] != token and seconds < told_until:
+                return len(ids) - max(row, base_row)
+        return 0
 
     def _arrive(self, source: str, to: str, message: Message, rows: Rows | None) -> None:
         if to == COORDINATOR:
