@@ -1,0 +1,62 @@
+"""Real processes: drafts change no id, greedy or sampled, whatever stage is killed in the middle of a stream."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import DeviceSpec, LocalCluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+LINE = '    parser.add_argument("--name", type=str, default="")\n'
+PROMPT = "import argparse\n\n\ndef main():\n" + LINE * 6
+OPTIONS = {"max_tokens": 160, "ignore_eos": True}
+GREEDY = {"temperature": 0.0, **OPTIONS}
+SAMPLED = {"temperature": 0.7, "seed": 7, **OPTIONS}
+CHOICES = pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+
+
+@pytest.fixture(scope="module")
+def three(demo_bundle: Path) -> Iterator[LocalCluster]:
+    """Three stages, and a fourth device that is paired and stands by."""
+    devices = [DeviceSpec(name=name) for name in ("a", "b", "c", "spare")]
+    with LocalCluster(demo_bundle, devices=devices, split=[(0, 1), (2, 3), (4, 5)]) as cluster:
+        yield cluster
+
+
+@CHOICES
+def test_drafts_change_no_id_and_some_are_right(three: LocalCluster, options) -> None:
+    plain = three.client().generate(PROMPT, **options)
+    with three.client(draft="suffix") as client:
+        drafted = client.generate(PROMPT, **options)
+        again = client.generate(PROMPT, **options)  # from what the first one said
+    assert drafted.token_ids == plain.token_ids == again.token_ids
+    assert drafted.text == plain.text
+    assert drafted.finish_reason == plain.finish_reason == "length"
+    assert drafted.accepted_draft_tokens > 0
+    assert again.accepted_draft_tokens > 0
+
+
+@CHOICES
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_killed_while_drafts_are_in_flight_leaves_no_trace(
+    three: LocalCluster, options, stage: int
+) -> None:
+    undisturbed = three.client().generate(PROMPT, **options).token_ids
+    before = three.status()["plan"]
+    victim = before["stages"][stage][0]
+    ids: list[int] = []
+    with three.client(draft="suffix") as client, client.stream(PROMPT, **options) as stream:
+        for token in stream:
+            ids.append(token.id)
+            if len(ids) == 30:
+                os.kill(three.pids[victim], signal.SIGKILL)
+    assert tuple(ids) == undisturbed
+    assert three.status()["plan"]["lease"] > before["lease"]
+    assert stream.result.accepted_draft_tokens > 0
+    three.restart(victim)
