@@ -104,7 +104,7 @@ def figures(rates: list[Rate]) -> dict[str, float]:
         "sim_vs_synchronous_min": min(rate.ours / rate.synchronous for rate in rates),
         "sim_vs_pearl_min": min(rate.ours / rate.pearl for rate in rates),
         "late_rows_fraction": max(rate.late_fraction for rate in rates),
-        "wasted_rows_fraction": middle.wasted_fraction,
+        "sim_wasted_rows_fraction_a85_r100": middle.wasted_fraction,
     }
 
 
