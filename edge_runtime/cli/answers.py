@@ -28,9 +28,11 @@ def print_stream(stream: TokenStream, *, quiet: bool = False) -> Result:
 
 def note_speed(answer: Result) -> None:
     timings = answer.timings
+    accepted, rejected = answer.accepted_draft_tokens, answer.rejected_draft_tokens
+    drafts = f", {accepted} of {accepted + rejected} drafts right" if accepted + rejected else ""
     note(
         f"{len(answer.token_ids)} tokens, {timings.tokens_per_second:.1f} tokens/s,"
-        f" first after {timings.ttft_seconds * 1e3:.0f} ms, seed {answer.seed}, {answer.finish_reason}"
+        f" first after {timings.ttft_seconds * 1e3:.0f} ms, seed {answer.seed}, {answer.finish_reason}{drafts}"
     )
 
 

@@ -10,6 +10,7 @@ from edge_runtime.cli.answers import answer_json, note_speed, print_stream
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.connection import (
     add_connection_arguments,
+    add_draft_argument,
     add_sampling_arguments,
     open_client,
     sampling_options,
@@ -24,6 +25,7 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument("--system", default="", metavar="TEXT", help="instructions ahead of the conversation")
     parser.add_argument("--json", action="store_true", help="one JSON object per answer on stdout")
     add_sampling_arguments(parser)
+    add_draft_argument(parser)
     add_connection_arguments(parser)
     parser.epilog = f"Lines of stdin are the user's turns. {_HELP}."
 

@@ -27,6 +27,16 @@ def add_connection_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the API key")
 
 
+def add_draft_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft",
+        default="none",
+        metavar="WHO",
+        help="who guesses ahead on this device, for the same tokens sooner: suffix (what the text repeats), model,"
+        " auto, or a draft model's bundle (default: none)",
+    )
+
+
 def open_client(arguments: Namespace) -> Client:
     from edge_runtime.sdk.client import Client
 
@@ -36,7 +46,7 @@ def open_client(arguments: Namespace) -> Client:
         key = _read_key(arguments.api_key_file)
     elif not key and urlsplit(settings.client.url).hostname in _LOOPBACK:
         key = _own_key(settings.general.state_directory)
-    return Client(settings.client.url, api_key=key)
+    return Client(settings.client.url, api_key=key, draft=getattr(arguments, "draft", "none"))
 
 
 def _own_key(state_directory: Path) -> str:

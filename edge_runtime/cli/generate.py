@@ -9,6 +9,7 @@ from edge_runtime.cli.answers import answer_json, note_speed, print_stream
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.connection import (
     add_connection_arguments,
+    add_draft_argument,
     add_sampling_arguments,
     open_client,
     sampling_options,
@@ -20,6 +21,7 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, when all is there")
     add_sampling_arguments(parser)
+    add_draft_argument(parser)
     add_connection_arguments(parser)
 
 

@@ -48,6 +48,15 @@ class TestGenerate:
         assert answer["finish_reason"] == "length"
         assert answer["timings"]["tokens_per_second"] > 0
 
+    def test_drafts_change_nothing_and_a_drafter_that_is_none_is_refused(
+        self, url: str, capsys: Capture
+    ) -> None:
+        flags = ["--max-tokens", "4", "--seed", "1"]
+        assert main(["generate", "abcdefabcdef", "--draft", "suffix", *flags]) == 0
+        assert capsys.readouterr().out == "bcde\n"
+        assert main(["generate", "abc", "--draft", "sufix", *flags]) == 2
+        assert "no drafter" in capsys.readouterr().err
+
     def test_the_prompt_may_come_from_stdin(
         self, url: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
