@@ -41,6 +41,7 @@ from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.agent.tail import TailSession
 from edge_runtime.core import SessionId
 from edge_runtime.engine.base import Batch, Rows, Span, Stage
+from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.errors import EdgeRuntimeError
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class StageWorker:
             self._beside.discard(task)
 
     def put(self, command: Command) -> None:
+        if isinstance(command, DropRows) and not command.page_names:  # else its pages are to be kept
+            self._give_up(command)
         with self._lock:
             if isinstance(command, RunRows) and command.work.is_decode and self._decode_came_at is None:
                 self._decode_came_at = self._clock()
@@ -113,6 +116,12 @@ class StageWorker:
                 return
             self._turn_asked = True
         self._ask_for_turn()
+
+    def _give_up(self, command: DropRows) -> None:
+        """What runs for a session that goes need not be finished, above all not read from flash."""
+        loaded = self._loaded
+        if loaded is not None and loaded.lease == command.lease and isinstance(loaded.stage, CpuStage):
+            loaded.stage.give_up(command.session)
 
     def _ask_for_turn(self) -> None:
         if threading.current_thread() is self._thread:

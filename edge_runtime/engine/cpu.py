@@ -6,6 +6,7 @@ Knows: blocks, KV memory, ragged batches. Does not know: links, leases, sampling
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_layers
 from edge_runtime.experts.peer_runner import PeerExperts, PeerOptions
+from edge_runtime.experts.reader import Cancelled
 
 ExpertOptions = CacheOptions | PeerOptions
 
@@ -64,6 +66,9 @@ class CpuStage:
         self._rounds_after = self._shape.boundaries if formats.wire != FP32 else frozenset()
         self.ropes = _ropes(bundle, cache)
         self._closed = False
+        self._running_lock = threading.Lock()  # of the two below
+        self._running: SessionId | None = None  # whose batch runs now, where it is one session's
+        self._given_up = False
 
     @classmethod
     def load(
@@ -165,6 +170,16 @@ class CpuStage:
         else:
             self._cache.drop(session)
 
+    def give_up(self, session: SessionId) -> None:
+        """From any thread, before `drop`: a batch of this session alone that runs now fails (Cancelled) at its next
+        layer, and reads of experts for it that have not begun are left out."""
+        with self._running_lock:  # no other batch begins meanwhile: it would be hit instead
+            if self._running != session:
+                return
+            self._given_up = True
+            if self.experts is not None:
+                self.experts.cancel()
+
     def rows(self, session: SessionId) -> int:
         """How many rows of the session this stage holds."""
         return self._cache.table.get(session).rows
@@ -192,7 +207,11 @@ class CpuStage:
         for span in batch.spans:
             self._cache.append(span.session, span.base_row, len(span.ids))
         try:
-            rows = self._run_blocks(batch)
+            self._set_running({span.session for span in batch.spans})
+            try:
+                rows = self._run_blocks(batch)
+            finally:
+                self._set_running(set())
         except Exception as error:
             # The sessions hold rows that were not computed: forget them, and they can be sent again.
             for span in batch.spans:
@@ -210,6 +229,8 @@ class CpuStage:
         hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
         kv_layer = 0
         for name, block in self._blocks.items():
+            if self._given_up:
+                raise Cancelled("the session has gone")
             if name == "head" and wants_logits:
                 hidden = hidden[
                     context.layout.logit_rows
@@ -221,6 +242,11 @@ class CpuStage:
             if name in self._rounds_after:
                 hidden = rounded(hidden, self._wire)
         return hidden
+
+    def _set_running(self, sessions: set[SessionId]) -> None:
+        with self._running_lock:
+            self._running = sessions.pop() if len(sessions) == 1 else None
+            self._given_up = False
 
     def _check_usable(self) -> None:
         if self._closed:

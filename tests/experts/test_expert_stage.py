@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.agent.pipeline_events import DropRows, Event, OpenRows, RunRows, SessionBroke, Work
+from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.core import LayerRange
+from edge_runtime.core import LayerRange, SamplingParams, SessionId
+from edge_runtime.engine.base import Batch
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.probe import probe
 from edge_runtime.errors import CapacityError
 from edge_runtime.experts.cache import CacheOptions
 from edge_runtime.experts.flash_store import token_cycle_bytes
+from edge_runtime.experts.lanes import read_into
 from edge_runtime.experts.policies import POLICIES
+from edge_runtime.experts.reader import Cancelled
 from tests.support.stages import Pipeline, span
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
@@ -77,6 +86,78 @@ def test_same_bits_as_in_memory(
     for stage in pipeline.stages:
         stage.close()
     np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
+
+
+def test_a_session_that_goes_is_not_read_for_any_more(bundle: Bundle) -> None:
+    """Its batch fails; another session's is left alone, and the stage serves on with the same bits."""
+    both = LayerRange(0, LAYERS - 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(descriptor: int, target: memoryview, offset_bytes: int) -> int:
+        begun.set()
+        assert go_on.wait(10)
+        return read_into(descriptor, target, offset_bytes)
+
+    stage = load(bundle, both, CacheOptions(1 << 30, lanes=1, read=slow))
+    assert stage.experts is not None
+    for session in (1, 2):
+        stage.open(SessionId(session), 8)
+
+    def leave() -> None:
+        assert begun.wait(10)
+        stage.give_up(SessionId(2))  # not its batch
+        stage.give_up(SessionId(1))
+        go_on.set()
+
+    helper = threading.Thread(target=leave)
+    helper.start()
+    with pytest.raises(Cancelled):
+        stage.run(Batch((span(1, 0, list(range(8))),), None))
+    helper.join()
+    assert stage.experts.reader.counters.reads == 0  # the one that had begun was not counted as arrived
+    assert stage.rows(SessionId(1)) == 0
+    stage.drop(SessionId(1))
+    stage.drop(SessionId(2))
+    stage.give_up(SessionId(1))  # nothing runs: nothing happens
+    wanted = logits(Pipeline([load(bundle, both, None)]), list(range(8)), [8])
+    assert np.array_equal(logits(Pipeline([stage]), list(range(8)), [8]), wanted)
+    stage.close()
+
+
+def test_the_worker_gives_up_what_runs_for_a_session_it_is_told_to_drop(bundle: Bundle) -> None:
+    both = LayerRange(0, LAYERS - 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(descriptor: int, target: memoryview, offset_bytes: int) -> int:
+        begun.set()
+        assert go_on.wait(10)
+        return read_into(descriptor, target, offset_bytes)
+
+    stage = load(bundle, both, CacheOptions(1 << 30, lanes=1, read=slow))
+    events: queue.Queue[Event] = queue.Queue()
+
+    def deliver(some: Sequence[Event]) -> None:
+        for event in some:
+            events.put(event)
+
+    worker = StageWorker(deliver)
+    worker.start()
+    loaded = LoadedStage(1, stage, is_tail=True, vocab_size=200, queue=RowQueue(16))
+    session = SessionId(5)
+    work = Work(1, session, 0, 1, 0, tuple(range(8)), None, 0, False, True)
+    worker.put(lambda: worker.install(loaded))
+    worker.put(OpenRows(1, session, 8, 8, SamplingParams(temperature=0.0)))
+    worker.put(RunRows(work))
+    assert begun.wait(10)
+    worker.put(DropRows(2, session))  # of another plan
+    worker.put(DropRows(1, session))
+    go_on.set()
+    broke = events.get(timeout=10)
+    assert isinstance(broke, SessionBroke)
+    assert (broke.session, broke.code) == (session, "cancelled")
+    assert worker.stop()
+    assert stage.experts is not None
+    assert stage.experts.reader.counters.reads == 0
 
 
 def test_blocks_used_again_get_the_new_stages_cache(bundle: Bundle) -> None:
