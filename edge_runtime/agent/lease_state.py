@@ -48,6 +48,11 @@ class LeaseState(ABC):
         return self.order.stage
 
     @property
+    def _stages(self) -> int:
+        assert self.order is not None
+        return len(self.order.devices)
+
+    @property
     def is_first(self) -> bool:
         return self.order is not None and self.order.stage == 0
 

@@ -285,16 +285,17 @@ class PipelineState(LeaseState):
         """Positions from `known` on are committed: those without a row, or with one of another id, get theirs."""
         dead = self._abandon_wrong(session, known)
         ids = () if session.halted else session.chain.sure(session.rows)
-        return [*dead, self._issue(session, ids)] if ids else dead
+        held, session.held_drafts = session.held_drafts, []
+        rows = [self._issue(session, ids)] if ids else []
+        return [*dead, *rows, *(each for draft in held for each in self._draft(session, draft))]
 
     def _draft(self, session: Session, draft: Draft) -> list[Instruction]:
-        assert self.loaded is not None and self.order is not None
-        if not self.loaded.row_invariant or not draft.ids or not self._are_ids(draft.ids):
-            return [Ignore("a draft that can't be verified here")]
-        turn = max(session.turn, session.draft_turn)
-        running = sum(not each.halted for each in self.sessions.values())
-        ahead = rows_ahead(running, len(self.order.devices))
-        merged = merge(session.chain, session.rows, session.order.max_rows, turn, ahead, draft)
+        assert self.loaded is not None
+        is_sound = self.loaded.row_invariant and draft.ids and self._are_ids(draft.ids) and not session.halted
+        if not is_sound or session.hold(draft):
+            return [Ignore(f"a draft for {draft.base_row} that can't be verified, or not yet")]
+        ahead = rows_ahead(sum(not each.halted for each in self.sessions.values()), self._stages)
+        merged = merge(session.chain, session.rows, session.order.max_rows, session.any_turn, ahead, draft)
         session.draft_turn = merged.turn
         if not merged.ids:
             return [Ignore(f"a draft for {draft.base_row}: {merged.reason}")]

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from edge_runtime.agent.continuation import Continuation
 from edge_runtime.core import SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
-from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, OpenSession
+from edge_runtime.protocol.messages import NOBODY_ASKS, PAGE_NAME_BYTES, Draft, OpenSession
+
+MAX_HELD_DRAFTS = 64  # of one session
 
 
 @dataclass(slots=True)
@@ -22,6 +24,7 @@ class Session:
     seq: int = 0  # stage 1: last issued; others: last accepted
     turn: int = 0  # last seen, or learned: rows of older ones are dead
     draft_turn: int = 0  # stage 1: drafts of older ones are not looked at
+    held_drafts: list[Draft] = field(default_factory=list)  # stage 1: that came before the ids they follow
     guessed: bool = False  # the tail: rows came in advance
     fed: list[int] = field(default_factory=list)  # stage 1: ids of rows from `rows` on, not yet a whole chunk
     halted: bool = False  # finished, or a gap was reported: nothing more will run
@@ -55,6 +58,20 @@ class Session:
         self.turn = row
         self.rows = min(self.rows, row)
         self.chain.cut(row)
+
+    @property
+    def any_turn(self) -> int:
+        """Of rows or drafts, whichever is higher."""
+        return max(self.turn, self.draft_turn)
+
+    def hold(self, draft: Draft) -> bool:
+        """Stage 1: whether the draft waits. Its sender may be nearer to the tail and know ids not yet here."""
+        knows_more = draft.base_row > self.rows or draft.turn >= self.chain.next_position
+        if self.halted or not knows_more or self.rows < self.order.forced_rows:
+            return False
+        del self.held_drafts[: 1 - MAX_HELD_DRAFTS]
+        self.held_drafts.append(draft)
+        return True
 
     def begin_at(self, row: int) -> None:
         """Stage 1: every stage holds the rows below. Nothing was issued yet."""

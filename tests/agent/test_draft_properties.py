@@ -22,7 +22,7 @@ from edge_runtime.protocol.messages import (
     Tokens,
     UnloadStage,
 )
-from tests.agent.test_pipeline_state_properties import VOCAB, Cluster, plain_loop, plans, prompts
+from tests.agent.test_pipeline_state_properties import VOCAB, Cluster, Flight, plain_loop, plans, prompts
 
 KINDS = ("right", "right", "right", "wrong", "late", "ahead", "turn", "tree", "junk")
 
@@ -183,5 +183,28 @@ def test_right_drafts_are_committed_in_one_round_and_wrong_ones_leave_the_target
     assert accepted.turn == 11
     fences = [f.to for f in cluster.delivered if isinstance(f.message, Fence)]
     assert fences == (["B"] if stages == 3 else [])
+    cluster.settle()
+    check(cluster)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_draft_that_knows_more_than_stage_1_waits_for_the_ids_it_follows(stages: int) -> None:
+    """The coordinator may be nearer to the tail than stage 1 is."""
+    prompt = [1, 2, 3, 4]
+    cluster = DraftedCluster(prompt, 24, 4, random.Random(1))
+    cluster.replan("ABC"[:stages], stages, [1, 2])
+    while not cluster.session or cluster.devices["A"].state.sessions == {}:
+        assert cluster.step(0)
+    while cluster.devices["A"].state.sessions[cluster.session].rows < 4:
+        assert cluster.step(0)
+    session, lease = cluster.session, cluster.lease
+    for base in (6, 8):
+        early = Draft(session, lease, 0, base, (base - 1, base), tuple(cluster.truth[base : base + 2]))
+        cluster.arrive(Flight(COORDINATOR, "A", early, None))
+    cluster.delivered.clear()
+    while len(cluster.ids) < 11:
+        assert cluster.step(0)
+    verdicts = [f.message for f in cluster.delivered if isinstance(f.message, Tokens) and not f.to]
+    assert len(verdicts) <= 5, "seven ids: the floor for the first three, then all that waited"
     cluster.settle()
     check(cluster)

@@ -88,17 +88,17 @@ class Device:
                     self.queue.add(work)
                 case CancelRows():
                     self.queue.cancel(instruction.session, instruction.turn)
-                    self.poison()
+                    self.poison(instruction.turn)
                 case DropRows():
                     self.queue.drop(instruction.session)
                     self.stage.drop(instruction.session)
                 case Send(to, message, rows):
                     self.line.append((to, Received(self.name, message, rows)))
 
-    def poison(self) -> None:
-        """Rows beyond those that count, in every layer."""
+    def poison(self, first: int) -> None:
+        """Rows from `first` on, in every layer."""
         pages = self.stage._cache.table.get(SESSION).pages
-        for row in range(self.state.sessions[SESSION].rows, self.stage.rows(SESSION)):
+        for row in range(first, self.stage.rows(SESSION)):
             self.stage._cache.pool[pages[row // PAGE_TOKENS], :, :, row % PAGE_TOKENS] = np.nan
             self.rows_poisoned += 1
 
