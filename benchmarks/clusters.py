@@ -85,6 +85,10 @@ class Running:
         self._cluster = cluster
         self._directory = directory
 
+    def drafting_client(self, draft: Path) -> AsyncClient:
+        """Of a user whose device guesses ahead with this model; the caller closes it."""
+        return self._cluster.async_client(draft=draft)
+
     async def status(self) -> dict[str, Any]:
         return await self.client.status()
 
