@@ -48,9 +48,7 @@ class ExpertLayer:
         return self.first_byte + expert * self.stride_bytes
 
 
-def expert_layers(
-    bundle: Bundle, blocks: Iterable[Block], *, files: bool = True
-) -> tuple[ExpertLayer, ...]:
+def expert_layers(bundle: Bundle, blocks: Iterable[Block], *, files: bool = True) -> tuple[ExpertLayer, ...]:
     """In the order of the blocks. Raises BundleError: no digests (an old bundle), a slice missing or cut short.
 
     Without `files` nothing needs to be on flash yet.
