@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import edge_kernels
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -101,9 +102,12 @@ def pipelines(load: Load, bundles: dict[str, Bundle]) -> dict[tuple[str, tuple[i
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_rows_do_not_depend_on_batch_chunks_or_cuts(
-    pipelines: dict[tuple[str, tuple[int, ...]], Pipeline], name: str, data: st.DataObject
+    pipelines: dict[tuple[str, tuple[int, ...]], Pipeline], executor: str, name: str, data: st.DataObject
 ) -> None:
     """Random sessions, cut into random chunks, in random company, on 1 to 3 stages: the bits of one row at a time."""
+    if (executor, name) == ("onnx", "int4") and "avx512" not in edge_kernels.available_isas():
+        # An agent's probe finds out, and such a stage gets a fixed grid of chunks; our own kernels are the default.
+        pytest.skip("without AVX-512, ONNX Runtime's 4-bit products of few rows differ from those of one")
     lengths = data.draw(st.lists(st.integers(1, 45), min_size=1, max_size=4))
     sessions = {s: np.random.default_rng(s).integers(0, 200, n).tolist() for s, n in enumerate(lengths)}
     for pipeline in pipelines.values():
