@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 
 from benchmarks.models import Model
+from benchmarks.proxy_process import proxies
 from benchmarks.report import say
-from benchmarks.shaping_proxy import Shape, ShapingProxy
+from benchmarks.shaping_proxy import Shape
 from benchmarks.steps import Step, read_steps
 from edge_runtime import AsyncClient, DeviceSpec, LocalCluster
 from edge_runtime.errors import EdgeRuntimeError
@@ -127,10 +128,10 @@ async def running(
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-bench-")))
         forwards = {}
         if shape is not None:
-            for device in devices:
-                port = _free_port()
-                proxy = await stack.enter_async_context(ShapingProxy("127.0.0.1", port, shape))
-                forwards[device.name] = Forward(port, proxy.port)
+            data_ports = [_free_port() for _ in devices]
+            advertised = await stack.enter_async_context(proxies(data_ports, shape))
+            for device, data_port, port in zip(devices, data_ports, advertised, strict=True):
+                forwards[device.name] = Forward(data_port, port)
         cluster = TimedCluster(bundle, devices=devices, split=split, directory=directory, forwards=forwards)
         async with cluster:
             client = await stack.enter_async_context(cluster.async_client())
