@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from coordinator import actions as act
 from coordinator import events as ev
+from coordinator.changes.apply import apply
 from coordinator.decisions import Limits, decide
 from coordinator.journal.base import Journal
 from coordinator.planning.model import Plan, Split
 from coordinator.sessions.port import Open, PipelineLost, Rebind, Reopen
-from coordinator.state import ClusterState, Pipeline, apply
+from coordinator.state import ClusterState, Pipeline
 from edge_runtime.errors import EdgeRuntimeError, PlanError, RequestFailed
 from edge_runtime.protocol.messages import (
     Hello,
@@ -141,61 +143,61 @@ class ControlLoop:
 
     # ------------------------------------------------------------ actions
 
-    async def _carry_out(self, action: ev.Action) -> None:
+    async def _carry_out(self, action: act.Action) -> None:
         now = self._clock()
         match action:
-            case ev.DropDevice():
+            case act.DropDevice():
                 if self.links is not None:
                     self.links.drop(action.device_id, action.connection, action.reason)
                 self._apply(ev.DeviceLost(action.device_id, action.connection, action.reason, now))
-            case ev.GiveUpOnDevice():
+            case act.GiveUpOnDevice():
                 self._apply(
                     ev.StageBroke(action.device_id, action.lease, action.reason, now)
                     if action.lease
                     else ev.DeviceFailed(action.device_id, action.reason, now)
                 )
-            case ev.AskProfile():
+            case act.AskProfile():
                 self._post(action.device_id, ProfileRequest(self._bundle))
                 self._apply(ev.ProfileAsked(action.device_id, now))
-            case ev.MakePlan():
+            case act.MakePlan():
                 await self._make_plan(action)
-            case ev.AddReplica():
+            case act.AddReplica():
                 await self._add_replica()
-            case ev.ReviewPlan():
+            case act.ReviewPlan():
                 await self._review_plan(action.lease)
-            case ev.UnloadStages():
+            case act.UnloadStages():
                 for device_id, lease in action.pairs:
                     self._post(device_id, UnloadStage(lease))
                 self._apply(ev.UnloadSent(action.pairs))
-            case ev.LoadStages():
+            case act.LoadStages():
                 self._load_stages(action.lease)
                 self._apply(ev.LoadSent(action.lease, now))
-            case ev.AnnouncePipeline():
+            case act.AnnouncePipeline():
                 self._apply(ev.PipelineAnnounced(action.lease))
                 log.info("the pipeline of lease %d serves", action.lease)
                 self.serving.set()
-            case ev.OpenOnPipeline():
+            case act.OpenOnPipeline():
                 self._apply(ev.SessionOpened(action.key, action.lease))
                 if self.sessions is None or not self.sessions.deliver(action.key, Open(action.lease)):
                     self._apply(ev.SessionEnded(action.key, now))
-            case ev.AskSession():
+            case act.AskSession():
                 if self.sessions is not None:
                     self.sessions.deliver(action.key, Reopen(action.lease, action.reason))
                 self._apply(ev.SessionAsked(action.key))
-            case ev.RebindSession():
+            case act.RebindSession():
                 error = _cannot_finish(action.reason, action.hint)
                 if self.sessions is None or not self.sessions.deliver(
                     action.key, Rebind(action.class_map, error)
                 ):
                     self._apply(ev.SessionEnded(action.key, now))
                 self._apply(ev.SessionRebound(action.key, action.class_map))
-            case ev.FailSession():
+            case act.FailSession():
                 log.warning("request %s fails: %s", action.key, action.reason)
                 if self.sessions is not None:
                     self.sessions.fail(action.key, _cannot_finish(action.reason, action.hint))
                 self._apply(ev.SessionEnded(action.key, now))
 
-    async def _make_plan(self, action: ev.MakePlan) -> None:
+    async def _make_plan(self, action: act.MakePlan) -> None:
         now, replaces = self._clock(), action.replaces
         try:
             if replaces:

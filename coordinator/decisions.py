@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coordinator.events import (
+from coordinator.actions import (
     Action,
     AddReplica,
     AnnouncePipeline,
@@ -25,9 +25,9 @@ from coordinator.events import (
     OpenOnPipeline,
     RebindSession,
     ReviewPlan,
-    SessionStalled,
     UnloadStages,
 )
+from coordinator.events import SessionStalled
 from coordinator.planning.model import Split
 from coordinator.scheduling.admission import Running, Waiting, reserved_tokens
 from coordinator.scheduling.assignment import Room, assign

@@ -7,10 +7,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator import actions as act
 from coordinator import events as ev
+from coordinator.changes.apply import apply
 from coordinator.decisions import Limits, decide
 from coordinator.planning.model import DeviceProfile, Plan, Split, StagePlan
-from coordinator.state import ClusterState, apply
+from coordinator.state import ClusterState
 from edge_runtime.core import LayerRange
 from edge_runtime.protocol.messages import StageReady
 
@@ -63,7 +65,7 @@ def serving(*devices: str, lease: int = 1, kv: int = 1024) -> ClusterState:
     return after(*events, ev.PipelineAnnounced(lease))
 
 
-def ask(state: ClusterState, now: float = 0.0, split: Split = AUTO) -> list[ev.Action]:
+def ask(state: ClusterState, now: float = 0.0, split: Split = AUTO) -> list[act.Action]:
     return decide(state, now, limits=LIMITS, split=split)
 
 
@@ -78,18 +80,18 @@ def test_a_newcomer_is_measured_once_its_link_is_and_one_at_a_time_per_host():
     state = after(*hosts)
     assert ask(state) == []
     state = after(*(ev.LinkMeasured(d, 1, 1e-3, 1e8) for d in "abc"), state=state)
-    assert ask(state) == [ev.AskProfile("a"), ev.AskProfile("c")]
+    assert ask(state) == [act.AskProfile("a"), act.AskProfile("c")]
     state = after(ev.ProfileAsked("a", 0.0), ev.ProfileAsked("c", 0.0), state=state)
     assert ask(state) == []
     state = after(ev.ProfileArrived("a", 1, profile("a"), 0.0), state=state)
-    assert ask(state) == [ev.AskProfile("b")]
+    assert ask(state) == [act.AskProfile("b")]
 
 
 def test_a_silent_device_is_dropped_before_anything_else():
     state = after(*measured("a"))
     (action,) = ask(state, now=5.1)
-    assert isinstance(action, ev.DropDevice)
-    assert ask(after(ev.DeviceSeen("a", 1, 5.0), state=state), now=5.1) == [ev.MakePlan("the first plan")]
+    assert isinstance(action, act.DropDevice)
+    assert ask(after(ev.DeviceSeen("a", 1, 5.0), state=state), now=5.1) == [act.MakePlan("the first plan")]
 
 
 def test_a_rejoin_with_a_new_boot_replaces_and_is_measured_again():
@@ -114,7 +116,7 @@ def test_the_first_plan_waits_for_others_to_settle():
     assert ask(state, now=1.2) == []
     state = after(*measured("b", 0.5), state=state)
     assert ask(state, now=1.2) == []
-    assert ask(state, now=1.5) == [ev.MakePlan("the first plan")]
+    assert ask(state, now=1.5) == [act.MakePlan("the first plan")]
 
 
 def test_the_first_plan_waits_for_named_devices_but_not_for_ever():
@@ -123,7 +125,7 @@ def test_the_first_plan_waits_for_named_devices_but_not_for_ever():
     late = after(ev.DeviceSeen("a", 1, 29.0), state=state)
     assert ask(late, now=29.0, split=split) == []
     late = after(ev.DeviceSeen("a", 1, 30.0), state=late)
-    assert ask(late, now=30.0, split=split) == [ev.MakePlan("the first plan")]
+    assert ask(late, now=30.0, split=split) == [act.MakePlan("the first plan")]
 
 
 def test_a_spare_that_joins_changes_nothing_but_is_used_where_no_plan_could_be_made():
@@ -131,7 +133,7 @@ def test_a_spare_that_joins_changes_nothing_but_is_used_where_no_plan_could_be_m
     assert ask(state, now=2.0, split=Split(replicas=1)) == []
     refused = after(*measured("a"), ev.PlanRefused("too small", 2.0))
     assert ask(refused, now=3.0) == []
-    assert ask(after(*measured("b", 3.0), state=refused), now=4.0) == [ev.MakePlan("the first plan")]
+    assert ask(after(*measured("b", 3.0), state=refused), now=4.0) == [act.MakePlan("the first plan")]
 
 
 def test_a_lost_member_breaks_the_plan_and_its_sessions_wait_for_the_next():
@@ -141,23 +143,23 @@ def test_a_lost_member_breaks_the_plan_and_its_sessions_wait_for_the_next():
     state = after(ev.DeviceLost("b", 1, "the link closed", 3.0), state=state)
     assert state.live is None
     assert state.sessions["s"].lease == 0
-    assert ask(state, now=3.0) == [ev.MakePlan("b is gone: the link closed", 1)]
+    assert ask(state, now=3.0) == [act.MakePlan("b is gone: the link closed", 1)]
 
 
 def test_a_load_without_progress_is_given_up():
     state = after(*measured("a"), ev.PlanInstalled(1, plan("a"), 0.0))
-    assert ask(state) == [ev.LoadStages(1)]
+    assert ask(state) == [act.LoadStages(1)]
     state = after(
         ev.LoadSent(1, 0.0), ev.DeviceSeen("a", 1, 100.0), ev.StageProgressed("a", 1, 100.0), state=state
     )
     assert ask(state, now=100.0) == []
     state = after(ev.DeviceSeen("a", 1, 221.0), state=state)
     (action,) = ask(state, now=221.0)
-    assert isinstance(action, ev.GiveUpOnDevice)
+    assert isinstance(action, act.GiveUpOnDevice)
     state = after(ev.StageBroke("a", 1, action.reason, 221.0), state=state)
     assert ask(state, now=221.0) == []
     state = after(ev.DeviceSeen("a", 1, 231.0), state=state)
-    assert ask(state, now=231.0) == [ev.MakePlan(f"a: {action.reason}", 1)]
+    assert ask(state, now=231.0) == [act.MakePlan(f"a: {action.reason}", 1)]
 
 
 def test_news_of_an_old_lease_is_ignored():
@@ -170,7 +172,7 @@ def test_those_who_left_the_pipeline_are_told_to_unload():
     state = after(
         ev.StageBroke("b", 1, "broken", 1.0), ev.PlanInstalled(2, plan("a", "c"), 1.0, 1), state=state
     )
-    assert ask(state, now=1.0) == [ev.UnloadStages((("b", 1),))]
+    assert ask(state, now=1.0) == [act.UnloadStages((("b", 1),))]
     assert after(ev.UnloadSent((("b", 1),)), state=state).retired == ()
 
 
@@ -190,16 +192,16 @@ def test_sessions_are_opened_as_far_as_kv_memory_goes_tenants_in_turn():
 def test_a_session_whose_class_is_gone_fails_in_words():
     state = after(submitted("s", classes=("y", "x")), state=serving("a", "b"))
     (action,) = ask(state)
-    assert isinstance(action, ev.RebindSession)
+    assert isinstance(action, act.RebindSession)
     assert action.class_map == ("x", "x")
     assert "'y' at layer 0" in action.reason
     assert "'x'" in action.reason
-    assert ask(after(ev.SessionRebound("s", ("x", "x")), state=state)) == [ev.OpenOnPipeline("s", 1)]
+    assert ask(after(ev.SessionRebound("s", ("x", "x")), state=state)) == [act.OpenOnPipeline("s", 1)]
 
 
 def test_a_session_that_no_longer_fits_fails_with_both_numbers():
     (action,) = ask(after(submitted("s", rows=2000), state=serving("a", "b", kv=512)))
-    assert isinstance(action, ev.FailSession)
+    assert isinstance(action, act.FailSession)
     assert "2016" in action.reason
     assert "512" in action.reason
 
@@ -211,18 +213,18 @@ def test_a_session_that_breaks_again_and_again_fails_unless_it_progressed():
             ev.SessionOpened("s", 1), ev.SessionBroke("s", 1, "gap", turn == 0, turn * 10.0), state=state
         )
         assert state.sessions["s"].attempts == turn + 1
-    assert isinstance(ask(state, now=4.0)[0], ev.FailSession)
+    assert isinstance(ask(state, now=4.0)[0], act.FailSession)
     state = after(ev.SessionOpened("s", 1), ev.SessionBroke("s", 1, "gap", True, 3.0), state=state)
     assert state.sessions["s"].attempts == 1
     assert ask(state, now=3.01) == []
-    assert ask(state, now=3.1) == [ev.OpenOnPipeline("s", 1)]
+    assert ask(state, now=3.1) == [act.OpenOnPipeline("s", 1)]
 
 
 def test_requests_wait_for_a_pipeline_for_a_while_only():
     state = after(submitted("s"), ev.DeviceLost("a", 1, "gone", 1.0), state=serving("a"))
     assert ask(state, now=61.0) == []
     (action,) = ask(state, now=61.5)
-    assert isinstance(action, ev.FailSession)
+    assert isinstance(action, act.FailSession)
     assert "a is gone" in action.reason
 
 
@@ -260,10 +262,10 @@ def test_a_lost_device_ends_its_pipeline_and_no_other():
     )
     assert [session.lease for session in state.sessions.values()] == [1, 0]
     assert state.down_since is None
-    assert ask(state, now=3.0, split=TWO) == [ev.MakePlan("c is gone: the link closed", 2)]
+    assert ask(state, now=3.0, split=TWO) == [act.MakePlan("c is gone: the link closed", 2)]
     state = after(ev.PipelineDropped(2, "nothing is left", 3.0), state=state)
     assert [pipeline.lease for pipeline in state.pipelines] == [1]
-    assert ask(state, now=3.0, split=TWO) == [ev.OpenOnPipeline("s2", 1)]
+    assert ask(state, now=3.0, split=TWO) == [act.OpenOnPipeline("s2", 1)]
 
 
 def test_a_session_of_a_class_that_another_pipeline_serves_waits_for_its_own_to_be_mended():
@@ -276,7 +278,7 @@ def test_a_session_of_a_class_that_another_pipeline_serves_waits_for_its_own_to_
         submitted("s", classes=("y", "y")),
         state=serving("a", "b"),
     )
-    assert ask(state, split=TWO) == [ev.OpenOnPipeline("s", 2)]
+    assert ask(state, split=TWO) == [act.OpenOnPipeline("s", 2)]
     loading = after(
         ev.StageBroke("c", 2, "it broke", 1.0), ev.PlanInstalled(3, plan("c"), 1.0, 2), state=state
     )
@@ -288,10 +290,10 @@ def test_a_session_of_a_class_that_another_pipeline_serves_waits_for_its_own_to_
 def test_a_spare_becomes_a_replica_where_one_is_wanted():
     state = after(*measured("c"), state=serving("a", "b"))
     assert ask(state, now=0.5, split=TWO) == []  # others may be on their way
-    assert ask(state, now=2.0, split=TWO) == [ev.AddReplica()]
+    assert ask(state, now=2.0, split=TWO) == [act.AddReplica()]
     refused = after(ev.ReplicaRefused("too small", 2.0), state=state)
     assert ask(refused, now=2.0, split=TWO) == []
-    assert ask(after(*measured("d", 3.0), state=refused), now=4.5, split=TWO) == [ev.AddReplica()]
+    assert ask(after(*measured("d", 3.0), state=refused), now=4.5, split=TWO) == [act.AddReplica()]
 
 
 def test_a_newcomer_makes_the_plan_be_looked_at_again_only_while_nobody_would_suffer():
@@ -303,7 +305,7 @@ def test_a_newcomer_makes_the_plan_be_looked_at_again_only_while_nobody_would_su
     state = after(ev.SessionEnded("s", 18.0), state=state)
     assert ask(state, now=20.0, split=one) == []  # the user may be typing
     state = after(*(ev.DeviceSeen(device, 1, 23.0) for device in "abc"), state=state)
-    assert ask(state, now=23.1, split=one) == [ev.ReviewPlan(1)]
+    assert ask(state, now=23.1, split=one) == [act.ReviewPlan(1)]
     assert ask(after(ev.PlanKept(), state=state), now=23.1, split=one) == []
     better = after(ev.PlanInstalled(2, plan("c"), 23.1, 1), state=state)
     assert [pipeline.lease for pipeline in better.pipelines] == [2]
@@ -335,14 +337,14 @@ def stuck(progressed: bool) -> ClusterState:
 
 def test_a_stage_that_makes_no_steps_with_work_waiting_is_left_out_although_its_heart_beats():
     (action,) = ask(stuck(progressed=False), now=16.0)
-    assert isinstance(action, ev.GiveUpOnDevice)
+    assert isinstance(action, act.GiveUpOnDevice)
     assert (action.device_id, action.lease) == ("b", 1)
     assert "heartbeats" in action.reason
 
 
 def test_a_stream_that_stops_is_asked_for_again_before_anybody_is_blamed():
     (action,) = ask(stuck(progressed=True), now=16.0)
-    assert isinstance(action, ev.AskSession)
+    assert isinstance(action, act.AskSession)
     assert ask(after(ev.SessionAsked("s"), state=stuck(progressed=True)), now=16.0) == []
 
 
@@ -365,7 +367,7 @@ def test_where_every_request_fails_the_stage_is_left_out_and_one_bad_request_is_
     assert ask(state) == []
     state = after(*(ev.StageFaulted("b", 1, f"s{n}", "not finite") for n in (1, 2, 3)), state=state)
     (action,) = ask(state)
-    assert isinstance(action, ev.GiveUpOnDevice)
+    assert isinstance(action, act.GiveUpOnDevice)
     assert action.device_id == "b"
     works = after(submitted("t"), ev.SessionOpened("t", 1), ev.SessionEnded("t", 1.0, True), state=state)
     assert ask(works) == []
@@ -423,40 +425,40 @@ class Rim:
                     self.state = apply(self.state, event)
         raise AssertionError("the rules do not come to rest")
 
-    def carry_out(self, action: ev.Action, now: float) -> list[ev.Event]:
+    def carry_out(self, action: act.Action, now: float) -> list[ev.Event]:
         match action:
-            case ev.DropDevice():
+            case act.DropDevice():
                 return [ev.DeviceLost(action.device_id, action.connection, action.reason, now)]
-            case ev.GiveUpOnDevice():
+            case act.GiveUpOnDevice():
                 return [ev.DeviceFailed(action.device_id, action.reason, now)]
-            case ev.AskProfile():
+            case act.AskProfile():
                 return [ev.ProfileAsked(action.device_id, now)]
-            case ev.MakePlan():
+            case act.MakePlan():
                 members = self.free(action.replaces, now)
                 if not members and len(self.state.pipelines) > 1:
                     return [ev.PipelineDropped(action.replaces, "nobody is left", now)]
                 if not members:
                     return [ev.PlanRefused("nobody is left", now)]
                 return [self.installed(members, now, action.replaces)]
-            case ev.AddReplica():
+            case act.AddReplica():
                 members = self.free(0, now)
                 return [self.installed(members, now, 0) if members else ev.ReplicaRefused("nobody", now)]
-            case ev.ReviewPlan():
+            case act.ReviewPlan():
                 return [ev.PlanKept()]
-            case ev.UnloadStages():
+            case act.UnloadStages():
                 return [ev.UnloadSent(action.pairs)]
-            case ev.AskSession():
+            case act.AskSession():
                 lease = self.state.sessions[action.key].lease
                 return [ev.SessionAsked(action.key), ev.SessionBroke(action.key, lease, "asked", True, now)]
-            case ev.RebindSession():
+            case act.RebindSession():
                 return [ev.SessionRebound(action.key, action.class_map)]
-            case ev.LoadStages():
+            case act.LoadStages():
                 return [ev.LoadSent(action.lease, now)]
-            case ev.AnnouncePipeline():
+            case act.AnnouncePipeline():
                 return [ev.PipelineAnnounced(action.lease)]
-            case ev.OpenOnPipeline():
+            case act.OpenOnPipeline():
                 return [ev.SessionOpened(action.key, action.lease)]
-            case ev.FailSession():
+            case act.FailSession():
                 return [ev.SessionEnded(action.key)]
 
     def free(self, lease: int, now: float) -> list[str]:

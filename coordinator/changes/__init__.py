@@ -1,0 +1,1 @@
+"""What an event makes of the cluster's state: pure functions, by the noun that changes."""
