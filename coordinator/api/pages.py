@@ -6,6 +6,7 @@ Knows: names and types. Does not know: what the pages do.
 from __future__ import annotations
 
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from aiohttp import web
 
@@ -21,11 +22,17 @@ _TYPES = {
 
 
 def add_console(routes: Routes) -> None:
-    """`/` and `/console/NAME` for every file of the package that a browser may have."""
-    for entry in resources.files("coordinator.console").iterdir():
+    """`/` and `/console/NAME` or `/console/ROOM/NAME` for every file of the package that a browser may have."""
+    _add_folder(routes, resources.files("coordinator.console"), "/console")
+
+
+def _add_folder(routes: Routes, folder: Traversable, prefix: str) -> None:
+    for entry in folder.iterdir():
         suffix = entry.name[entry.name.rfind(".") :]
-        if entry.is_file() and suffix in _TYPES:
-            path = "/" if entry.name == INDEX else f"/console/{entry.name}"
+        if entry.is_dir():
+            _add_folder(routes, entry, f"{prefix}/{entry.name}")
+        elif suffix in _TYPES:
+            path = "/" if entry.name == INDEX else f"{prefix}/{entry.name}"
             routes.add_get(path, _file(entry.read_bytes(), _TYPES[suffix]), Access.PUBLIC)
 
 

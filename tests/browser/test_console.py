@@ -3,68 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-from collections.abc import AsyncIterator
 from hashlib import sha256
-from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, expect
 
 from coordinator.api.app import serve
 from coordinator.service import PlanStatus
-from tests.support.api_server import ADMIN_KEY, Server, serving
-from tests.support.fake_service import FakeService
+from tests.support.api_server import ADMIN_KEY, Server
+from tests.support.chromium import watch
 
 pytestmark = pytest.mark.browser
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ARGUMENTS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-def chromium_path() -> str:
-    """Where Chromium is. A machine that tests everything must have it; another may do without."""
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail("CI needs Chromium: install the distribution's package `chromium`")
-    if found is None:
-        pytest.skip("no Chromium on this machine; `apt-get install chromium` gives one")
-    return found
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    path = chromium_path()
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
-        yield browser
-        await browser.close()
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving(FakeService()) as server:
-        yield server
-
-
-def watch(page: Page) -> tuple[list[str], set[str]]:
-    """(errors, hosts asked): filled as the page runs."""
-    errors: list[str] = []
-    hosts: set[str] = set()
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    return errors, hosts
 
 
 async def test_a_person_runs_the_cluster_from_the_console(browser: Browser, server: Server):
