@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from coordinator.chat_template import ChatTemplate
 from edge_runtime.bundle import Bundle
 from edge_runtime.bundle.hashing import sha256_digest
+from edge_runtime.chat_template import ChatTemplate
 from edge_runtime.errors import UsageError
 
 

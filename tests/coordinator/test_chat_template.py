@@ -2,9 +2,9 @@ import asyncio
 
 import pytest
 
-from coordinator import chat_template
 from coordinator.api.openai.prompts import encode_chat
-from coordinator.chat_template import ChatTemplate
+from edge_runtime import chat_template
+from edge_runtime.chat_template import ChatTemplate
 from edge_runtime.errors import BundleError, UsageError
 
 CHATML = """{%- for message in messages %}
