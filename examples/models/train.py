@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from copies import CopyMixture
+from muon import Muon
 from networks import BALANCE_WEIGHT, for_training, read_model, untrained, write_checkpoint
 from scores import agreement, bits_per_byte, copy_scores, evenly_spaced
 from text import VOCAB_SIZE, Corpus
@@ -51,11 +52,13 @@ class Plan:
     scrambled: float
 
 
-def make_optimizer(model: PreTrainedModel, rate: float) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
+def make_optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between the embedding and the head, AdamW for the rest."""
+    table = model.get_input_embeddings().weight
+    hidden = [p for p in model.parameters() if p.ndim > 1 and p is not table]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    groups = [{"params": [table], "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return [Muon(hidden, rate), torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))]
 
 
 def learning_rate_scale(step: int, steps: int) -> float:
@@ -113,30 +116,33 @@ class Run:
         self.model = for_training(read_model(plan.start) if plan.start else untrained(plan.kind))
         self.model.train()
         self.teacher = read_model(plan.teacher).eval() if plan.teacher else None
-        self.optimizer = make_optimizer(self.model, plan.rate)
+        self.optimizers = make_optimizers(self.model, plan.rate)
         if plan.state and plan.state.exists():
             kept = torch.load(plan.state)
             self.model.load_state_dict(kept["model"])
-            self.optimizer.load_state_dict(kept["optimizer"])
+            for optimizer, its in zip(self.optimizers, kept["optimizers"], strict=True):
+                optimizer.load_state_dict(its)
             self.step = kept["step"]
 
     def keep(self) -> None:
         """Write the state beside its place first, so that a stop at any time leaves a whole one."""
         if self.plan.state:
             fresh = self.plan.state.with_suffix(".fresh")
-            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-            torch.save({"model": model, "optimizer": optimizer, "step": self.step}, fresh)
+            optimizers = [each.state_dict() for each in self.optimizers]
+            torch.save({"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}, fresh)
             fresh.replace(self.plan.state)
 
     def advance(self) -> float:
         """One step; returns its loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate * learning_rate_scale(self.step, self.plan.steps)
+        rate = self.plan.rate * learning_rate_scale(self.step, self.plan.steps)
+        for group in (group for each in self.optimizers for group in each.param_groups):
+            group["lr"] = rate
         loss = self.loss(batch(self.mixture, self.step))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         return loss.item()
 
