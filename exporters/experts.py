@@ -3,19 +3,24 @@
     | gate up down gate_scales up_scales down_scales | pad to 4 KiB | gate up ...
     ^ expert 0                                                      ^ expert 1 = expert 0 + stride
 
+Bit-nested experts are two such runs, one behind the other: the plane that is usable alone, and what completes it.
+
+    | gate up down gate_scales … | pad | gate_low up_low down_low | pad | gate up …
+
 Knows: that layout. Does not know: routing, caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
+from edge_kernels.nested import NestedMatrix, quantize_nested
 from edge_kernels.quantization import quantize
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.hashing import digest_of_expert
-from edge_runtime.bundle.manifest import SLICE_ALIGNMENT_BYTES, Part, Tensor
+from edge_runtime.bundle.manifest import LOW_PLANE, SLICE_ALIGNMENT_BYTES, Part, Tensor
 from edge_runtime.bundle.writer import SliceWriter
 from exporters.checkpoint import Floats
 from exporters.sources import Expert, ExpertsSource
@@ -35,11 +40,11 @@ def write_experts(
     stride_bytes = 0
     for number in range(plan.experts):
         arrays = _arrays(source.expert(number), number, format, importance)
-        packed, offsets = _pack(arrays)
-        whole = out.add(packed)
-        digests.append(digest_of_expert(packed.data).hex())
+        packed, offsets = pack(arrays)
+        whole = out.add(np.concatenate(packed))
+        digests += [digest_of_expert(plane.data).hex() for plane in packed]
         if number == 0:
-            stride_bytes = len(packed)
+            stride_bytes = sum(map(len, packed))
             parts = {
                 name: Part(whole.slice, whole.offset_bytes + offsets[name], str(array.dtype), array.shape)
                 for name, array in arrays.items()
@@ -52,6 +57,12 @@ def _arrays(
 ) -> dict[str, NDArray[np.generic]]:
     if format == "fp32":
         return dict(expert.parts())
+    if format == "nested4":
+        nested = {
+            part: quantize_nested(matrix, importance=importance(number, part))
+            for part, matrix in expert.parts()
+        }
+        return nested_arrays(nested)
     quantized = {
         part: quantize(matrix, format, importance=importance(number, part)) for part, matrix in expert.parts()
     }
@@ -60,7 +71,30 @@ def _arrays(
     return arrays
 
 
-def _pack(arrays: dict[str, NDArray[np.generic]]) -> tuple[NDArray[np.uint8], dict[str, int]]:
+def nested_arrays(matrices: Mapping[str, NestedMatrix]) -> dict[str, NDArray[np.generic]]:
+    """gate, up and down as the parts of an expert, in the order of their planes."""
+    arrays: dict[str, NDArray[np.generic]] = {part: matrix.high for part, matrix in matrices.items()}
+    arrays.update({f"{part}_scales": matrix.scales for part, matrix in matrices.items()})
+    arrays.update({f"{part}{LOW_PLANE}": matrix.low for part, matrix in matrices.items()})
+    return arrays
+
+
+def pack(arrays: Mapping[str, NDArray[np.generic]]) -> tuple[list[NDArray[np.uint8]], dict[str, int]]:
+    """One page-padded buffer for each plane, and where each array starts in all of them together."""
+    offsets: dict[str, int] = {}
+    planes: list[NDArray[np.uint8]] = []
+    for is_low in (False, True):
+        names = [name for name in arrays if name.endswith(LOW_PLANE) == is_low]
+        if not names:
+            continue
+        start_bytes = sum(map(len, planes))
+        plane, inside = _pack_plane({name: arrays[name] for name in names})
+        planes.append(plane)
+        offsets.update({name: start_bytes + offset for name, offset in inside.items()})
+    return planes, offsets
+
+
+def _pack_plane(arrays: dict[str, NDArray[np.generic]]) -> tuple[NDArray[np.uint8], dict[str, int]]:
     """All arrays in one page-padded buffer, and where each starts in it."""
     offsets: dict[str, int] = {}
     end = 0

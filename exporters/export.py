@@ -35,7 +35,7 @@ from exporters.config import Settings
 from exporters.encoder import read_pooling
 from exporters.experts import write_experts
 from exporters.graph import compile_segments
-from exporters.quantize import WEIGHTS, format_of, write_tensor
+from exporters.quantize import WEIGHTS, experts_format_of, format_of, write_tensor
 from exporters.reference_pass import Observations, ReferencePass
 from exporters.sensitivity import DEFAULT_MAX_ERROR, ErrorMeter, experts_error, importance_of
 from exporters.sources import Sources
@@ -203,7 +203,7 @@ class _Export:
         return Block(block.name, block.operations, segments, tuple(keys), weight_bytes)
 
     def _write_experts(self, out: SliceWriter, plan: ExpertsPlan, observed: Observations) -> None:
-        format = format_of("linear", self.options.weights)
+        format = experts_format_of(self.options.weights)
         source = self.sources.experts[plan.name]
         if format != "fp32":
             error = experts_error(source, format, observed)

@@ -1,11 +1,12 @@
 """Which format each tensor gets, and writing it in that format.
 
-| role                 | fp32 | int8 | int4 |
-|----------------------|------|------|------|
-| linear, experts      | fp32 | int8 | int4 |
-| shared k and v       | fp32 | int8 | int8 |
-| embedding, head      | fp32 | int8 | int8 |
-| router, vector, table| fp32 | fp32 | fp32 |
+| role                 | fp32 | int8 | int4 | nested4 |
+|----------------------|------|------|------|---------|
+| linear               | fp32 | int8 | int4 | int4    |
+| experts              | fp32 | int8 | int4 | nested4 |
+| shared k and v       | fp32 | int8 | int8 | int8    |
+| embedding, head      | fp32 | int8 | int8 | int8    |
+| router, vector, table| fp32 | fp32 | fp32 | fp32    |
 
 A router decides which experts run: one flipped choice costs more than its few bytes save. Vectors and tables are
 small. The head (often tied to the embedding) picks the token: at 4 bits it alone cost 1.5 % of the top tokens on the
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from edge_kernels.experts import NESTED_BITS
+from edge_kernels.nested import dequantize_nested, quantize_nested
 from edge_kernels.quantization import QuantizedMatrix, dequantize, quantize
 from numpy.typing import NDArray
 
@@ -32,7 +35,7 @@ from exporters.architectures.plan import EMBEDDING, HEAD, LINEAR, SHARED_KEY_VAL
 from exporters.checkpoint import Floats
 from exporters.sources import TensorSource
 
-WEIGHTS = ("fp32", "int8", "int4")
+WEIGHTS = ("fp32", "int8", "int4", "nested4")
 _FORMATS: Mapping[str, Mapping[str, str]] = {
     "fp32": {},
     "int8": dict.fromkeys((LINEAR, SHARED_KEY_VALUE, EMBEDDING, HEAD), "int8"),
@@ -42,7 +45,12 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
 
 def format_of(role: str, weights: str) -> str:
     """The format of a tensor with this role in a bundle of these weights."""
-    return _FORMATS[weights].get(role, "fp32")
+    return _FORMATS["int4" if weights == "nested4" else weights].get(role, "fp32")
+
+
+def experts_format_of(weights: str) -> str:
+    """The format of experts: bit-nested ones make sense only where single ones are read."""
+    return weights if weights == "nested4" else format_of(LINEAR, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,10 @@ def _append(out: SliceWriter, chunks: Iterator[NDArray[np.generic]]) -> Part:
 
 
 def round_trip(rows: Floats, format: str, importance: Floats | None = None) -> Floats:
-    """The float32 values that the quantized rows stand for."""
+    """The float32 values that the quantized rows stand for; of bit-nested ones at all their bits."""
+    if format == "nested4":
+        return dequantize_nested(
+            quantize_nested(rows, importance=importance), NESTED_BITS[format], rows.shape[1]
+        )
     quantized: QuantizedMatrix = quantize(rows, format, importance=importance)
     return dequantize(quantized, format, rows.shape[1])

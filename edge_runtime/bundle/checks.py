@@ -14,6 +14,7 @@ import numpy as np
 from edge_runtime.bundle.hashing import digest_hex
 from edge_runtime.bundle.manifest import (
     FORMAT_VERSION,
+    LOW_PLANE,
     SLICE_ALIGNMENT_BYTES,
     TENSOR_FORMATS,
     Block,
@@ -72,7 +73,8 @@ def _check_tensor(manifest: Manifest, name: str, tensor: Tensor) -> None:
 
 def _check_experts(manifest: Manifest, name: str, tensor: Tensor) -> None:
     """Experts that are read one by one lie on pages, in one slice, and inside it."""
-    if len(tensor.expert_digests) != tensor.shape[0] or not tensor.is_experts:
+    planes = TENSOR_FORMATS[tensor.format].planes
+    if len(tensor.expert_digests) != planes * tensor.shape[0] or not tensor.is_experts:
         raise BundleError(f"tensor {name} has {len(tensor.expert_digests)} expert digests")
     if not all(_BLAKE3.fullmatch(digest) for digest in tensor.expert_digests):
         raise BundleError(f"tensor {name} has an expert digest that is not a BLAKE3")
@@ -80,11 +82,29 @@ def _check_experts(manifest: Manifest, name: str, tensor: Tensor) -> None:
     stride_bytes = tensor.expert_stride_bytes
     if (first_byte | stride_bytes) % SLICE_ALIGNMENT_BYTES:
         raise BundleError(f"tensor {name}: experts don't start on pages")
+    if planes > 1:
+        _check_planes(name, tensor)
     keys = {part.slice for part in tensor.parts.values()}
-    if len(keys) != 1 or first_byte + len(tensor.expert_digests) * stride_bytes > max(
+    if len(keys) != 1 or first_byte + tensor.shape[0] * stride_bytes > max(
         manifest.slices[key].size_bytes for key in keys
     ):
         raise BundleError(f"tensor {name}: experts are not all inside one slice")
+
+
+def _check_planes(name: str, tensor: Tensor) -> None:
+    """A plane is whole pages, and each part lies inside its own: an expert must not run on bytes nobody read."""
+    first_byte = min(part.offset_bytes for part in tensor.parts.values())
+    high_bytes, low_bytes = tensor.plane_bytes
+    if high_bytes <= 0 or low_bytes <= 0 or (high_bytes | low_bytes) % SLICE_ALIGNMENT_BYTES:
+        raise BundleError(f"tensor {name}: planes don't start on pages")
+    for part_name, part in tensor.parts.items():
+        end = tensor.expert_stride_bytes if part_name.endswith(LOW_PLANE) else high_bytes
+        if part.offset_bytes - first_byte + _size_bytes(part) > end:
+            raise BundleError(f"tensor {name}: {part_name} reaches beyond its plane")
+
+
+def _size_bytes(part: Part) -> int:
+    return math.prod(part.shape) * np.dtype(part.dtype).itemsize
 
 
 def _check_part(manifest: Manifest, owner: str, part: Part, last_copy_bytes: int = 0) -> None:
@@ -93,8 +113,7 @@ def _check_part(manifest: Manifest, owner: str, part: Part, last_copy_bytes: int
         raise BundleError(f"{owner} lies in the unknown slice {part.slice!r}")
     if part.dtype not in _DTYPES or any(side < 0 for side in part.shape) or part.offset_bytes < 0:
         raise BundleError(f"{owner} has a bad dtype, shape or offset")
-    size_bytes = math.prod(part.shape) * np.dtype(part.dtype).itemsize
-    if part.offset_bytes + last_copy_bytes + size_bytes > entry.size_bytes:
+    if part.offset_bytes + last_copy_bytes + _size_bytes(part) > entry.size_bytes:
         raise BundleError(f"{owner} reaches beyond the end of slice {part.slice}")
 
 

@@ -41,7 +41,7 @@ def expert_digest(pieces: Sequence[bytes]) -> bytes:
 
 
 def digest_of_expert(data: bytes | memoryview) -> bytes:
-    """Of the `expert_stride_bytes` of one expert."""
+    """Of one plane of an expert: of all its `expert_stride_bytes` where it has only one."""
     view = memoryview(data).cast("B")
     starts = range(0, len(view), EXPERT_PIECE_BYTES)
     return expert_digest([blake3(view[start : start + EXPERT_PIECE_BYTES]).digest() for start in starts])

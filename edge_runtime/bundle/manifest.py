@@ -49,12 +49,16 @@ class TensorFormat:
     bits: int
     block: int
     parts: tuple[str, ...]
+    planes: int = (
+        1  # of an expert: runs of pages, each read and checked alone; parts named *_low are in the second
+    )
 
 
 # `int8` and `int4` are MatMulNBits' layouts: data uint8 [out, ceil(in/32), 32*bits/8], zero point 2^(bits-1), low
 # nibble first; scales float32 [out, ceil(in/32)]. `experts_*` hold E experts; each part has one more leading
 # dimension, and one expert's parts (gate, up, down data, then gate, up, down scales) lie together,
-# `expert_stride_bytes` apart.
+# `expert_stride_bytes` apart. `experts_nested4` is the layout of `edge_kernels.nested`: the parts up to the scales are
+# a plane that is usable alone, at 2 bits a weight; on the next page begins the plane that makes it 4.
 TENSOR_FORMATS: Mapping[str, TensorFormat] = {
     f.name: f
     for f in (
@@ -74,8 +78,19 @@ TENSOR_FORMATS: Mapping[str, TensorFormat] = {
             QUANTIZATION_BLOCK,
             ("gate", "up", "down", "gate_scales", "up_scales", "down_scales"),
         ),
+        TensorFormat(
+            "experts_nested4",
+            4,
+            QUANTIZATION_BLOCK,
+            (
+                *("gate", "up", "down", "gate_scales", "up_scales", "down_scales"),
+                *("gate_low", "up_low", "down_low"),
+            ),
+            planes=2,
+        ),
     )
 }
+LOW_PLANE = "_low"  # how names of parts in the second plane end
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +99,8 @@ class Tensor:
 
     For `experts_*`, each Part describes expert 0 (shape without the leading E) and expert e's array starts
     `e * expert_stride_bytes` later in the same slice. An expert's bytes are the `expert_stride_bytes` from the first of
-    its parts on; `expert_digests` has the digest (64 hex digits, see `hashing.expert_digest`) of each, so that one
-    expert can be read and checked without the rest of its slice. Older bundles have none.
+    its parts on; `expert_digests` has the digest (64 hex digits, see `hashing.expert_digest`) of each plane of each
+    expert, plane after plane, so that it can be read and checked without the rest of its slice. Old bundles have none.
     """
 
     format: str
@@ -97,6 +112,15 @@ class Tensor:
     @property
     def is_experts(self) -> bool:
         return self.format.startswith("experts_")
+
+    @property
+    def plane_bytes(self) -> tuple[int, ...]:
+        """Of an expert's planes, one behind the other; together they are the stride."""
+        low = [part.offset_bytes for name, part in self.parts.items() if name.endswith(LOW_PLANE)]
+        if not low:
+            return (self.expert_stride_bytes,)
+        first_bytes = min(low) - min(part.offset_bytes for part in self.parts.values())
+        return first_bytes, self.expert_stride_bytes - first_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +175,7 @@ class ModelInfo:
     kv_bytes_per_token_per_layer: int
     eos_ids: tuple[int, ...]
     bos_id: int  # -1: none
-    weights: str  # the --weights choice: fp32, int8, int4
+    weights: str  # the --weights choice: fp32, int8, int4, nested4
     add_bos: bool = False  # the tokenizer's own post-processor adds it; here for display
 
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+from edge_kernels.nested import FULL_BITS, NestedMatrix, dequantize_nested
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.bundle.manifest import TENSOR_FORMATS, Part, Tensor
+from edge_runtime.bundle.manifest import LOW_PLANE, TENSOR_FORMATS, Part, Tensor
 from edge_runtime.errors import EngineError
 
 Float32 = NDArray[np.float32]
@@ -39,6 +40,8 @@ def read_expert(bundle: Bundle, name: str, expert: int, projection: str) -> Floa
     moved = expert * tensor.expert_stride_bytes
     parts = {key: replace(part, offset_bytes=part.offset_bytes + moved) for key, part in tensor.parts.items()}
     shape = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
+    if f"{projection}{LOW_PLANE}" in parts:
+        return _decode_nested(bundle, parts, projection, shape[1])
     bits = TENSOR_FORMATS[tensor.format].bits
     return _decode(bundle, parts, projection, f"{projection}_scales", bits, shape)
 
@@ -75,3 +78,10 @@ def _decode(
     if scales not in parts:
         return array.astype(np.float32, copy=False).reshape(shape)
     return dequantize(array.view(np.uint8), bundle.part(parts[scales]).view(np.float32), bits, shape[-1])
+
+
+def _decode_nested(bundle: Bundle, parts: Mapping[str, Part], name: str, columns: int) -> Float32:
+    high, scales, low = (
+        bundle.part(parts[part]).view(np.uint8) for part in (name, f"{name}_scales", f"{name}{LOW_PLANE}")
+    )
+    return dequantize_nested(NestedMatrix(high, low, scales), FULL_BITS, columns)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.hashing import digest_of_expert
 from edge_runtime.bundle.manifest import Block, Manifest, Tensor
 from edge_runtime.errors import BundleError
 
@@ -27,10 +28,11 @@ class ExpertLayer:
     experts: int
     hidden: int
     intermediate: int
-    format: str  # fp32, int8, int4
+    format: str  # fp32, int8, int4, nested4
     offsets: Mapping[str, int]  # of the parts, inside an expert
-    digests: Sequence[bytes]
+    digests: Sequence[bytes]  # of every plane of every expert, plane after plane
     top_k: int
+    plane_bytes: tuple[int, ...]  # one behind the other; together the stride
 
     def __str__(self) -> str:
         return f"layer {self.layer}"
@@ -44,8 +46,28 @@ class ExpertLayer:
         """What one token needs of this layer."""
         return self.top_k * self.stride_bytes
 
-    def offset(self, expert: int) -> int:
-        return self.first_byte + expert * self.stride_bytes
+    @property
+    def planes(self) -> int:
+        return len(self.plane_bytes)
+
+    def offset(self, expert: int, plane: int = 0) -> int:
+        return self.first_byte + expert * self.stride_bytes + self.plane_start(plane)
+
+    def plane_start(self, plane: int) -> int:
+        """Inside an expert; of the plane after the last: where it ends."""
+        return sum(self.plane_bytes[:plane])
+
+    def digest(self, expert: int, plane: int) -> bytes:
+        return self.digests[expert * self.planes + plane]
+
+    def is_right(self, expert: int, data: bytes | memoryview) -> bool:
+        """Whether these are the signed bytes of the expert, all planes of them."""
+        view = memoryview(data).cast("B")
+        return len(view) == self.stride_bytes and all(
+            digest_of_expert(view[self.plane_start(plane) : self.plane_start(plane + 1)])
+            == self.digest(expert, plane)
+            for plane in range(self.planes)
+        )
 
 
 def expert_layers(bundle: Bundle, blocks: Iterable[Block], *, files: bool = True) -> tuple[ExpertLayer, ...]:
@@ -119,6 +141,7 @@ def _layer(bundle: Bundle, name: str, tensor: Tensor, layer: int, top_k: int) ->
         offsets={part: at.offset_bytes - first_byte for part, at in tensor.parts.items()},
         digests=tuple(bytes.fromhex(digest) for digest in tensor.expert_digests),
         top_k=top_k,
+        plane_bytes=tensor.plane_bytes,
     )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from edge_kernels.experts import ExpertWeights, run_each, run_experts
 from numpy.typing import NDArray
 
-from edge_runtime.bundle.hashing import digest_of_expert
 from edge_runtime.errors import EngineError
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
@@ -64,7 +63,7 @@ class PeerStore:
     def put(self, layer: int, expert: int, data: bytes | memoryview) -> bool:
         """False, and nothing done, where the bytes are not those that the manifest names."""
         held = self._held[layer]
-        if len(data) != held.layer.stride_bytes or digest_of_expert(data) != held.layer.digests[expert]:
+        if not held.layer.is_right(expert, data):
             return False
         held.arena.slot(int(held.slots[expert]))[:] = data
         return True

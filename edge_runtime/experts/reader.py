@@ -1,8 +1,9 @@
 """Reads experts from flash into memory, on a few threads, and lets no wrong byte through.
 
-An expert is read in pieces, by as many lanes as are free, and each is hashed while others are still on their way. What
-does not match, or can't be read, is read again through the page cache, then fetched from whoever has the bundle (and
-mended on flash); only then is it given up.
+A plane of an expert (all of it, where it has one) is read in pieces, by as many lanes as are free, and each is hashed
+while others are still on their way. What does not match, or can't be read, is read again through the page cache, then
+fetched from whoever has the bundle (and mended on flash); only then is it given up. What somebody waits for goes before
+what may come later.
 
 Knows: files, lanes, digests. Does not know: which expert is wanted why, or which memory is free.
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -45,15 +48,19 @@ class ReadBatch:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
+    layer: int
     expert: int
+    plane: int
     problem: Exception | None  # None: the bytes are in their place, and right
 
 
 class _Job:
-    """One expert on its way: lanes bring its pieces, and their digests."""
+    """A plane of an expert on its way: lanes bring its pieces, and their digests."""
 
-    def __init__(self, batch: ReadBatch, layer: ExpertLayer, expert: int, target: memoryview) -> None:
-        self.batch, self.layer, self.expert, self.target = batch, layer, expert, target
+    def __init__(
+        self, batch: ReadBatch, layer: ExpertLayer, expert: int, plane: int, target: memoryview
+    ) -> None:
+        self.batch, self.layer, self.expert, self.plane, self.target = batch, layer, expert, plane, target
         self.problem = ""  # the first piece that could not be read, and why
         self._digests = [b""] * -(-len(target) // EXPERT_PIECE_BYTES)
         self._missing = len(self._digests)
@@ -65,11 +72,20 @@ class _Job:
 
     @property
     def offset_bytes(self) -> int:
-        return self.layer.offset(self.expert)
+        return self.layer.offset(self.expert, self.plane)
 
     @property
     def is_right(self) -> bool:
-        return expert_digest(self._digests) == self.layer.digests[self.expert]
+        return expert_digest(self._digests) == self.layer.digest(self.expert, self.plane)
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.layer}"
+
+    @property
+    def name(self) -> str:
+        if self.layer.planes == 1:
+            return f"expert {self.expert}"
+        return f"plane {self.plane + 1} of expert {self.expert}"
 
     def piece(self, number: int) -> memoryview:
         return self.target[number * EXPERT_PIECE_BYTES : (number + 1) * EXPERT_PIECE_BYTES]
@@ -99,7 +115,7 @@ class Cancelled(EdgeRuntimeError):
 class ReadCounters:
     """Of all lanes; under the reader's lock."""
 
-    reads: int = 0
+    reads: int = 0  # of planes
     read_bytes: int = 0
     reread: int = 0  # a second time, through the page cache
     refetched: int = 0  # from the coordinator or a peer
@@ -121,7 +137,10 @@ class ExpertReader:
         self._refetch = refetch
         self._read = read
         self._lock = threading.Lock()
-        self._jobs: SimpleQueue[tuple[_Job, int] | None] = SimpleQueue()  # a job and which piece of it
+        # A job and which piece of it. For every entry of the two there is a True among the turns.
+        self._wanted: deque[tuple[_Job, int]] = deque()
+        self._later: deque[tuple[_Job, int]] = deque()
+        self._turns: SimpleQueue[bool] = SimpleQueue()  # False: end
         paths = sorted({layer.path for layer in layers})
         self.direct = direct and direct_works(paths)
         self._descriptors: list[
@@ -148,16 +167,32 @@ class ExpertReader:
     def lanes(self) -> int:
         return len(self._threads)
 
-    def submit(self, batch: ReadBatch, layer: ExpertLayer, expert: int, target: memoryview) -> None:
-        """Read one expert into `target`, which nobody else may touch until it has arrived."""
-        job = _Job(batch, layer, expert, target)
-        for number in range(job.pieces):
-            self._jobs.put((job, number))
+    def submit(
+        self,
+        batch: ReadBatch,
+        layer: ExpertLayer,
+        expert: int,
+        target: memoryview,
+        planes: Iterable[int] = (0,),
+        *,
+        later: bool = False,
+    ) -> None:
+        """Read planes of an expert, whose slot is `target`: that part of it nobody else may touch until it has arrived.
+
+        `later`: only while nothing else is waiting to be read.
+        """
+        queue = self._later if later else self._wanted
+        for plane in planes:
+            place = target[layer.plane_start(plane) : layer.plane_start(plane + 1)]
+            job = _Job(batch, layer, expert, plane, place)
+            for number in range(job.pieces):
+                queue.append((job, number))
+                self._turns.put(True)
 
     def close(self) -> None:
         """Ends when the reads under way have. Idempotent."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._turns.put(False)
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
         if not any(thread.is_alive() for thread in self._threads):
@@ -167,11 +202,19 @@ class ExpertReader:
     # ------------------------------------------------------------ on the lanes
 
     def _work(self, files: dict[Path, int]) -> None:
-        while (next_one := self._jobs.get()) is not None:
-            job, number = next_one
+        while self._turns.get():
+            job, number = self._next()
             why = "" if job.batch.cancelled else self._read_piece(job, number, files[job.layer.path])
             if job.brought(why):
-                job.batch.arrived.put(Arrival(job.expert, self._finish(job)))
+                problem = self._finish(job)
+                job.batch.arrived.put(Arrival(job.layer.layer, job.expert, job.plane, problem))
+
+    def _next(self) -> tuple[_Job, int]:
+        """There is one for whoever has a turn, though others may take the one that was seen first."""
+        while True:
+            for queue in (self._wanted, self._later):
+                with suppress(IndexError):
+                    return queue.popleft()
 
     def _read_piece(self, job: _Job, number: int, descriptor: int) -> str:
         """ "" or why it can't be read."""
@@ -193,7 +236,7 @@ class ExpertReader:
             self.counters.reads += 1
         if not job.problem and job.is_right:
             return None
-        log.warning("expert %d of %s: %s", job.expert, job.layer, job.problem or "wrong bytes from flash")
+        log.warning("%s: %s", job, job.problem or "wrong bytes from flash")
         try:
             self._mend(job, job.problem or "its bytes are not those that were signed")
         except Exception as problem:  # goes to whoever waits
@@ -244,7 +287,7 @@ class ExpertReader:
 
 def _given_up(job: _Job, why: str) -> TamperedError:
     return TamperedError(
-        f"expert {job.expert} of layer {job.layer.layer} (slice {job.layer.slice}) can't be had: {why}",
+        f"{job} (slice {job.layer.slice}) can't be had: {why}",
         hint=f"check the disk; delete {job.layer.path} to have it fetched again",
     )
 
@@ -257,6 +300,6 @@ def _write_back(job: _Job) -> None:
             file.write(job.target)
             file.flush()
             os.fsync(file.fileno())
-        log.info("expert %d of %s was fetched again and mended on flash", job.expert, job.layer)
+        log.info("%s was fetched again and mended on flash", job)
     except OSError as problem:
-        log.warning("expert %d of %s was fetched again but not mended: %s", job.expert, job.layer, problem)
+        log.warning("%s was fetched again but not mended: %s", job, problem)

@@ -24,11 +24,23 @@ class SlotTable:
         self._key_of = [ABSENT] * slots
         self._free = list(reversed(range(slots)))
         self._pinned = np.zeros(slots, bool)
+        self._held = np.zeros(slots, bool)
         self.resident = 0
 
     def slot(self, key: int) -> int:
         """ABSENT where the expert is not here."""
         return self._slot_of[key]
+
+    def key(self, slot: int) -> int:
+        """ABSENT where the slot is free."""
+        return self._key_of[slot]
+
+    def hold(self, slot: int) -> None:
+        """Whoever is in it stays, beyond the batch: more of it is being read."""
+        self._held[slot] = True
+
+    def release(self, slot: int) -> None:
+        self._held[slot] = False
 
     def use(self, key: int, step: int, rows: int) -> int:
         """A hit or a miss, for the policy; a hit is pinned. Returns the slot, or ABSENT."""
@@ -67,9 +79,10 @@ class SlotTable:
 
     def _evict(self, step: int) -> int:
         scores = self._policy.scores(step)
-        scores[self._pinned] = np.inf
+        taken = self._pinned | self._held
+        scores[taken] = np.inf
         slot = int(scores.argmin())
-        if self._pinned[slot]:
+        if taken[slot]:
             return ABSENT
         self._leave(slot)
         return slot

@@ -15,6 +15,8 @@ class LayerStatistics:
     misses: int = 0
     read_bytes: int = 0
     waited_seconds: float = 0.0
+    fewer_bits: int = 0  # hits and misses computed before all planes were there
+    upgraded_bytes: int = 0  # planes read afterwards; not among `read_bytes`
 
     @property
     def hit_rate(self) -> float:
@@ -27,12 +29,25 @@ class CacheStatistics:
     def __init__(self, layers: Iterable[int]) -> None:
         self._layers = {layer: LayerStatistics() for layer in layers}
 
-    def count(self, layer: int, *, hits: int, misses: int, read_bytes: int, waited_seconds: float) -> None:
+    def count(
+        self,
+        layer: int,
+        *,
+        hits: int,
+        misses: int,
+        read_bytes: int,
+        waited_seconds: float,
+        fewer_bits: int = 0,
+    ) -> None:
         own = self._layers[layer]
         own.hits += hits
         own.misses += misses
         own.read_bytes += read_bytes
         own.waited_seconds += waited_seconds
+        own.fewer_bits += fewer_bits
+
+    def count_upgrade(self, layer: int, read_bytes: int) -> None:
+        self._layers[layer].upgraded_bytes += read_bytes
 
     def reset(self) -> None:
         self._layers = {layer: LayerStatistics() for layer in self._layers}
@@ -49,4 +64,6 @@ class CacheStatistics:
             total.misses += own.misses
             total.read_bytes += own.read_bytes
             total.waited_seconds += own.waited_seconds
+            total.fewer_bits += own.fewer_bits
+            total.upgraded_bytes += own.upgraded_bytes
         return total

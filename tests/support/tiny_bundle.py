@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from edge_kernels.nested import quantize_nested
 from edge_kernels.quantization import quantize
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -64,7 +65,7 @@ class _Writer:
 
     def matrix(self, out: SliceWriter, name: str, rows: int, columns: int, format: str = "") -> str:
         weights = (self.rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
-        format = format or self.model.format
+        format = format or self.model.format.replace("nested4", "int4")
         if format == "fp32":
             parts = {"data": out.add(weights)}
         else:
@@ -87,18 +88,23 @@ class _Writer:
         for expert in range(m.experts):
             arrays: dict[str, NDArray[np.generic]] = {}
             scales: dict[str, NDArray[np.generic]] = {}
+            low: dict[str, NDArray[np.generic]] = {}
             for part, shape in shapes.items():
                 weights = (self.rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
                 if m.format == "fp32":
                     arrays[part] = weights
+                elif m.format == "nested4":
+                    nested = quantize_nested(weights)
+                    arrays[part], scales[f"{part}_scales"] = nested.high, nested.scales
+                    low[f"{part}_low"] = nested.low
                 else:
                     quantized = quantize(weights, m.format)
                     arrays[part], scales[f"{part}_scales"] = quantized.data, quantized.scales
             arrays |= scales
-            packed = b"".join(
-                array.tobytes() + bytes(-array.nbytes % PAGE_BYTES) for array in arrays.values()
-            )
-            digests.append(digest_of_expert(packed).hex())
+            planes = [_padded(arrays), *([_padded(low)] if low else [])]
+            arrays |= low
+            digests += [digest_of_expert(plane).hex() for plane in planes]
+            packed = b"".join(planes)
             whole = out.add(packed)
             if expert == 0:
                 offset = whole.offset_bytes
@@ -109,6 +115,11 @@ class _Writer:
         shape = (m.experts, m.intermediate, m.hidden)
         self.tensors[name] = Tensor(f"experts_{m.format}", shape, first, stride, tuple(digests))
         return name
+
+
+def _padded(arrays: dict[str, NDArray[np.generic]]) -> bytes:
+    """Every array on a page of its own."""
+    return b"".join(array.tobytes() + bytes(-array.nbytes % PAGE_BYTES) for array in arrays.values())
 
 
 def build_tiny_bundle(path: Path, model: TinyModel, tokenizer: bytes = b"{}") -> Bundle:

@@ -1,0 +1,54 @@
+"""How many planes of the expert in each slot are in memory, and whose next one is worth reading first.
+
+An expert's planes come in order: each makes a usable expert of those before it (`edge_kernels.nested`). The expert that
+was used most is upgraded first (D2MoE, arXiv 2504.15299, "hottest-expert-bit-first").
+
+Knows: slots, planes, uses. Does not know: bytes, files, threads (one thread uses it).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class PlaneTable:
+    """Of `slots` slots whose experts have `planes` planes."""
+
+    def __init__(self, slots: int, planes: int) -> None:
+        self.planes = planes
+        self._here = [0] * slots
+        self._uses = np.zeros(slots)
+        self._is_coming = np.zeros(slots, bool)
+        self._may_grow = np.zeros(slots, bool)
+
+    def here(self, slot: int) -> int:
+        """Planes that are in memory and right; 0 while the first is on its way."""
+        return self._here[slot]
+
+    def admitted(self, slot: int) -> None:
+        """Another expert gets this slot."""
+        self._here[slot] = 0
+        self._uses[slot] = 0.0
+        self._may_grow[slot] = False
+
+    def arrived(self, slot: int, planes: int) -> None:
+        """So many are here now."""
+        self._here[slot] = planes
+        self._is_coming[slot] = False
+        self._may_grow[slot] = planes < self.planes
+
+    def used(self, slot: int, rows: int) -> None:
+        self._uses[slot] += rows
+
+    def next_upgrades(self, most: int) -> list[int]:
+        """Slots whose next plane is to be read, most used first, at most so many; they count as on their way."""
+        candidates = np.flatnonzero(self._may_grow & ~self._is_coming)
+        order = np.argsort(-self._uses[candidates], kind="stable")
+        chosen = candidates[order[:most]]
+        self._is_coming[chosen] = True
+        return [int(slot) for slot in chosen]
+
+    def gave_up(self, slot: int) -> None:
+        """Its next plane can't be had: the expert stays as it is for as long as it stays."""
+        self._is_coming[slot] = False
+        self._may_grow[slot] = False

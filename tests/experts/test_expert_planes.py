@@ -1,0 +1,351 @@
+"""Bit-nested experts: whole ones compute the same bits always; used early, each has the bits of the planes it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edge_kernels.experts import ExpertWeights, run_experts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.bundle import hashing
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.bundle.checks import check_manifest
+from edge_runtime.bundle.manifest import LOW_PLANE
+from edge_runtime.errors import BundleError, EngineError, TamperedError
+from edge_runtime.experts import reader
+from edge_runtime.experts.cache import CacheOptions, ExpertCache
+from edge_runtime.experts.flash_store import ExpertLayer
+from edge_runtime.experts.lanes import read_into
+from edge_runtime.experts.peer_store import PeerStore
+from edge_runtime.experts.planes import PlaneTable
+from edge_runtime.experts.policies import POLICIES
+from tests.experts.test_expert_cache import (
+    EXPERTS,
+    LAYERS,
+    TOP_K,
+    Ids,
+    Rows,
+    check_same,
+    layers_of,
+    mapped,
+    slots_bytes,
+    some_rows,
+)
+from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
+
+MODEL = TinyModel(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, format="nested4")
+ALL_SLOTS = LAYERS * EXPERTS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pieces() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (hashing, reader):
+            patch.setattr(module, "EXPERT_PIECE_BYTES", 8192)
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_tiny_bundle(tmp_path_factory.mktemp("planes") / "bundle", MODEL)
+
+
+@pytest.fixture
+def own_bundle(tmp_path: Path) -> Bundle:
+    """For tests that damage it."""
+    return build_tiny_bundle(tmp_path / "bundle", MODEL)
+
+
+def first_plane(bundle: Bundle, layer: ExpertLayer) -> ExpertWeights:
+    whole = mapped(bundle, layer)
+    offsets = {part: at for part, at in whole.offsets.items() if not part.endswith(LOW_PLANE)}
+    return replace(whole, format="nested2", offsets=offsets)
+
+
+def run(cache: ExpertCache, layer: ExpertLayer, asked: tuple[Rows, Ids, Rows]) -> Rows:
+    return cache.run(layer.layer, *asked, activation="silu", threads=1)
+
+
+def start_at_2_bits(bundle: Bundle, slots: int = ALL_SLOTS, **options: object) -> ExpertCache:
+    chosen = CacheOptions(slots_bytes(bundle, slots), start_bits=2)
+    return ExpertCache(layers_of(bundle), replace(chosen, **options))  # type: ignore[arg-type]
+
+
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    slots=st.integers(LAYERS * TOP_K, ALL_SLOTS),
+    lanes=st.integers(1, 4),
+    batches=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whole_experts_give_the_same_bits_always(
+    bundle: Bundle, policy: str, slots: int, lanes: int, batches: list[int], seed: int
+) -> None:
+    cache = ExpertCache(
+        layers_of(bundle), CacheOptions(slots_bytes(bundle, slots), policy=policy, lanes=lanes)
+    )
+    try:
+        assert not cache.is_lossy
+        check_same(bundle, cache, batches, seed=seed, threads=1 + seed % 3)
+    finally:
+        cache.close()
+    total = cache.statistics.total
+    assert cache.reader.counters.reads == 2 * total.misses
+    assert cache.reader.counters.read_bytes == total.read_bytes
+    assert (total.fewer_bits, total.upgraded_bytes) == (0, 0)
+
+
+@given(seed=st.integers(0, 1000), slots=st.integers(LAYERS * TOP_K, ALL_SLOTS))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_same_bits_under_read_errors(bundle: Bundle, seed: int, slots: int) -> None:
+    chance, lock = random.Random(seed), threading.Lock()
+
+    def unreliable(descriptor: int, target: memoryview, offset_bytes: int) -> int:
+        with lock:
+            kind = chance.choice(("right", "right", "error", "end", "flipped"))
+        if kind == "error":
+            raise OSError("input/output error")
+        if kind == "end":
+            return 0
+        count = read_into(descriptor, target, offset_bytes)
+        if kind == "flipped":
+            target[count // 2] ^= 1
+        return count
+
+    options = CacheOptions(
+        slots_bytes(bundle, slots),
+        lanes=3,
+        refetch=lambda key, offset, length: bundle.read(key, offset, length)[0],
+        read=unreliable,
+    )
+    cache = ExpertCache(layers_of(bundle), options)
+    try:
+        check_same(bundle, cache, [9, 1, 1, 3], seed=seed)
+    finally:
+        cache.close()
+    assert cache.reader.counters.reread > 0
+
+
+def test_an_expert_used_early_has_the_bits_of_its_first_plane_and_then_of_both(bundle: Bundle) -> None:
+    cache = start_at_2_bits(bundle)
+    assert cache.upgrades is not None
+    asked = {layer.layer: some_rows(layer, 5, layer.layer) for layer in layers_of(bundle)}
+    for layer in layers_of(bundle):
+        wanted = run_experts(*asked[layer.layer], first_plane(bundle, layer), activation="silu")
+        np.testing.assert_array_equal(run(cache, layer, asked[layer.layer]), wanted)
+    total = cache.statistics.total
+    assert total.fewer_bits == total.misses > 0
+    assert total.read_bytes == total.misses * layers_of(bundle)[0].plane_bytes[0]
+    before = total.fewer_bits
+    for _ in range(ALL_SLOTS):  # a few experts after each step
+        cache.upgrades.wait()
+        cache.upgrades.begin()
+    assert cache.upgrades.under_way == 0
+    for layer in layers_of(bundle):
+        wanted = run_experts(*asked[layer.layer], mapped(bundle, layer), activation="silu")
+        np.testing.assert_array_equal(run(cache, layer, asked[layer.layer]), wanted)
+    total = cache.statistics.total
+    assert total.fewer_bits == before
+    assert total.upgraded_bytes == total.misses * layers_of(bundle)[0].plane_bytes[1]
+    cache.close()
+
+
+@given(
+    slots=st.integers(LAYERS * TOP_K, ALL_SLOTS),
+    lanes=st.integers(1, 3),
+    batches=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_while_planes_come_every_expert_has_the_bits_of_some_of_its_planes(
+    bundle: Bundle, slots: int, lanes: int, batches: list[int], seed: int
+) -> None:
+    """With one expert a row, each row is exactly what that expert gives at 2 bits or at 4: never a mixture."""
+    cache = start_at_2_bits(bundle, slots, lanes=lanes)
+    try:
+        for step, rows in enumerate(batches):
+            for layer in layers_of(bundle):
+                x, ids, gates = some_rows(layer, rows, seed + 100 * step + layer.layer)
+                ids, gates = np.ascontiguousarray(ids[:, :1]), np.ones((rows, 1), np.float32)
+                got = run(cache, layer, (x, ids, gates))
+                low = run_experts(x, ids, gates, first_plane(bundle, layer), activation="silu")
+                high = run_experts(x, ids, gates, mapped(bundle, layer), activation="silu")
+                assert ((got == low).all(axis=1) | (got == high).all(axis=1)).all()
+    finally:
+        cache.close()
+
+
+def test_without_upgrades_they_stay_as_they_are(bundle: Bundle) -> None:
+    cache = start_at_2_bits(bundle, upgrades=False)
+    assert cache.is_lossy
+    for seed in range(4):
+        for layer in layers_of(bundle):
+            asked = some_rows(layer, 5, seed)
+            wanted = run_experts(*asked, first_plane(bundle, layer), activation="silu")
+            np.testing.assert_array_equal(run(cache, layer, asked), wanted)
+    assert cache.statistics.total.upgraded_bytes == 0
+    cache.close()
+
+
+def test_start_bits_mean_nothing_where_experts_have_no_planes(tmp_path: Path) -> None:
+    plain = build_tiny_bundle(tmp_path / "plain", replace(MODEL, format="int4"))
+    cache = start_at_2_bits(plain)
+    assert not cache.is_lossy
+    assert cache.upgrades is None
+    check_same(plain, cache, [5, 1])
+    cache.close()
+    with pytest.raises(EngineError, match="start with 3 bits"):
+        start_at_2_bits(plain, start_bits=3)
+
+
+@pytest.mark.parametrize("plane", [0, 1])
+def test_a_flipped_bit_is_named_with_its_plane_and_mended(
+    own_bundle: Bundle, caplog: pytest.LogCaptureFixture, plane: int
+) -> None:
+    layer = layers_of(own_bundle)[1]
+    good = layer.path.read_bytes()
+    flip(layer, 5, plane)
+    asked: list[tuple[str, int, int]] = []
+
+    def refetch(key: str, offset_bytes: int, length_bytes: int) -> bytes:
+        asked.append((key, offset_bytes, length_bytes))
+        return good[offset_bytes : offset_bytes + length_bytes]
+
+    options = CacheOptions(slots_bytes(own_bundle, ALL_SLOTS))
+    rows = some_rows(layer, 30, 0)
+    cache = ExpertCache(layers_of(own_bundle), options)
+    name = rf"plane {plane + 1} of expert 5 of layer 1 \(slice layers\.1\.experts\)"
+    with pytest.raises(TamperedError, match=name):
+        run(cache, layer, rows)
+    cache.close()
+    cache = ExpertCache(layers_of(own_bundle), replace(options, refetch=refetch))
+    with caplog.at_level(logging.WARNING):
+        got = run(cache, layer, rows)
+    cache.close()
+    assert f"plane {plane + 1} of expert 5 of layer 1: wrong bytes from flash" in caplog.text
+    assert asked == [("layers.1.experts", layer.offset(5, plane), layer.plane_bytes[plane])]
+    assert layer.path.read_bytes() == good
+    np.testing.assert_array_equal(got, run_experts(*rows, mapped(own_bundle, layer), activation="silu"))
+
+
+def test_an_upgrade_that_can_not_be_had_leaves_the_expert_at_fewer_bits(
+    own_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = layers_of(own_bundle)[LAYERS - 1]
+    low = first_plane(own_bundle, layer)
+    whole = mapped(own_bundle, layer)
+    for expert in range(EXPERTS):
+        flip(layer, expert, plane=1)
+    cache = start_at_2_bits(own_bundle)
+    assert cache.upgrades is not None
+    rows = some_rows(layer, 5, 0)
+    wanted = run_experts(*rows, low, activation="silu")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(EXPERTS):
+            np.testing.assert_array_equal(run(cache, layer, rows), wanted)
+            cache.upgrades.wait()
+    assert "stays at fewer bits: plane 2 of expert" in caplog.text
+    assert cache.statistics.total.upgraded_bytes == 0
+    assert not np.array_equal(wanted, run_experts(*rows, whole, activation="silu"))
+    cache.close()
+
+
+def test_what_is_waited_for_is_read_before_upgrades(bundle: Bundle) -> None:
+    """One lane, held until both an upgrade and an expert are asked for: the expert comes first."""
+    layer = layers_of(bundle)[0]
+    go_on = threading.Event()
+    offsets: list[int] = []
+
+    def noted(descriptor: int, target: memoryview, offset_bytes: int) -> int:
+        assert go_on.wait(10)
+        offsets.append(offset_bytes)
+        return read_into(descriptor, target, offset_bytes)
+
+    arena = memoryview(bytearray(3 * layer.stride_bytes))
+    slots = [arena[i * layer.stride_bytes : (i + 1) * layer.stride_bytes] for i in range(3)]
+    flash = reader.ExpertReader(layers_of(bundle), lanes=1, direct=False, read=noted)
+    batch = reader.ReadBatch()
+    flash.submit(batch, layer, 0, slots[0], (0,))
+    flash.submit(batch, layer, 1, slots[1], (1,), later=True)
+    flash.submit(batch, layer, 2, slots[2], (0,))
+    go_on.set()
+    order = [batch.arrived.get() for _ in range(3)]
+    flash.close()
+    assert [(arrival.expert, arrival.plane) for arrival in order] == [(0, 0), (2, 0), (1, 1)]
+    assert bytes(slots[2][: layer.plane_bytes[0]]) == data_of(bundle, layer, 2)[: layer.plane_bytes[0]]
+
+
+@given(
+    uses=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    most=st.integers(0, 12),
+    complete=st.sets(st.integers(0, 11)),
+)
+def test_the_most_used_are_upgraded_first(uses: list[int], most: int, complete: set[int]) -> None:
+    table = PlaneTable(len(uses), 2)
+    for slot, rows in enumerate(uses):
+        table.admitted(slot)
+        table.arrived(slot, 2 if slot in complete else 1)
+        table.used(slot, rows)
+    chosen = table.next_upgrades(most)
+    wanting = [slot for slot in range(len(uses)) if slot not in complete]
+    assert chosen == sorted(wanting, key=lambda slot: -uses[slot])[:most]
+    assert not set(table.next_upgrades(len(uses))) & set(chosen)
+    for slot in chosen:
+        table.arrived(slot, 2)
+    assert not set(table.next_upgrades(len(uses))) & set(chosen)
+
+
+def test_peers_check_every_plane(bundle: Bundle) -> None:
+    layer = layers_of(bundle)[0]
+    store = PeerStore([layer], {layer.layer: [2]})
+    good = data_of(bundle, layer, 2)
+    for plane in range(2):
+        wrong = bytearray(good)
+        wrong[layer.plane_start(plane)] ^= 1
+        assert not store.put(layer.layer, 2, bytes(wrong))
+    assert not store.put(layer.layer, 2, good[: layer.plane_bytes[0]])
+    assert store.put(layer.layer, 2, good)
+
+
+def test_planes_that_do_not_hold_their_parts_are_refused(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    name = next(name for name, tensor in manifest.tensors.items() if tensor.is_experts)
+    tensor = manifest.tensors[name]
+
+    def refused(match: str, **parts: int) -> None:
+        moved = {
+            key: replace(part, offset_bytes=part.offset_bytes + parts.get(key, 0))
+            for key, part in tensor.parts.items()
+        }
+        wrong = replace(tensor, parts=moved)
+        with pytest.raises(BundleError, match=match):
+            check_manifest(replace(manifest, tensors={**manifest.tensors, name: wrong}))
+
+    check_manifest(manifest)
+    refused("planes don't start on pages", gate_low=64)
+    refused("down_scales reaches beyond its plane", down_scales=4096)
+    few = replace(tensor, expert_digests=tensor.expert_digests[: tensor.shape[0]])
+    with pytest.raises(BundleError, match="expert digests"):
+        check_manifest(replace(manifest, tensors={**manifest.tensors, name: few}))
+
+
+def data_of(bundle: Bundle, layer: ExpertLayer, expert: int) -> bytes:
+    return bundle.read(layer.slice, layer.offset(expert), layer.stride_bytes)[0]
+
+
+def flip(layer: ExpertLayer, expert: int, plane: int) -> None:
+    with layer.path.open("r+b") as file:
+        file.seek(layer.offset(expert, plane) + 100)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
