@@ -8,7 +8,7 @@ Knows: one request's ids, one user's memory. Does not know: models, noise (it gu
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,9 @@ import numpy as np
 from edge_runtime.core import SamplingParams
 from edge_runtime.speculative.drafters.base import ROOT, Proposal, no_proposal
 from edge_runtime.speculative.drafters.suffix_memory import SuffixMemory
+from edge_runtime.speculative.drafters.suffix_paths import SEPARATOR
 from edge_runtime.speculative.drafters.suffix_tree import (
     DEPTH,
-    SEPARATOR,
     Continuation,
     Ids,
     Node,
@@ -121,7 +121,7 @@ class SuffixDrafter:
     # ------------------------------------------------------------ choosing a match
 
     def _candidates(self, tail: Ids, count: int, width: int) -> list[Proposal]:
-        def choose(tree: SuffixTree, nodes: list[Node]) -> Continuation | None:
+        def choose(tree: SuffixTree, nodes: Iterator[Node]) -> Continuation | None:
             return self._best(tree, nodes, count, width)
 
         found = [choose(self._tree, self._tree.find(tail, is_own_end=True))]
@@ -133,19 +133,15 @@ class SuffixDrafter:
             if best is not None and best.ids
         ]
 
-    def _best(self, tree: SuffixTree, nodes: list[Node], count: int, width: int) -> Continuation | None:
-        """Nodes come longest match first, so that among equals the longer match stays."""
-        best, best_score, best_node = None, 0.0, None
-        for node in nodes:
-            allowed = self._options.allowance(node.match_tokens, count)
-            if allowed <= best_score:
-                break  # a score is at most the number of ids, and shorter matches allow fewer
-            path = tree.path(node, allowed, self._options.least_probability)
-            if path.score > best_score:
-                best, best_score, best_node = path, path.score, node
-        if best is not None and best_node is not None and width > 1:
-            return self._with_sides(tree, best_node, best, width)
-        return best
+    def _best(self, tree: SuffixTree, nodes: Iterator[Node], count: int, width: int) -> Continuation | None:
+        options = self._options
+        found = tree.best_path(
+            nodes, lambda tokens: options.allowance(tokens, count), options.least_probability
+        )
+        if found is None:
+            return None
+        path, node = found
+        return self._with_sides(tree, node, path, width) if width > 1 else path
 
     def _with_sides(self, tree: SuffixTree, node: Node, chain: Continuation, width: int) -> Continuation:
         """The chain, then the most probable nodes beside it, at most `width` - 1 for each position of the chain."""

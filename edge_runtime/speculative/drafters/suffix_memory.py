@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edge_runtime.errors import ConfigError, UsageError
+from edge_runtime.speculative.drafters.suffix_paths import SEPARATOR
 from edge_runtime.speculative.drafters.suffix_tree import (
-    SEPARATOR,
     Continuation,
     Ids,
     Node,
@@ -31,7 +31,7 @@ _KEPT_SHARE = 0.875  # when it is full: forgetting costs as much as learning, so
 _FORMAT = "edge-runtime suffix memory 1"
 _MOST_HEADER_BYTES = 4096
 
-Choose = Callable[[SuffixTree, list[Node]], Continuation | None]
+Choose = Callable[[SuffixTree, Iterator[Node]], Continuation | None]
 
 
 class SuffixMemory:

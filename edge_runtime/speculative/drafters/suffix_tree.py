@@ -14,18 +14,19 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edge_runtime.speculative.drafters.suffix_paths import SEPARATOR, Branch
 
 Ids = NDArray[np.int32]
 Places = NDArray[np.int64]
 
 DEPTH = 64  # longest run that is matched
 MOST_PLACES = 1024  # of one id, the latest: what bounds the work of a look-up
-SEPARATOR = -1  # before every text: no run reaches across
 _FIRST_LOOK = 4  # ids compared at every place, before the rest is at those that are left
 _PLACE_BYTES = 4.5  # with what arrays keep in reserve
 _LIST_BYTES = 240  # of an id's list, its entry and its key
@@ -38,6 +39,7 @@ class Node:
     match_tokens: int
     count: int
     places: Places  # ascending; each has an id or a separator after it
+    last_places: Places  # of these the ones where no longer run matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class SuffixTree:
 
     # ------------------------------------------------------------ looking up
 
-    def find(self, tail: Ids, *, is_own_end: bool) -> list[Node]:
+    def find(self, tail: Ids, *, is_own_end: bool) -> Iterator[Node]:
         """Nodes of the last m ids of `tail`, longest first, one for each different set of places.
 
         Of the m with the same places only the largest is there: it allows the longest drafts. `is_own_end`: the text
@@ -124,15 +126,20 @@ class SuffixTree:
         if is_own_end:
             places = places[places < self._length - 1]
         self.places_looked_at += len(places)
-        if not len(places):
-            return []
         lengths = self._common_lengths(places, tail[-DEPTH:][::-1])
         ends_here = places == self._length - 1  # the memory's last text: nothing follows
-        nodes = []
-        for tokens in np.unique(lengths)[::-1]:
-            matched = lengths >= tokens
-            nodes.append(Node(int(tokens), int(matched.sum()) + is_own_end, places[matched & ~ends_here]))
-        return nodes
+        return (
+            self._node(int(tokens), places, lengths, ends_here, is_own_end)
+            for tokens in np.unique(lengths)[::-1]
+        )
+
+    @staticmethod
+    def _node(
+        tokens: int, places: Places, lengths: Places, ends_here: NDArray[np.bool_], is_own_end: bool
+    ) -> Node:
+        matched = lengths >= tokens
+        count = int(matched.sum()) + is_own_end
+        return Node(tokens, count, places[matched & ~ends_here], places[(lengths == tokens) & ~ends_here])
 
     def _latest(self, token: int) -> Places:
         places = self._places.get(token)
@@ -152,6 +159,28 @@ class SuffixTree:
         return np.where(agree.all(axis=1), len(backwards), agree.argmin(axis=1))
 
     # ------------------------------------------------------------ going on from a node
+
+    def best_path(
+        self, nodes: Iterator[Node], allowance: Callable[[int], int], least_probability: float
+    ) -> tuple[Continuation, Node] | None:
+        """Of the `path` of each node the one with the largest score, the longer match's among equals.
+
+        `nodes` come as `find` gives them. `allowance`: ids of a path by tokens of match, never more for fewer.
+        """
+        root = Branch()
+        best, best_score = None, 0.0
+        for node in nodes:
+            allowed = allowance(node.match_tokens)
+            if allowed <= best_score:
+                break  # a score is at most the number of ids, and shorter matches allow fewer
+            for place in node.last_places.tolist():
+                after = self._text[place + 1 : min(place + 1 + allowed, self._length)]
+                root.add(after.tolist(), place)
+            ids, probabilities = root.path(node.count, allowed, least_probability)
+            path = Continuation(ids, tuple(range(-1, len(ids) - 1)), probabilities)
+            if path.score > best_score:
+                best, best_score = (path, node), path.score
+        return best
 
     def path(self, node: Node, most_tokens: int, least_probability: float) -> Continuation:
         """The most frequent child, its most frequent child, and so on, while the path's probability is not below."""
@@ -204,5 +233,5 @@ class SuffixTree:
         for token, count in counts.most_common():
             places = node.places[following == token] + 1
             places = places[places < self._length - 1]
-            children.append((token, Node(node.match_tokens + 1, count, places), count / node.count))
+            children.append((token, Node(node.match_tokens + 1, count, places, places), count / node.count))
         return children

@@ -16,7 +16,8 @@ from edge_runtime.errors import ConfigError, UsageError
 from edge_runtime.speculative.drafters.choose import make_drafter
 from edge_runtime.speculative.drafters.suffix import SuffixDrafter
 from edge_runtime.speculative.drafters.suffix_memory import SuffixMemory
-from edge_runtime.speculative.drafters.suffix_tree import SEPARATOR, SuffixTree
+from edge_runtime.speculative.drafters.suffix_paths import SEPARATOR
+from edge_runtime.speculative.drafters.suffix_tree import SuffixTree
 
 GREEDY = SamplingParams(temperature=0.0)
 ids_lists = st.lists(st.integers(0, 3), min_size=1, max_size=60)
@@ -77,6 +78,26 @@ def test_drafts_have_the_counts_of_a_trie(ids: list[int], count: int) -> None:
             for m in range(1, len(ids))
             if runs[(*(tail := tuple(ids[-m:])), *proposal.ids)]
         )
+
+
+@given(
+    texts=st.lists(ids_lists, max_size=3), ids=ids_lists, count=st.integers(1, 12), is_own_end=st.booleans()
+)
+@settings(max_examples=200, deadline=None)
+def test_all_lengths_at_once_are_the_best_of_each_alone(
+    texts: list[list[int]], ids: list[int], count: int, is_own_end: bool
+) -> None:
+    tree = SuffixTree()
+    for text in [*texts, ids] if is_own_end else texts:
+        tree.append([SEPARATOR, *text])
+    tail = np.array(ids, np.int32)
+    best, best_score = None, 0.0
+    for node in tree.find(tail, is_own_end=is_own_end):
+        path = tree.path(node, min(count, node.match_tokens), 0.1)
+        if path.score > best_score:
+            best, best_score = path, path.score
+    found = tree.best_path(tree.find(tail, is_own_end=is_own_end), lambda tokens: min(count, tokens), 0.1)
+    assert (found and found[0]) == best
 
 
 @given(ids=ids_lists, more=ids_lists, keep=st.integers(0, 60), width=st.integers(1, 3))
