@@ -36,7 +36,7 @@ test: setup browser  ## every test: unit, real processes, real browser
 LINK_TESTS := tests/coordinator/test_bad_input.py tests/coordinator/test_runtime_sessions.py tests/experts/test_expert_agent.py \
   tests/experts/test_expert_peer_agents.py \
   tests/sdk tests/conformance tests/trust tests/api tests/agent/test_agents.py tests/coordinator/test_nothing_leaks.py \
-  tests/engine/test_torch_stage.py $(wildcard tests/kernels/test_triton_*.py)
+  tests/engine/test_torch_stage.py tests/engine/test_torch_side_rows.py $(wildcard tests/kernels/test_triton_*.py)
 
 test-unit: setup  ## the fast tests: no processes, no browser, no transformers
 	$(PYTHON) -m pytest -m 'not cluster and not browser and not export' $(addprefix --ignore=,$(LINK_TESTS))

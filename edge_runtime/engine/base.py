@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.core import LayerRange, SessionId
+from edge_runtime.engine.side_rows import NO_SIDES, SideRows
 
 Rows = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive new rows of one session: rows base_row .. base_row + len(ids) - 1, a chain.
+    """Consecutive new rows of one session: rows base_row .. base_row + len(ids) - 1, a chain, and `sides` beside it.
 
-    `logit_rows` counts the rows at the end of the span whose logits the tail wants (0: none, a prefill chunk).
+    `logit_rows` counts the rows at the end of the chain whose logits the tail wants (0: none, a prefill chunk); it
+    wants those of every side row. Side rows see the chain up to where they leave it, and are forgotten after the batch.
     """
 
     session: SessionId
@@ -30,11 +32,19 @@ class Span:
     ids: tuple[int, ...]
     logit_rows: int = 0
     causal: bool = True
+    sides: SideRows = NO_SIDES
+
+    @property
+    def row_count(self) -> int:
+        return len(self.ids) + len(self.sides)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A ragged batch: spans of different sessions, at most one span each. `hidden` is None at the first stage."""
+    """A ragged batch: spans of different sessions, at most one span each. `hidden` is None at the first stage.
+
+    Rows are in span order, of each span the chain's first, then its side rows; results likewise.
+    """
 
     spans: tuple[Span, ...]
     hidden: Rows | None  # [R, E]
@@ -71,6 +81,11 @@ class Stage(Protocol):
         """Reserved by open sessions, in whole pages: capacity minus this is what `open` can still give."""
         ...
 
+    @property
+    def spare_pages(self) -> int:
+        """Pages of KV that nobody holds: what a batch may take, for side rows too. 0 where side rows can't be run."""
+        ...
+
     def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
         """Reserve KV for `max_rows`. Raises CapacityError.
 
@@ -80,7 +95,7 @@ class Stage(Protocol):
         ...
 
     def run(self, batch: Batch) -> Rows:
-        """Inner stage: [R, E]. Tail of a generator: logits [sum of logit_rows, V], in span order.
+        """Inner stage: [R, E]. Tail of a generator: logits [sum of logit_rows and side rows, V], in span order.
 
         Tail of an encoder: one pooled vector [E] per span. Each span must start at most at the session's row count;
         starting below it drops the rows after (a new parent was chosen).
@@ -105,4 +120,4 @@ class Stage(Protocol):
 
 
 def total_rows(spans: Sequence[Span]) -> int:
-    return sum(len(span.ids) for span in spans)
+    return sum(span.row_count for span in spans)

@@ -82,15 +82,22 @@ def _compile(
     return steps
 
 
-def run_context(spans: Sequence[Span], cache: KvCache, ropes: RopeTables) -> RunContext:
-    """For spans whose rows `cache` holds already."""
+def run_context(
+    spans: Sequence[Span], cache: KvCache, ropes: RopeTables, sides: Sequence[Sequence[int]] = ()
+) -> RunContext:
+    """For spans whose rows `cache` holds already. `sides`: tables of their side rows (`side_pages`)."""
     layout = lay_out(spans)
-    tables = cache.block_tables([span.session for span in spans])
+    tables = cache.block_tables([span.session for span in spans], sides)
+    written = None
+    if layout.written is not None:
+        places = layout.written.positions, layout.written.sequence
+        written = RaggedRows(*places, tables, layout.lengths)
     return RunContext(
-        ids=np.array([token for span in spans for token in span.ids], np.int64),
+        ids=np.array([token for span in spans for token in span.ids + span.sides.ids], np.int64),
         layout=layout,
         rows=RaggedRows(layout.positions, layout.sequence, tables, layout.lengths),
         pool=cache.pool,
         kv_layer=0,
         ropes=ropes,
+        written=written,
     )

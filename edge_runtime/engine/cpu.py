@@ -22,6 +22,7 @@ from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.resident import return_free_memory
 from edge_runtime.engine.rope import rope_tables
+from edge_runtime.engine.side_pages import Tables, side_pages
 from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.engine.wire import FP32, check_wire, rounded
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
@@ -142,6 +143,10 @@ class CpuStage:
         return self._cache.table.reserved_tokens
 
     @property
+    def spare_pages(self) -> int:
+        return self._cache.table.spare_pages
+
+    @property
     def kv_committed_bytes(self) -> int:
         return self._cache.committed_bytes
 
@@ -209,7 +214,8 @@ class CpuStage:
         try:
             self._set_running({span.session for span in batch.spans})
             try:
-                rows = self._run_blocks(batch)
+                with side_pages(self._cache, batch.spans) as sides:
+                    rows = self._run_blocks(batch, sides)
             finally:
                 self._set_running(set())
         except Exception as error:
@@ -223,8 +229,8 @@ class CpuStage:
             self._cache.ran(span.session, span.base_row, span.ids)
         return rows
 
-    def _run_blocks(self, batch: Batch) -> Rows:
-        context = run_context(batch.spans, self._cache, self.ropes)
+    def _run_blocks(self, batch: Batch, sides: Tables) -> Rows:
+        context = run_context(batch.spans, self._cache, self.ropes, sides)
         wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
         hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
         kv_layer = 0

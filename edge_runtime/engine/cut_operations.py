@@ -35,6 +35,9 @@ class RunContext:
     pool: Pool
     kv_layer: int
     ropes: RopeTables
+    written: RaggedRows | None = (
+        None  # with side rows: keys and values of rows `layout.written.index` go here
+    )
 
 
 class EmbeddingStep:
@@ -101,7 +104,7 @@ class AttentionStep:
                 k_norm=self._k_norm,
                 norm_epsilon=self._epsilon,
             )
-        append_kv(context.pool, layer, k, v, rows)
+        self._append(context, layer, k, v)
         attended = paged_attention(
             q,
             context.pool,
@@ -117,6 +120,14 @@ class AttentionStep:
             threads=self._threads,
         )
         return [attended]
+
+    @staticmethod
+    def _append(context: RunContext, layer: int, k: Float32, v: Float32) -> None:
+        if context.written is None or context.layout.written is None:
+            append_kv(context.pool, layer, k, v, context.rows)
+        else:
+            index = context.layout.written.index
+            append_kv(context.pool, layer, k[index], v[index], context.written)
 
 
 class ExpertsStep:

@@ -53,13 +53,15 @@ class KvPages(ABC):
     def __init__(self, shape: KvShape, num_pages: int) -> None:
         self.shape = shape
         self.table = PageTable(num_pages)
+        self._stale: set[int] = set()  # were borrowed, and hold rows of nobody until a session ends
 
     @abstractmethod
     def write_pages(self, pages: Sequence[int], values: NDArray[np.float32]) -> None:
         """Values are [pages, layers, 2 (keys, values), 32, kv_heads, head_dim]."""
 
     @abstractmethod
-    def _copy(self, source: int, target: int) -> None: ...
+    def copy_rows(self, source: int, target: int, rows: int = PAGE_TOKENS) -> None:
+        """The first `rows` rows of a page, in every layer."""
 
     @abstractmethod
     def _release(self, pages: Iterable[int]) -> None:
@@ -73,7 +75,7 @@ class KvPages(ABC):
         moves = self.table.append(session, base_row, count)
         self._release(moves.clear)
         for source, target in moves.copy:
-            self._copy(source, target)
+            self.copy_rows(source, target)
 
     def ran(self, session: SessionId, base_row: int, ids: Sequence[int]) -> None:
         """The rows were computed in every layer: from now on others may use the pages they fill."""
@@ -86,7 +88,20 @@ class KvPages(ABC):
         self._release(self.table.truncate(session, rows))
 
     def drop(self, session: SessionId) -> None:
-        self._release(self.table.close(session))
+        freed = self.table.close(session)
+        stale, self._stale = self._stale.difference(freed), set()
+        self._release([*freed, *(page for page in stale if not self.table.is_used(page))])
+
+    def borrow(self, count: int) -> list[int]:
+        """Pages for a single batch (`side_pages`). Raises CapacityError."""
+        pages, cleared = self.table.borrow(count)
+        self._release(cleared)
+        return pages
+
+    def give_back_pages(self, pages: Sequence[int]) -> None:
+        """Their memory is kept until a session ends: the next batch borrows the same."""
+        self.table.give_back(pages)
+        self._stale.update(pages)
 
     def grow_older(self) -> None:
         """Give back what nobody has used since before the last call."""
@@ -95,9 +110,11 @@ class KvPages(ABC):
     def give_up_resting(self) -> None:
         self._release(self.table.give_up_resting())
 
-    def block_tables(self, sessions: Sequence[SessionId]) -> NDArray[np.int32]:
-        """[len(sessions), most pages of one of them], padded with 0."""
-        pages = [self.table.get(session).pages for session in sessions]
+    def block_tables(
+        self, sessions: Sequence[SessionId], more: Sequence[Sequence[int]] = ()
+    ) -> NDArray[np.int32]:
+        """Of sessions, and `more` tables behind them: [tables, most pages of one of them], padded with 0."""
+        pages = [*(self.table.get(session).pages for session in sessions), *more]
         tables = np.zeros((len(pages), max(map(len, pages), default=0)), np.int32)
         for row, held in zip(tables, pages, strict=True):
             row[: len(held)] = held
@@ -132,8 +149,8 @@ class KvCache(KvPages):
     def write_pages(self, pages: Sequence[int], values: NDArray[np.float32]) -> None:
         self.pool[list(pages)] = quantized(values) if self.shape.format == "int8" else values
 
-    def _copy(self, source: int, target: int) -> None:
-        self.pool[target] = self.pool[source]
+    def copy_rows(self, source: int, target: int, rows: int = PAGE_TOKENS) -> None:
+        self.pool[target, :, :, :rows] = self.pool[source, :, :, :rows]
 
     def _release(self, pages: Iterable[int]) -> None:
         """Give whole operating-system pages back; runs of neighbours go together. They read as zeros afterwards."""

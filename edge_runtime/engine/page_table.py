@@ -79,6 +79,14 @@ class PageTable:
         """That hold something: of sessions, each counted once, and those that rest."""
         return self.num_pages - len(self._free)
 
+    @property
+    def spare_pages(self) -> int:
+        """That no session uses."""
+        return len(self._free) + len(self.prefixes.resting)
+
+    def is_used(self, page: int) -> bool:
+        return self._users[page] > 0
+
     def sessions(self) -> tuple[SessionId, ...]:
         return tuple(self._sessions)
 
@@ -211,6 +219,21 @@ class PageTable:
         freed = self.truncate(session, 0)
         self._reserved_pages -= pages_for(self._sessions.pop(session).max_rows)
         return freed
+
+    # ------------------------------------------------------------ pages of nobody
+
+    def borrow(self, count: int) -> tuple[list[int], list[int]]:
+        """(pages for the caller alone until `give_back`, those of them to be cleared first). Raises CapacityError."""
+        if count > self.spare_pages:
+            raise CapacityError(
+                f"{count} pages of KV memory are wanted for side rows, {self.spare_pages} are left",
+                hint="run the chain alone",
+            )
+        cleared: list[int] = []
+        return [self._take(cleared) for _ in range(count)], cleared
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        self._leave(pages)
 
     # ------------------------------------------------------------ pages at rest
 

@@ -59,6 +59,11 @@ class ReferenceStage:
     def kv_used_tokens(self) -> int:
         return self._table.reserved_tokens
 
+    @property
+    def spare_pages(self) -> int:
+        """Side rows take none here."""
+        return self._table.num_pages
+
     def open(self, session: SessionId, max_rows: int, page_names: Sequence[bytes] = ()) -> Sequence[int]:
         """Nothing is ever kept for another session: what others reuse is compared with this."""
         check_open(self._shape, session, max_rows)
@@ -155,7 +160,7 @@ class ReferenceStage:
         return ops.ACTIVATIONS[operation.kind](inputs[0])
 
     def _embedding(self, operation: Operation, batch: Batch, layout: RowLayout) -> Rows:
-        ids = np.array([token for span in batch.spans for token in span.ids])
+        ids = np.array([token for span in batch.spans for token in span.ids + span.sides.ids])
         rows = RowTable(self._bundle, operation.weights["weight"])[ids] * np.float32(
             operation.attributes["factor"]
         )
@@ -180,7 +185,7 @@ class ReferenceStage:
 
         out = []
         for index, span in enumerate(batch.spans):
-            rows = range(layout.starts[index], layout.starts[index + 1])
+            rows = range(layout.starts[index], layout.starts[index] + len(span.ids))
             new_keys = [prepare(inputs[1][r], layout.positions[r], k_norm, kv_heads) for r in rows]
             new_values = [inputs[2][r].reshape(kv_heads, -1) for r in rows]
             held = self._kv[span.session].setdefault(operation.name, ([], []))
@@ -190,6 +195,17 @@ class ReferenceStage:
                 position = int(layout.positions[r])
                 seen = ops.visible(position, len(keys), attributes)
                 query = prepare(inputs[0][r], position, q_norm, heads)
+                out.append(ops.attend(query, keys[seen], values[seen], attributes))
+            for side in range(len(span.sides)):
+                left_at, above = span.sides.path(side)
+                path = [rows.stop + one for one in above]
+                position = int(layout.positions[path[-1]])
+                side_keys = [prepare(inputs[1][r], layout.positions[r], k_norm, kv_heads) for r in path]
+                side_values = [inputs[2][r].reshape(kv_heads, -1) for r in path]
+                keys = np.array([*held[0][: left_at + 1], *side_keys])
+                values = np.array([*held[1][: left_at + 1], *side_values])
+                seen = ops.visible(position, len(keys), attributes)
+                query = prepare(inputs[0][path[-1]], position, q_norm, heads)
                 out.append(ops.attend(query, keys[seen], values[seen], attributes))
         return np.stack(out)
 

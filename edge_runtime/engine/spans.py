@@ -49,17 +49,39 @@ class StageShape:
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenRows:
+    """Which rows' keys and values are written where, when a batch has side rows: those that a side row continues once
+    more into its own sequence. X rows, sequence by sequence, each in order of positions."""
+
+    index: NDArray[np.intp]  # [X] row of the batch
+    positions: NDArray[np.int32]  # [X]
+    sequence: NDArray[np.int32]  # [X]
+    starts: tuple[
+        int, ...
+    ]  # one more than there are sequences: sequence s has rows starts[s] .. starts[s + 1] - 1
+    own: NDArray[np.intp]  # [R] place of each row of the batch in its own sequence
+
+
+@dataclass(frozen=True, slots=True)
 class RowLayout:
-    """The rows of a batch: span i has rows starts[i] .. starts[i + 1] - 1. R rows, S spans."""
+    """The rows of a batch: span i has rows starts[i] .. starts[i + 1] - 1. R rows, S spans, B side rows.
+
+    A sequence is what attention runs over: each span's chain, then each side row with what it continues.
+    """
 
     positions: NDArray[np.int32]  # [R] absolute row number in the session
-    sequence: NDArray[np.int32]  # [R] index of the row's span
+    sequence: NDArray[np.int32]  # [R] index of the row's sequence
     starts: tuple[int, ...]  # S + 1
-    lengths: NDArray[np.int32]  # [S] rows of the session once the batch is appended
+    lengths: NDArray[np.int32]  # [S + B] rows of the sequence once the batch is appended
     logit_rows: NDArray[np.intp]  # rows whose logits are wanted, in span order
+    written: WrittenRows | None = None  # where there are side rows
 
 
 def lay_out(spans: Sequence[Span]) -> RowLayout:
+    return _lay_out_trees(spans) if any(span.sides for span in spans) else _lay_out_chains(spans)
+
+
+def _lay_out_chains(spans: Sequence[Span]) -> RowLayout:
     starts: list[int] = [0]
     logit_rows: list[int] = []
     for span in spans:
@@ -76,6 +98,54 @@ def lay_out(spans: Sequence[Span]) -> RowLayout:
         starts=tuple(starts),
         lengths=bases + np.array(counts, np.int32),
         logit_rows=np.array(logit_rows, np.intp),
+    )
+
+
+def _lay_out_trees(spans: Sequence[Span]) -> RowLayout:
+    """Row by row: batches with side rows are short."""
+    starts, chains, sides = [0], [], []  # of `chains` and `sides`: rows of the batch in each sequence
+    positions: list[int] = []
+    logit_rows: list[int] = []
+    for span in spans:
+        first, end = starts[-1], starts[-1] + len(span.ids)
+        chains.append(list(range(first, end)))
+        for index in range(len(span.sides)):
+            left_at, above = span.sides.path(index)
+            sides.append(
+                [*range(first, first + left_at + 1 - span.base_row), *(end + side for side in above)]
+            )
+        positions += [*range(span.base_row, span.base_row + len(span.ids)), *span.sides.positions()]
+        starts.append(first + span.row_count)
+        logit_rows.extend(range(end - span.logit_rows, starts[-1]))
+    sequences = [*chains, *sides]
+    written = _written(sequences, positions, len(chains))
+    return RowLayout(
+        positions=np.array(positions, np.int32),
+        sequence=written.sequence[written.own],
+        starts=tuple(starts),
+        lengths=np.array([positions[rows[-1]] + 1 for rows in sequences], np.int32),
+        logit_rows=np.array(logit_rows, np.intp),
+        written=written,
+    )
+
+
+def _written(sequences: Sequence[Sequence[int]], positions: Sequence[int], chains: int) -> WrittenRows:
+    """A row's own sequence is its chain, or the one that ends with it."""
+    own = np.zeros(len(positions), np.intp)
+    starts = [0]
+    for number, rows in enumerate(sequences):
+        for place, row in enumerate(rows, starts[-1]):
+            if number < chains or row == rows[-1]:
+                own[row] = place
+        starts.append(starts[-1] + len(rows))
+    index = np.array([row for rows in sequences for row in rows], np.intp)
+    counts = [len(rows) for rows in sequences]
+    return WrittenRows(
+        index=index,
+        positions=np.array(positions, np.int32)[index],
+        sequence=np.repeat(np.arange(len(sequences), dtype=np.int32), counts),
+        starts=tuple(starts),
+        own=own,
     )
 
 
@@ -111,11 +181,20 @@ def _check_span(span: Span, shape: StageShape) -> None:
         raise EngineError(
             f"session {span.session} starts at row {span.base_row}; an encoder takes a whole sequence at once"
         )
-    if shape.is_first and not all(0 <= token < shape.model.vocab_size for token in span.ids):
+    _check_sides(span, shape)
+    if shape.is_first and not all(0 <= token < shape.model.vocab_size for token in span.ids + span.sides.ids):
         raise EngineError(
             f"session {span.session} has a token id outside 0..{shape.model.vocab_size - 1}",
             hint="the ids come from another tokenizer",
         )
+
+
+def _check_sides(span: Span, shape: StageShape) -> None:
+    chain = range(span.base_row - 1, span.base_row + len(span.ids))
+    if any(parent >= 0 and parent not in chain for parent in span.sides.parents):
+        raise EngineError(f"session {span.session} has a side row that continues no row of its span")
+    if span.sides and (shape.model.kind == "encoder" or not span.causal):
+        raise EngineError(f"session {span.session} has side rows; a sequence that is read both ways has none")
 
 
 def _check_hidden(batch: Batch, shape: StageShape) -> None:

@@ -50,6 +50,10 @@ class ToyStage:
         self.given_back = 0
 
     @property
+    def spare_pages(self) -> int:
+        return 0
+
+    @property
     def kv_used_tokens(self) -> int:
         return sum(map(len, self.sessions.values()))
 

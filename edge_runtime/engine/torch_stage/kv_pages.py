@@ -45,8 +45,8 @@ class DevicePages(KvPages):
         super().close()
         self.tensor = self.tensor[:0]
 
-    def _copy(self, source: int, target: int) -> None:
-        self.tensor[target] = self.tensor[source]
+    def copy_rows(self, source: int, target: int, rows: int = PAGE_TOKENS) -> None:
+        self.tensor[target, :, :, :rows] = self.tensor[source, :, :, :rows]
 
     def _release(self, pages: Iterable[int]) -> None:
         pass  # the next session writes over them

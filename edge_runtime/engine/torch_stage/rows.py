@@ -33,19 +33,38 @@ class TorchContext:
     pool: Tensor
     kv_layer: int
     ropes: Ropes
+    repeated: Repeated | None = None  # where there are side rows: `rows` are these
 
 
-def torch_context(spans: Sequence[Span], pages: TorchPages, ropes: Ropes) -> TorchContext:
-    """For spans whose rows `pages` holds already."""
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Attention takes each sequence's rows as neighbours, so those that a side row continues run there again."""
+
+    index: Tensor  # int64 [X] row of the batch
+    own: Tensor  # int64 [R] place of each row of the batch among these
+
+
+def torch_context(
+    spans: Sequence[Span], pages: TorchPages, ropes: Ropes, sides: Sequence[Sequence[int]] = ()
+) -> TorchContext:
+    """For spans whose rows `pages` holds already. `sides`: tables of their side rows (`side_pages`)."""
     layout = lay_out(spans)
-    tables = pages.block_tables([span.session for span in spans])
-    ids = np.array([token for span in spans for token in span.ids], np.int32)
-    sent = _send((layout.positions, layout.sequence, tables, layout.lengths, ids), pages.tensor.device)
-    positions, sequence, block_tables, lengths, id_tensor = sent
-    rows = PagedRows(
-        positions, sequence, block_tables, lengths, layout.starts, int(layout.lengths.max(initial=0))
-    )
-    return TorchContext(id_tensor.long(), positions.long(), layout, rows, pages.tensor, 0, ropes)
+    written = layout.written
+    tables = pages.block_tables([span.session for span in spans], sides)
+    ids = np.array([token for span in spans for token in span.ids + span.sides.ids], np.int32)
+    starts = layout.starts if written is None else written.starts
+    placed = (layout.positions, layout.sequence) if written is None else (written.positions, written.sequence)
+    sent = _send((layout.positions, ids, tables, layout.lengths, *placed), pages.tensor.device)
+    positions, id_tensor, block_tables, lengths, row_positions, sequence = sent
+    longest = int(layout.lengths.max(initial=0))
+    rows = PagedRows(row_positions, sequence, block_tables, lengths, starts, longest)
+    repeated = None
+    if written is not None:
+        index, own = _send(
+            (written.index.astype(np.int32), written.own.astype(np.int32)), rows.lengths.device
+        )
+        repeated = Repeated(index.long(), own.long())
+    return TorchContext(id_tensor.long(), positions.long(), layout, rows, pages.tensor, 0, ropes, repeated)
 
 
 def _send(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:

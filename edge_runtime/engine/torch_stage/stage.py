@@ -24,6 +24,7 @@ from edge_runtime.engine.cpu import kv_shape
 from edge_runtime.engine.kv_cache import KvShape
 from edge_runtime.engine.resident import return_free_memory
 from edge_runtime.engine.rope import rope_tables
+from edge_runtime.engine.side_pages import Tables, side_pages
 from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.engine.torch_stage.arithmetic import Arithmetic, choose, device_memory_bytes
 from edge_runtime.engine.torch_stage.blocks import TorchBlock
@@ -125,6 +126,10 @@ class TorchStage:
         return self._pages.table.reserved_tokens
 
     @property
+    def spare_pages(self) -> int:
+        return self._pages.table.spare_pages
+
+    @property
     def kv_committed_bytes(self) -> int:
         return self._pages.committed_bytes
 
@@ -181,8 +186,12 @@ class TorchStage:
         for span in batch.spans:
             self._pages.append(span.session, span.base_row, len(span.ids))
         try:
-            with torch.inference_mode(), _threads_of(self.arithmetic):
-                rows = self._run_blocks(batch)
+            with (
+                torch.inference_mode(),
+                _threads_of(self.arithmetic),
+                side_pages(self._pages, batch.spans) as sides,
+            ):
+                rows = self._run_blocks(batch, sides)
         except Exception as error:
             # The sessions hold rows that were not computed: forget them, and they can be sent again.
             for span in batch.spans:
@@ -194,8 +203,8 @@ class TorchStage:
             self._pages.ran(span.session, span.base_row, span.ids)
         return rows
 
-    def _run_blocks(self, batch: Batch) -> Rows:
-        context = torch_context(batch.spans, self._pages, self.ropes)
+    def _run_blocks(self, batch: Batch, sides: Tables) -> Rows:
+        context = torch_context(batch.spans, self._pages, self.ropes, sides)
         wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
         hidden = self._receive(batch.hidden)
         kv_layer = 0

@@ -119,7 +119,11 @@ def _attention(operation: Operation, weights: DeviceWeights, arithmetic: Arithme
         cos, sin = context.ropes[rope] if rope else (None, None)
         given = AttentionWeights(q_norm, k_norm, cos, sin)
         layer = context.kv_layer + kv_index
-        return kernels.attention(x[0], x[1], x[2], context.pool, layer, context.rows, shape, given)
+        repeated = context.repeated
+        if repeated is None:
+            return kernels.attention(x[0], x[1], x[2], context.pool, layer, context.rows, shape, given)
+        q, k, v = (rows[repeated.index] for rows in x)
+        return kernels.attention(q, k, v, context.pool, layer, context.rows, shape, given)[repeated.own]
 
     return run
 
