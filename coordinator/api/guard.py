@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from coordinator.api.errors import ApiError
 from coordinator.api.keys import ApiKey, ApiKeys
+from coordinator.api.socket_key import authorization_of
 
 RouteHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _KEY = web.RequestKey("api_key", ApiKey)
@@ -93,8 +94,8 @@ def auth_middleware(keys: ApiKeys, routes: Routes) -> Middleware:
         access = routes.access_of(request.match_info)
         if access is Access.PUBLIC:
             return await handler(request)
-        given = request.headers.getall("Authorization", [])
-        key = keys.authenticate(given[0]) if len(given) == 1 else None
+        given = authorization_of(request)
+        key = keys.authenticate(given) if given is not None else None
         if key is None:
             raise ApiError(
                 "This needs a valid API key in the header `Authorization: Bearer KEY`.",

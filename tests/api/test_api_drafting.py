@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import Any
 
 import aiohttp
+import pytest
 
+from coordinator.api.socket_key import KEY_PREFIX, PROTOCOL
 from edge_runtime.bundle.hashing import sha256_digest
 from edge_runtime.speculative.wire import CommittedDecoder, DraftEncoder, chain_frame
-from tests.support.api_server import OTHER_KEY, Server
+from tests.support.api_server import ADMIN_KEY, OTHER_KEY, USER_KEY, Server
 from tests.support.coordinator_world import until
 
 BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 6, "seed": 3, "drafter": "suffix"}
@@ -99,3 +102,76 @@ async def test_the_tokenizer_comes_with_the_digest_that_the_socket_names(server:
     async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
         await socket.send_json(BODY)
         assert (await socket.receive_json())["tokenizer"] == sha256_digest(body)
+
+
+def _page_protocols(key: str) -> tuple[str, str]:
+    return PROTOCOL, KEY_PREFIX + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+
+async def test_a_pages_socket_carries_its_key_as_a_subprotocol_and_never_gets_it_back(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        aiohttp.ClientSession() as page,
+        page.ws_connect(f"{server.url}/v1/drafting", protocols=_page_protocols(USER_KEY)) as socket,
+    ):
+        assert socket.protocol == PROTOCOL
+        await socket.send_json(BODY)
+        assert "prompt_token_ids" in await socket.receive_json()
+    assert KEY_PREFIX not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "protocols",
+    [
+        _page_protocols("sk-edge-wrong-0000000000"),
+        _page_protocols(USER_KEY)[1:],  # without ours it would be logged as unknown
+        (PROTOCOL, KEY_PREFIX + "*"),
+        (PROTOCOL, KEY_PREFIX + "gA"),  # no UTF-8
+        (*_page_protocols(USER_KEY), _page_protocols(ADMIN_KEY)[1]),
+        (PROTOCOL,),
+    ],
+)
+async def test_a_page_without_a_valid_key_gets_no_socket(server: Server, protocols: tuple[str, ...]) -> None:
+    async with aiohttp.ClientSession() as page:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await page.ws_connect(f"{server.url}/v1/drafting", protocols=protocols)
+    assert refused.value.status == 401
+
+
+async def test_two_keys_at_once_are_none(server: Server) -> None:
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await server.http.ws_connect(f"{server.url}/v1/drafting", protocols=_page_protocols(USER_KEY))
+    assert refused.value.status == 401
+
+
+async def test_a_device_without_a_tokenizer_gets_text_after_its_ids(server: Server) -> None:
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY | {"text": True})
+        head = await socket.receive_json()
+        assert await _ids_and_text(socket) == (b"defghi", "defghi")
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json({"resume": head["id"], "after": 4, "text": True})
+        await socket.receive_json()
+        assert await _ids_and_text(socket) == (b"hi", "hi")
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json(BODY | {"text": 1})
+        assert (await socket.receive_json())["error"]["param"] == "text"
+
+
+async def _ids_and_text(socket: aiohttp.ClientWebSocketResponse) -> tuple[bytes, str]:
+    """Until the end; every text counts the tokens that came before it."""
+    decoder, ids, text = CommittedDecoder(256), [], ""
+    first = None
+    while True:
+        message = await socket.receive()
+        if message.type is aiohttp.WSMsgType.BINARY:
+            frame = decoder.decode(message.data)
+            first = frame.position - len(b"abc") if first is None else first
+            ids.extend(frame.ids)
+            continue
+        said = json.loads(message.data)
+        if "finish_reason" in said:
+            return bytes(ids), text
+        text += said["text"]
+        assert said["tokens"] == first + len(ids)

@@ -24,6 +24,7 @@ from coordinator.api.guard import key_of
 from coordinator.api.openai.answer import Answer
 from coordinator.api.openai.drafting_opening import Opened, open_or_resume
 from coordinator.api.openai.frame_rate import FrameRate
+from coordinator.api.socket_key import PROTOCOL
 from coordinator.api.sse import WRITE_SECONDS, encode_json
 from coordinator.service import Service, TokenEvent
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
@@ -37,7 +38,11 @@ PING_SECONDS = 20.0
 async def draft(request: web.Request) -> web.StreamResponse:
     """GET /v1/drafting"""
     socket = web.WebSocketResponse(
-        compress=False, max_msg_size=MAX_BODY_BYTES, heartbeat=PING_SECONDS, timeout=WRITE_SECONDS
+        compress=False,
+        max_msg_size=MAX_BODY_BYTES,
+        heartbeat=PING_SECONDS,
+        timeout=WRITE_SECONDS,
+        protocols=(PROTOCOL,),
     )
     if not socket.can_prepare(request).ok:
         raise ApiError(
@@ -148,6 +153,9 @@ class _Drafting:
             position = opened.prompt_tokens + events[0].index
             frame = CommittedFrame(position, tuple(event.id for event in events), finish)
             await _send(self.socket.send_bytes(encoder.encode(frame)))
+            if opened.with_text:
+                text = "".join(event.text for event in events)
+                await _send(self.socket.send_str(encode_json({"text": text, "tokens": events[-1].index + 1})))
             if finish:
                 await _send(self.socket.send_str(encode_json(_end(answer, finish))))
                 return

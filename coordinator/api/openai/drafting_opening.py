@@ -25,7 +25,8 @@ DRAFTERS = ("auto", "model", "suffix", "none")  # what metrics tell apart; other
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """`head` is the answer to the device. `max_rows` bounds the rows its drafts may be for."""
+    """`head` is the answer to the device. `max_rows` bounds the rows its drafts may be for. `with_text`: for a device
+    without a tokenizer, each frame's text follows it."""
 
     head: dict[str, object]
     answer: Answer
@@ -35,9 +36,17 @@ class Opened:
     max_rows: int
     vocab_size: int
     drafter: str
+    with_text: bool = False
 
 
 async def open_or_resume(api: Api, tenant: str, body: dict[str, object]) -> Opened:
+    with_text = body.pop("text", False)
+    if type(with_text) is not bool:
+        raise ApiError("`text` must be true or false.", code="invalid_value", param="text")
+    return dataclasses.replace(await _open_or_resume(api, tenant, body), with_text=with_text)
+
+
+async def _open_or_resume(api: Api, tenant: str, body: dict[str, object]) -> Opened:
     drafter = body.pop("drafter", "other")
     label = drafter if isinstance(drafter, str) and drafter in DRAFTERS else "other"
     if "resume" in body:
