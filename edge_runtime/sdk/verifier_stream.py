@@ -1,0 +1,300 @@
+"""One generation over somebody else's server: windows of drafts, or its own stream where that is faster.
+
+Knows: the order of drafting, asking and committing; what a broken connection means (ask again from what is certain).
+Does not know: formats, how to choose (`pace`), where drafts come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from edge_runtime.errors import ConnectionClosed, ProtocolError
+from edge_runtime.sdk.results import Result, StreamToken, timings_of
+from edge_runtime.sdk.verifier_drafter import RemoteDrafter
+from edge_runtime.sdk.verifier_link import Pauses, VerifierLink
+from edge_runtime.speculative.verifiers.base import UNKNOWN, Dialect, Window
+from edge_runtime.speculative.verifiers.completions import nameless
+from edge_runtime.speculative.verifiers.pace import Pace
+from edge_runtime.speculative.verifiers.progress import STOP, Progress
+from edge_runtime.text import Decoder, TextStream
+
+DRAFTING_SHARE = 0.25  # of the time of a stream
+SETTLE_TOKENS = 2  # one to see again, one to see whether another follows
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one generation asked of the server. Prompt tokens: those sent, those it says it had cached."""
+
+    requests: int = 0
+    windows: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a stream works with, once the server was examined."""
+
+    link: VerifierLink
+    dialect: Dialect
+    pace: Pace
+    drafter: RemoteDrafter
+    progress: Progress
+    tokenizer: Decoder
+    stops: tuple[str, ...]
+    model: str
+
+
+Open = Callable[[], Awaitable[Parts]]
+Release = Callable[[], None]
+
+
+class VerifiedStream:
+    """`async for token in stream`; afterwards `stream.result` has the whole. `usage`: what it cost the server."""
+
+    def __init__(self, open_parts: Open, release: Release) -> None:
+        self._open_parts = open_parts
+        self._release = release
+        self._events = self._run()
+        self._ids: list[int] = []
+        self._texts: list[str] = []
+        self._parts: Parts | None = None
+        self._finish_reason = ""
+        self._started = self._last = time.perf_counter()
+        self._first: float | None = None
+        self.usage = Usage()
+        self.resumed = 0  # how often a broken stream was asked for again
+
+    def __aiter__(self) -> AsyncIterator[StreamToken]:
+        return self._events
+
+    async def __aenter__(self) -> VerifiedStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+
+    @property
+    def result(self) -> Result:
+        """What has come so far; the whole once the stream has ended."""
+        progress = self._parts.progress if self._parts else None
+        return Result(
+            text="".join(self._texts),
+            token_ids=tuple(self._ids),
+            finish_reason=self._finish_reason,
+            timings=timings_of(self._started, self._first, self._last, len(self._ids)),
+            prompt_token_ids=tuple(progress.ids[: progress.prompt_tokens]) if progress else (),
+            request_id="",
+            seed=0,
+            model=self._parts.model if self._parts else "",
+            accepted_draft_tokens=self.usage.accepted_drafts,
+            rejected_draft_tokens=self.usage.rejected_drafts,
+        )
+
+    # ------------------------------------------------------------ the caller's side
+
+    async def _run(self) -> AsyncGenerator[StreamToken, None]:
+        try:
+            self._parts = parts = await self._open_parts()
+            before = parts.link.requests
+            self._started = self._last = time.perf_counter()
+            text = TextStream(parts.tokenizer, parts.progress.ids, parts.stops)
+            await parts.drafter.begin(parts.progress.ids)
+            is_whole = False
+            try:
+                async with contextlib.aclosing(self._generate(parts)) as steps:
+                    async for ids in steps:
+                        self.usage.requests = parts.link.requests - before
+                        for place, token in enumerate(ids):
+                            is_last = bool(parts.progress.finish) and place == len(ids) - 1
+                            piece = text.push(token, is_last=is_last)
+                            if piece.is_stop:
+                                parts.progress.finish = STOP
+                            yield self._hand_out(token, piece.text)
+                            if piece.is_stop:
+                                break
+                        if parts.progress.finish:
+                            break
+                self._finish_reason, is_whole = parts.progress.finish, True
+            finally:
+                self.usage.requests = parts.link.requests - before
+                await parts.drafter.end(learn=is_whole)
+        finally:
+            self._release()
+
+    def _hand_out(self, token: int, text: str) -> StreamToken:
+        self._last = time.perf_counter()
+        self._first = self._last if self._first is None else self._first
+        found = StreamToken(token, text, len(self._ids))
+        self._ids.append(token)
+        self._texts.append(text)
+        return found
+
+    # ------------------------------------------------------------ drafting, asking, committing
+
+    async def _generate(self, parts: Parts) -> AsyncGenerator[list[int], None]:
+        """New ids, a step at a time, until the text ends."""
+        while not parts.progress.finish:
+            await self._draft(parts)
+            count = self._choose(parts, is_streaming=False)
+            if count:
+                yield await self._verify(parts, count)
+                continue
+            async with contextlib.aclosing(self._stream(parts)) as steps:
+                async for ids in steps:
+                    yield ids
+
+    async def _draft(self, parts: Parts) -> float:
+        source = parts.drafter.proposal.source  # of the last drafts; a chooser may take another now
+        seconds = await parts.drafter.draft(parts.pace.wanted(source))
+        parts.pace.drafted(parts.drafter.proposal.source, len(parts.drafter.drafts), seconds)
+        return seconds
+
+    def _choose(self, parts: Parts, *, is_streaming: bool) -> int:
+        """The last id that may come is the server's own, so that one draft less is of use."""
+        drafts = parts.drafter.drafts[: max(0, parts.progress.room - 1)]
+        useful = parts.progress.useful(drafts)
+        chances = parts.drafter.probabilities[:useful]
+        return parts.pace.choose(parts.drafter.proposal.source, chances, is_streaming=is_streaming)
+
+    async def _verify(self, parts: Parts, count: int) -> list[int]:
+        window = Window(tuple(parts.progress.ids), parts.drafter.drafts[:count])
+        body = parts.dialect.verify_body(window)
+        began = time.perf_counter()
+        verdict = parts.dialect.read_verdict(window, await parts.link.post(parts.dialect.path, body))
+        parts.pace.verified(count, time.perf_counter() - began)
+        accepted = verdict.accepted(window)
+        self.usage.windows += 1
+        self.usage.prompt_tokens += parts.dialect.prompt_tokens(window)
+        self.usage.cached_tokens += verdict.cached_tokens or 0
+        self.usage.accepted_drafts += accepted
+        self.usage.rejected_drafts += count - accepted
+        for index, chance in enumerate(parts.drafter.probabilities[: min(accepted + 1, count)]):
+            parts.pace.chances.judged(parts.drafter.proposal.source, chance, is_right=index < accepted)
+        own = verdict.own[accepted]
+        if own == UNKNOWN and not accepted:
+            raise nameless()
+        certain = [*window.drafts[:accepted], *([] if own == UNKNOWN else [own])]
+        return await self._commit(parts, certain, ended=verdict.ended and accepted == count)
+
+    async def _stream(self, parts: Parts) -> AsyncGenerator[list[int], None]:
+        """The server's own decoding, until drafts are worth more. A broken stream is asked for again."""
+        pause = Pauses()
+        while not parts.progress.finish:
+            had = parts.progress.generated
+            try:
+                async with contextlib.aclosing(self._one_stream(parts)) as steps:
+                    async for ids in steps:
+                        yield ids
+                return
+            except ConnectionClosed:
+                if parts.progress.generated > had:
+                    pause = Pauses()
+                self.resumed += 1
+                if not await pause.again():
+                    raise
+
+    async def _one_stream(self, parts: Parts) -> AsyncGenerator[list[int], None]:
+        progress, pace = parts.progress, parts.pace
+        body = parts.dialect.decode_body(tuple(progress.ids), progress.room, ignore_end=progress.ignore_end)
+        self.usage.prompt_tokens += len(progress.ids)
+        have, drafting_seconds = 0, 0.0
+        began = last = time.perf_counter()
+        async with parts.link.events(parts.dialect.path, body) as events:
+            async for event in events:
+                piece = parts.dialect.read_event(event, have)
+                now = time.perf_counter()
+                if piece.ids and not have:
+                    pace.stream_began(now - began)
+                elif piece.ids:
+                    pace.streamed(len(piece.ids), now - last)
+                have, last = have + len(piece.ids), now
+                if len(piece.ids) > progress.room:
+                    raise ProtocolError("the server generated more tokens than it was asked for")
+                if piece.ids:
+                    await self._shadow(parts, piece.ids)
+                    yield await self._commit(parts, list(piece.ids), ended=piece.ended, is_decoded=True)
+                elif piece.ended:
+                    progress.finish = STOP  # it ends without an id of its own
+                if piece.finished or progress.finish:
+                    if not (have or progress.finish):
+                        raise ProtocolError("the server generated nothing, and does not say why")
+                    return
+                if drafting_seconds < DRAFTING_SHARE * (
+                    now - began
+                ):  # a slow drafter must not slow the stream
+                    drafting_seconds += await self._draft(parts)
+                if self._choose(parts, is_streaming=True):
+                    return
+
+    async def _shadow(self, parts: Parts, ids: tuple[int, ...]) -> None:
+        """Drafts that were not sent show their worth all the same."""
+        drafter = parts.drafter
+        for draft, chance, token in zip(drafter.drafts, drafter.probabilities, ids, strict=False):
+            parts.pace.chances.judged(drafter.proposal.source, chance, is_right=draft == token)
+            if draft != token:
+                return
+
+    async def _commit(
+        self, parts: Parts, ids: list[int], *, ended: bool, is_decoded: bool = False
+    ) -> list[int]:
+        """The ids that count: up to an end, or up to the limit. `is_decoded`: the server went on after them itself."""
+        progress = parts.progress
+        certain: list[int] = []
+        for place, token in enumerate(ids):
+            is_last = place == len(ids) - 1
+            if not is_decoded and progress.is_doubtful(token) and not (ended and is_last):
+                await parts.drafter.committed(certain)
+                return certain + await self._settle(parts)
+            if ended and is_last and progress.is_doubtful(token):
+                progress.learn(token, ends=True)
+            progress.commit(token, ended=ended and is_last)
+            certain.append(token)
+            if progress.finish:
+                break
+        await parts.drafter.committed(certain)
+        return certain
+
+    async def _settle(self, parts: Parts) -> list[int]:
+        """The next id may end the text: the server decodes it, and another one or none."""
+        progress = parts.progress
+        found: tuple[int, ...] = ()
+        ended, pause = False, Pauses()
+        while not found and not ended:
+            body = parts.dialect.decode_body(tuple(progress.ids), SETTLE_TOKENS, ignore_end=False)
+            try:
+                async with parts.link.events(parts.dialect.path, body) as events:
+                    async for event in events:
+                        piece = parts.dialect.read_event(event, len(found))
+                        found, ended = found + piece.ids, ended or piece.ended
+                        if piece.finished:
+                            break
+            except ConnectionClosed:
+                found = ()
+                if not await pause.again():
+                    raise
+        self.usage.prompt_tokens += len(progress.ids)
+        if found:
+            progress.learn(found[0], ends=ended and len(found) == 1)
+        if not found:
+            progress.finish = STOP
+        kept: list[int] = []
+        for place, token in enumerate(found):
+            progress.commit(token, ended=ended and place == len(found) - 1)
+            kept.append(token)
+            if progress.finish:
+                break
+        await parts.drafter.committed(kept)
+        return kept
