@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge_runtime.sdk.client import Client
     from edge_runtime.sdk.cluster import LocalCluster
     from edge_runtime.sdk.device_spec import DeviceSpec
-    from edge_runtime.sdk.results import Result, StreamToken, Timings
+    from edge_runtime.sdk.results import Result, StreamToken, Timings, Upgrade
 
 __all__ = [
     "Agent",
@@ -35,6 +35,7 @@ __all__ = [
     "Result",
     "StreamToken",
     "Timings",
+    "Upgrade",
 ]
 
 _HOMES = {
@@ -47,6 +48,7 @@ _HOMES = {
     "Result": "edge_runtime.sdk.results",
     "StreamToken": "edge_runtime.sdk.results",
     "Timings": "edge_runtime.sdk.results",
+    "Upgrade": "edge_runtime.sdk.results",
 }
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
-from edge_runtime.sdk.async_client import NO_DRAFTS, AsyncClient, Vector
+from edge_runtime.sdk.async_client import NEVER_OFFLINE, NO_DRAFTS, AsyncClient, Vector
 from edge_runtime.sdk.http import Json
 from edge_runtime.sdk.loop_thread import LoopThread
 from edge_runtime.sdk.options import GenerateOptions, Message
-from edge_runtime.sdk.results import Result, StreamToken
-from edge_runtime.sdk.token_stream import AsyncTokenStream
+from edge_runtime.sdk.results import Result, StreamToken, Upgrade
+from edge_runtime.sdk.token_stream import RESUME_SECONDS, AsyncTokenStream
 
 
 class TokenStream:
@@ -55,6 +55,11 @@ class TokenStream:
         return self._stream.result
 
     @property
+    def answered_by(self) -> str:
+        """ "target", or "draft" from the moment this device's draft model answers."""
+        return self._stream.answered_by
+
+    @property
     def resumed(self) -> int:
         return self._stream.resumed
 
@@ -72,9 +77,21 @@ class Client:
         api_key: str | None = None,
         timeout_seconds: float | None = None,
         draft: str | Path = NO_DRAFTS,
+        offline: str = NEVER_OFFLINE,
+        resume_seconds: float = RESUME_SECONDS,
     ) -> None:
-        """`draft`: who guesses ahead on this device, "none", "suffix", "model", "auto" or a draft model's bundle."""
-        self._client = AsyncClient(url, api_key=api_key, timeout_seconds=timeout_seconds, draft=draft)
+        """`draft`: who guesses ahead on this device, "none", "suffix", "model", "auto" or a draft model's bundle.
+
+        `offline`, `resume_seconds`: as AsyncClient.
+        """
+        self._client = AsyncClient(
+            url,
+            api_key=api_key,
+            timeout_seconds=timeout_seconds,
+            draft=draft,
+            offline=offline,
+            resume_seconds=resume_seconds,
+        )
         self._thread = LoopThread("edge-runtime-client")
         self._closed = False
 
@@ -112,6 +129,10 @@ class Client:
         self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]
     ) -> TokenStream:
         return TokenStream(self._thread, self._client.stream_chat(messages, **options))
+
+    def upgrade(self, answer: Result) -> Upgrade:
+        """Ask the target what the draft model answered offline; says where the ids differ."""
+        return self._thread.call(self._client.upgrade(answer))
 
     def embed(self, texts: str | Sequence[str]) -> list[Vector]:
         """One vector for each text."""

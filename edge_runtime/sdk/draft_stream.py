@@ -56,8 +56,15 @@ class _Told(Exception):
 class DraftTokenStream(AsyncTokenStream):
     """As AsyncTokenStream."""
 
-    def __init__(self, drafting: Drafting, path: str, make_body: Callable[[], Awaitable[Json]]) -> None:
-        super().__init__(drafting.http, path, make_body)
+    def __init__(
+        self,
+        drafting: Drafting,
+        path: str,
+        make_body: Callable[[], Awaitable[Json]],
+        *,
+        resume_seconds: float = RESUME_SECONDS,
+    ) -> None:
+        super().__init__(drafting.http, path, make_body, resume_seconds=resume_seconds)
         self._drafting = drafting
         self._kind = "chat" if "chat" in path else "completion"
         self._accepted: _Request | None = None
@@ -117,7 +124,11 @@ class DraftTokenStream(AsyncTokenStream):
 
     def _finish(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
-            raise ConnectionClosed("the client was closed during a request", hint="close it when all is done")
+            raise TransportError(
+                "the client was closed during a request",
+                hint="close it when all is done",
+                code="client_closed",
+            )
         task.result()
         self._finish_reason = self._end_reason
 
@@ -142,7 +153,7 @@ class DraftTokenStream(AsyncTokenStream):
                     now = time.monotonic()
                     if self._received > before or not broken_at:
                         broken_at, pause = now, FIRST_PAUSE_SECONDS
-                    if self._accepted is None or now - broken_at > RESUME_SECONDS:
+                    if self._accepted is None or now - broken_at > self._resume_seconds:
                         raise
                     self._accepted.driver.link_lost()
                     self.resumed += 1
@@ -195,7 +206,7 @@ class DraftTokenStream(AsyncTokenStream):
         )
         thread = await self._drafting.take(digest)
         driver = Driver(thread, loop, prompt_ids, sampling, self._send)
-        self.request_id, self._prompt_ids = request_id, prompt_ids
+        self.request_id, self._prompt_ids, self.tokenizer = request_id, prompt_ids, digest
         self._head = {"seed": sampling.seed, "model": model}
         return _Request(digest, vocab_size, len(prompt_ids), text, thread, driver)
 

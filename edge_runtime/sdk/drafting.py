@@ -13,6 +13,7 @@ from pathlib import Path
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.hashing import sha256_digest
 from edge_runtime.errors import ProtocolError, UsageError
+from edge_runtime.sdk.drafter_pool import DrafterPool
 from edge_runtime.sdk.http import HttpSession
 from edge_runtime.speculative.drafters.base import Drafter
 from edge_runtime.speculative.drafters.choose import AUTO, CHOICES, MODEL, make_drafter, tokenizer_digest
@@ -20,8 +21,6 @@ from edge_runtime.speculative.drafters.suffix_memory import SuffixMemory
 from edge_runtime.speculative.driver import DrafterThread
 from edge_runtime.speculative.estimates import Estimates
 from edge_runtime.text import Decoder
-
-MAX_IDLE = 1  # drafters kept for the next request: a model's weights need not be read twice
 
 
 class Drafting:
@@ -41,8 +40,7 @@ class Drafting:
             )
         self._memories: dict[str, SuffixMemory] = {}  # by the tokenizer's digest
         self._tokenizers: dict[str, Decoder] = {}
-        self._idle: dict[str, list[DrafterThread]] = {}
-        self._threads: set[DrafterThread] = set()
+        self._pools: dict[str, DrafterPool] = {}
         self._requests: set[asyncio.Task[None]] = set()
 
     def follow(self, request: asyncio.Task[None]) -> None:
@@ -64,28 +62,17 @@ class Drafting:
 
     async def take(self, digest: str) -> DrafterThread:
         """A drafter for ids of this tokenizer, for one request. Raises UsageError, BundleError, CapacityError."""
-        idle = self._idle.get(digest)
-        if idle:
-            return idle.pop()
+        if digest not in self._pools:
+            self._pools[digest] = DrafterPool(lambda: self._make(digest))
+        return await self._pools[digest].take()
+
+    def _make(self, digest: str) -> Drafter:
         memory = self._memories.setdefault(digest, SuffixMemory(tokenizer=digest))
-
-        def make() -> Drafter:
-            bundle = self._bundle(digest)
-            return make_drafter(self.name, bundle=bundle, target_tokenizer=digest, memory=memory)
-
-        thread = DrafterThread(make)
-        await thread.open()
-        self._threads.add(thread)
-        return thread
+        return make_drafter(self.name, bundle=self._bundle(digest), target_tokenizer=digest, memory=memory)
 
     async def give(self, digest: str, thread: DrafterThread, *, is_sound: bool) -> None:
         """Back from a request. A drafter that failed is not used again."""
-        idle = self._idle.setdefault(digest, [])
-        if is_sound and len(idle) < MAX_IDLE:
-            idle.append(thread)
-        else:
-            self._threads.discard(thread)
-            await thread.close()
+        await self._pools[digest].give(thread, is_sound=is_sound)
 
     async def close(self) -> None:
         requests = list(self._requests)
@@ -93,9 +80,8 @@ class Drafting:
             request.cancel()
         if requests:
             await asyncio.wait(requests)
-        self._idle.clear()
-        while self._threads:
-            await self._threads.pop().close()
+        for pool in self._pools.values():
+            await pool.close()
 
     def _bundle(self, digest: str) -> Bundle | None:
         """The one that was named; else the one that ships, where it fits."""

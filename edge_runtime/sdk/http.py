@@ -20,6 +20,7 @@ MAX_RETRIES = 3  # of a refusal that says "later"
 MAX_RETRY_SECONDS = 5.0
 PING_SECONDS = 20.0  # on WebSockets
 MAX_MESSAGE_BYTES = 16 << 20  # of a WebSocket
+GATEWAY_STATUSES = (502, 503, 504)  # of a proxy that finds nobody behind it
 
 Json = dict[str, Any]
 
@@ -35,6 +36,7 @@ _BY_CODE: Mapping[str, type[errors.EdgeRuntimeError]] = {
     "engine": errors.EngineError,
     "transport": errors.TransportError,
     "not_ready": errors.TransportError,
+    "unreachable": errors.TransportError,
     "connection_closed": errors.ConnectionClosed,
 }
 
@@ -45,7 +47,8 @@ def error_of(status: int, body: object) -> errors.EdgeRuntimeError:
     if isinstance(body, dict) and isinstance(body.get("reason"), str):
         fields = {"message": body["reason"], "code": "not_ready"}  # of /ready
     if not isinstance(fields, dict):
-        fields = {}
+        # without an error object it was no coordinator that answered
+        fields = {"code": "unreachable"} if status in GATEWAY_STATUSES else {}
     code = str(fields.get("code") or "")
     message = str(fields.get("message") or f"the coordinator answered with HTTP status {status}")
     kind = _BY_CODE.get(code)

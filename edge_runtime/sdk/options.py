@@ -30,6 +30,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     ignore_eos: bool
+    offline: str  # "never" or "draft": may this device's draft model answer where the target can't be reached
 
 
 def to_body(options: GenerateOptions) -> Json:
@@ -41,6 +42,7 @@ def to_body(options: GenerateOptions) -> Json:
             hint=f"options are {', '.join(GenerateOptions.__annotations__)}",
         )
     body = {name: value for name, value in cast("Json", options).items() if value is not None}
+    body.pop("offline", None)  # the device's business
     if "logit_bias" in body:
         body["logit_bias"] = {str(token): bias for token, bias in body["logit_bias"].items()}
     if "stop" in body and not isinstance(body["stop"], str):

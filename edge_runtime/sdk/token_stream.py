@@ -33,8 +33,16 @@ class AsyncTokenStream:
     Leaving the loop early and closing it (`async with`, `aclose`) cancels the generation.
     """
 
-    def __init__(self, http: HttpSession, path: str, make_body: Callable[[], Awaitable[Json]]) -> None:
+    def __init__(
+        self,
+        http: HttpSession,
+        path: str,
+        make_body: Callable[[], Awaitable[Json]],
+        *,
+        resume_seconds: float = RESUME_SECONDS,
+    ) -> None:
         self._http = http
+        self._resume_seconds = resume_seconds
         self._path = path
         self._make_body = make_body
         self._body: Json = {}
@@ -51,6 +59,7 @@ class AsyncTokenStream:
         self._first: float | None = None
         self._last = self._started
         self.request_id = ""
+        self.tokenizer = ""  # digest of the target's, where it was told
         self.resumed = 0  # how often a broken connection was taken up again
 
     def __aiter__(self) -> AsyncIterator[StreamToken]:
@@ -81,7 +90,13 @@ class AsyncTokenStream:
             model=str(self._head.get("model", "")),
             accepted_draft_tokens=self._accepted_drafts,
             rejected_draft_tokens=self._rejected_drafts,
+            target_tokens=len(self._ids),
         )
+
+    @property
+    def answered_by(self) -> str:
+        """ "target", or "draft" from the moment this device's draft model answers."""
+        return self.result.answered_by
 
     # ------------------------------------------------------------ the connection
 
@@ -101,7 +116,7 @@ class AsyncTokenStream:
                 now = time.monotonic()
                 broken_at = now if broken_at is None else broken_at
                 # Without a request id nothing was accepted that we could ask for again.
-                if self._was_told or not self.request_id or now - broken_at > RESUME_SECONDS:
+                if self._was_told or not self.request_id or now - broken_at > self._resume_seconds:
                     raise
                 self.resumed += 1
             await asyncio.sleep(pause)

@@ -300,6 +300,7 @@ def test_the_public_surface_is_this_and_no_more() -> None:
         "Result",
         "StreamToken",
         "Timings",
+        "Upgrade",
     ]
     for name in edge_runtime.__all__:
         assert getattr(edge_runtime, name).__name__ == name
