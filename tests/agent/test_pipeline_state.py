@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_runtime.agent import pipeline_state
+from edge_runtime.agent import session_state
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
     ControlLost,
@@ -209,7 +209,7 @@ def test_a_session_that_was_closed_before_it_was_opened_stays_closed() -> None:
 
 
 def test_closed_sessions_are_remembered_in_a_bounded_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_state, "CLOSED_SESSIONS_KEPT", 2)
+    monkeypatch.setattr(session_state, "CLOSED_SESSIONS_KEPT", 2)
     state = stage_of(1, 2)
     for session in (1, 2, 3):
         state.handle(Received(COORDINATOR, CloseSession(session, LEASE)))
