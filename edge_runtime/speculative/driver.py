@@ -42,8 +42,9 @@ class DrafterThread:
         """Make the drafter. Raises what that raises; the thread is then gone."""
         try:
             self._drafter = await asyncio.wrap_future(self._executor.submit(self._make))
-        except BaseException:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        except BaseException as problem:
+            # A call that raised has returned; one that was given up may still run, and nobody waits for it.
+            self._executor.shutdown(wait=isinstance(problem, Exception), cancel_futures=True)
             raise
 
     def do(self, call: Callable[[Drafter], Value]) -> Future[Value]:
