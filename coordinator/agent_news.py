@@ -128,7 +128,9 @@ class AgentNews:
         self._loop.tell(ev.ProfileArrived(device_id, connection, profile, self._clock()))
 
     def _stage_ready(self, device_id: str, ready: StageReady) -> None:
-        if ready.kv_capacity_tokens < 1:
+        pipeline = self._loop.state.find(ready.lease)
+        has_layers = pipeline is None or device_id in pipeline.members
+        if has_layers and ready.kv_capacity_tokens < 1:
             reason = "it loaded its layers and has no room for a single token of KV"
             self._loop.tell(ev.StageBroke(device_id, ready.lease, reason, self._clock()))
         else:

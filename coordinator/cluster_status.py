@@ -50,7 +50,7 @@ def _pipeline_of(state: ClusterState, device: Device | None) -> Pipeline | None:
     """The one it is a member of, unless that is over."""
     if device is None:
         return None
-    return next((p for p in state.pipelines if not p.broken and device.device_id in p.members), None)
+    return next((p for p in state.pipelines if not p.broken and device.device_id in p.everyone), None)
 
 
 def _held(state: ClusterState, device: Device | None) -> tuple[tuple[int, int] | None, int]:
@@ -62,6 +62,9 @@ def _held(state: ClusterState, device: Device | None) -> tuple[tuple[int, int] |
         if stage.device_id == device.device_id:
             weight_bytes = stage.ready.weight_bytes if stage.ready is not None else part.weight_bytes
             return (part.layers.first, part.layers.last), weight_bytes
+    for holder in pipeline.plan.holders:
+        if holder.device_id == device.device_id:
+            return None, holder.weight_bytes
     return None, 0
 
 
@@ -94,9 +97,12 @@ def _label_of_member(state: ClusterState, device: Device) -> tuple[str, str]:
         return (
             ("excluded", reason) if reason else ("ready", "it stands by: the pipeline is complete without it")
         )
-    stage = pipeline.stages[pipeline.members.index(device.device_id)]
+    stage = pipeline.parts[pipeline.everyone.index(device.device_id)]
     if stage.ready is None:
         return "loading", "it fetches and loads its layers"
+    holder = next((h for h in pipeline.plan.holders if h.device_id == device.device_id), None)
+    if holder is not None:
+        return "serving", f"it holds {holder.experts} experts for {pipeline.plan.stages[0].name}"
     if not stage.ready.row_invariant:
         return "serving", "its rows depend on their neighbours: it runs fixed chunks and shares no batches"
     return "serving", ""
@@ -130,6 +136,7 @@ def _plan_status(
         ready=pipeline.is_ready,
         split=split_text(split),
         stages=tuple((part.name, part.layers.first, part.layers.last) for part in pipeline.plan.stages),
+        holders=tuple((part.name, part.experts, part.weight_bytes) for part in pipeline.plan.holders),
         predicted_tokens_per_second=pipeline.plan.predicted_tokens_per_second,
         measured_tokens_per_second=measured_tokens_per_second,
         reasons=(*broken, *refusal, *pipeline.plan.reasons, *told),

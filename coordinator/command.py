@@ -39,8 +39,8 @@ def _configure(parser: ArgumentParser) -> None:
     add(
         "--split",
         default="auto",
-        metavar="auto|even|0-1,2-3,…",
-        help="how layers are divided (default: auto)",
+        metavar="auto|even|experts|0-1,2-3,…",
+        help="how layers are divided (default: auto); experts: one device runs all, others hold experts for it",
     )
     add("--devices", default="", metavar="NAME,…", help="devices of the pipeline, in order")
     add(

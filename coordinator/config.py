@@ -51,17 +51,17 @@ def parse_replicas(text: str) -> int:
 
 
 def parse_split(text: str, devices: str = "", replicas: str = "auto") -> Split:
-    """`auto`, `even`, or `0-1,2-3,4-5`; `devices` are names in pipeline order, separated by commas."""
+    """`auto`, `even`, `experts`, or `0-1,2-3,4-5`; `devices` are names in pipeline order, separated by commas."""
     names = tuple(name.strip() for name in devices.split(",") if name.strip())
     count = parse_replicas(replicas)
-    if text in ("auto", "even"):
+    if text in ("auto", "even", "experts"):
         return Split(text, (), names, count)
     try:
         pairs = [part.strip().partition("-") for part in text.split(",")]
         ranges = tuple(LayerRange(int(first), int(last or first)) for first, _, last in pairs)
     except ValueError:
         raise UsageError(
-            f"{text!r} is not a split", hint="use auto, even, or layer ranges such as 0-1,2-3,4-5"
+            f"{text!r} is not a split", hint="use auto, even, experts, or layer ranges such as 0-1,2-3,4-5"
         ) from None
     if names and len(names) != len(ranges):
         raise UsageError(f"{len(ranges)} layer ranges were given for {len(names)} devices")

@@ -16,13 +16,13 @@ from coordinator import events as ev
 from coordinator.changes.apply import apply
 from coordinator.decisions import Limits, decide
 from coordinator.journal.base import Journal
+from coordinator.load_order import load_order
 from coordinator.planning.model import Plan, Split
 from coordinator.sessions.port import Open, PipelineLost, Rebind, Reopen
 from coordinator.state import ClusterState, Pipeline
 from edge_runtime.errors import EdgeRuntimeError, PlanError, RequestFailed
 from edge_runtime.protocol.messages import (
     Hello,
-    LoadStage,
     Message,
     PeerLease,
     ProfileRequest,
@@ -232,30 +232,20 @@ class ControlLoop:
 
     async def _install(self, reason: str, plan: Plan, replaces: int = 0) -> None:
         lease = await self._journal.next_lease()
-        stages = ", ".join(f"{stage.name} {stage.layers}" for stage in plan.stages)
-        log.info("plan of lease %d (%s): %s", lease, reason, stages)
+        parts = [f"{stage.name} {stage.layers}" for stage in plan.stages]
+        parts += [f"{holder.name} {holder.experts} experts" for holder in plan.holders]
+        log.info("plan of lease %d (%s): %s", lease, reason, ", ".join(parts))
         self._apply(ev.PlanInstalled(lease, plan, self._clock(), replaces))
 
     def _load_stages(self, lease: int) -> None:
         pipeline = self.state.find(lease)
         if pipeline is None:
             return
-        addresses = [(member, self.state.devices[member].data_address) for member in pipeline.members]
-        for number, part in enumerate(pipeline.plan.stages):
-            others = [entry for entry in addresses if entry[0] != part.device_id]
-            self._post(part.device_id, self._trust.peer_lease(pipeline.lease, part.device_id, others))
-            load = LoadStage(
-                lease=pipeline.lease,
-                bundle=self._bundle,
-                stage=number,
-                devices=pipeline.members,
-                first_layer=part.layers.first,
-                last_layer=part.layers.last,
-                prefill_chunk_tokens=pipeline.plan.prefill_chunk_tokens,
-                wire=pipeline.plan.formats.wire,
-                kv=pipeline.plan.formats.kv,
-            )
-            self._post(part.device_id, load)
+        addresses = [(member, self.state.devices[member].data_address) for member in pipeline.everyone]
+        for member in pipeline.everyone:
+            others = [entry for entry in addresses if entry[0] != member]
+            self._post(member, self._trust.peer_lease(lease, member, others))
+            self._post(member, load_order(pipeline, member, self._bundle))
 
     def _post(self, device_id: str, message: Message) -> None:
         if self.links is not None:

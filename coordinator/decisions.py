@@ -99,12 +99,12 @@ def _give_up_on_slow_loads(at: _Situation) -> Sequence[Action]:
     patience = at.limits.load_seconds
     return [
         GiveUpOnDevice(
-            stage.device_id, pipeline.lease, f"loading its layers made no progress for {patience:g} s"
+            part.device_id, pipeline.lease, f"loading its part made no progress for {patience:g} s"
         )
         for pipeline in at.state.pipelines
         if pipeline.load_sent and not pipeline.broken
-        for stage in pipeline.stages
-        if stage.ready is None and at.now - stage.moved_at > patience
+        for part in pipeline.parts
+        if part.ready is None and at.now - part.moved_at > patience
     ]
 
 

@@ -19,7 +19,7 @@ from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
 from edge_runtime.engine.wire import row_bytes
 from edge_runtime.errors import PlanError
-from edge_runtime.experts.flash_store import expert_bytes, token_cycle_bytes
+from edge_runtime.experts.flash_store import expert_bytes, shareable_experts, token_cycle_bytes
 
 
 def model_profile(
@@ -43,6 +43,7 @@ def model_profile(
         formats=formats,
         layer_expert_bytes=tuple(expert_bytes(manifest, k, k) for k in range(manifest.num_layers)),
         layer_cycle_bytes=tuple(token_cycle_bytes(manifest, k, k) for k in range(manifest.num_layers)),
+        layer_experts=tuple(shareable_experts(manifest, k) for k in range(manifest.num_layers)),
     )
 
 
@@ -129,7 +130,7 @@ class Placer:
 
     def _marked(self, plan: Plan, wanted: Split) -> Plan:
         """A split over fewer devices than were named for it is not what was asked for."""
-        is_short = self._split.kind != "auto" and len(plan.stages) < len(self._split.devices)
+        is_short = self._split.kind != "auto" and len(plan.everyone) < len(self._split.devices)
         return replace(plan, is_fallback=True) if is_short and wanted.devices != self._split.devices else plan
 
 

@@ -47,7 +47,9 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=Path, required=True, metavar="FILE", help="devices and links (TOML)"
     )
-    parser.add_argument("--split", default="auto", help="auto (default), even, or ranges such as 0-3,4-7")
+    parser.add_argument(
+        "--split", default="auto", help="auto (default), even, experts, or ranges such as 0-3,4-7"
+    )
     parser.add_argument("--order", default="", metavar="NAMES", help="device names in pipeline order")
     parser.add_argument(
         "--replicas",
@@ -101,6 +103,10 @@ def plan_json(plan: Plan) -> dict[str, object]:
             }
             for stage in plan.stages
         ],
+        "holders": [
+            {"name": each.name, "experts": each.experts, "weight_bytes": each.weight_bytes}
+            for each in plan.holders
+        ],
         "predicted_tokens_per_second": _finite(plan.predicted_tokens_per_second),
         "predicted_prefill_tokens_per_second": _finite(plan.predicted_prefill_tokens_per_second),
         "prefill_chunk_tokens": plan.prefill_chunk_tokens,
@@ -116,6 +122,7 @@ def _finite(value: float) -> float | None:
 def plan_text(plan: Plan) -> str:
     """The plan for a person."""
     lines = [" -> ".join(f"{stage.name} [{stage.layers}]" for stage in plan.stages)]
+    lines += [f"  + {holder.name}: {holder.experts} experts" for holder in plan.holders]
     lines.append(
         f"predicted: {plan.predicted_tokens_per_second:,.1f} tokens/s decoding,"
         f" {plan.predicted_prefill_tokens_per_second:,.0f} tokens/s prefill"

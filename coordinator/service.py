@@ -63,11 +63,12 @@ class DeviceStatus:
 class PlanStatus:
     lease: int
     ready: bool
-    split: str  # what was asked for: auto, even, or ranges
+    split: str  # what was asked for: auto, even, experts, or ranges
     stages: tuple[tuple[str, int, int], ...]  # (device name, first layer, last layer)
     predicted_tokens_per_second: float
     measured_tokens_per_second: float  # of recent single-session decoding; 0 before any
     reasons: tuple[str, ...]
+    holders: tuple[tuple[str, int, int], ...] = ()  # (device name, experts, their bytes): no layers
 
 
 @dataclass(frozen=True, slots=True)

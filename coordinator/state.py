@@ -78,16 +78,28 @@ class Pipeline:
     load_sent: bool = False
     announced: bool = False
     broken: str = ""
+    holders: tuple[StageState, ...] = ()  # of experts, without layers
     faults: tuple[
         ev.StageFaulted, ...
     ] = ()  # since it last brought anybody anything, one per device and request
 
     @property
     def is_ready(self) -> bool:
-        return not self.broken and all(stage.ready is not None for stage in self.stages)
+        return not self.broken and all(each.ready is not None for each in self.parts)
+
+    @property
+    def parts(self) -> tuple[StageState, ...]:
+        """Whoever loads something."""
+        return (*self.stages, *self.holders)
+
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """Whoever it can't do without."""
+        return tuple(part.device_id for part in self.parts)
 
     @property
     def members(self) -> tuple[str, ...]:
+        """Who runs layers, in order: the last one is the tail."""
         return tuple(stage.device_id for stage in self.stages)
 
     @property
@@ -168,7 +180,7 @@ class ClusterState:
 
     def members_of_others(self, lease: int) -> set[str]:
         """Devices of every pipeline that is not broken, but the one of this lease."""
-        return {m for p in self.pipelines if p.lease != lease and not p.broken for m in p.members}
+        return {m for p in self.pipelines if p.lease != lease and not p.broken for m in p.everyone}
 
     @property
     def waiting(self) -> list[Session]:

@@ -29,7 +29,7 @@ def revised(state: ClusterState) -> ClusterState:
 def break_if_member(state: ClusterState, device_id: str, reason: str, at: float) -> ClusterState:
     """The pipeline that lost a member is over; its sessions wait for another. Other pipelines notice nothing."""
     for pipeline in state.pipelines:
-        if not pipeline.broken and device_id in pipeline.members:
+        if not pipeline.broken and device_id in pipeline.everyone:
             return break_pipeline(state, pipeline, reason, at)
     return state
 

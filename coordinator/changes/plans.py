@@ -44,7 +44,7 @@ def apply_plan(state: ClusterState, event: ev.Event) -> ClusterState:
             )
         case ev.StageBroke():
             pipeline = state.find(event.lease)
-            if pipeline is None or event.device_id not in pipeline.members:
+            if pipeline is None or event.device_id not in pipeline.everyone:
                 return state
             name = state.devices[event.device_id].name if event.device_id in state.devices else "a device"
             state = failed(state, event.device_id, event.reason, event.at)
@@ -64,7 +64,8 @@ def apply_plan(state: ClusterState, event: ev.Event) -> ClusterState:
 
 def _installed(state: ClusterState, event: ev.PlanInstalled) -> ClusterState:
     stages = tuple(StageState(stage.device_id, event.at) for stage in event.plan.stages)
-    pipeline = Pipeline(event.lease, event.plan, stages)
+    holders = tuple(StageState(holder.device_id, event.at) for holder in event.plan.holders)
+    pipeline = Pipeline(event.lease, event.plan, stages, holders=holders)
     old = state.find(event.replaces) if event.replaces else None
     if old is None:
         state = replace(state, pipelines=(*state.pipelines, pipeline))
@@ -74,12 +75,12 @@ def _installed(state: ClusterState, event: ev.PlanInstalled) -> ClusterState:
         state = _retire(put_pipeline(state, old.lease, pipeline), old)
     state = replace(
         state,
-        retired=tuple(pair for pair in state.retired if pair[0] not in pipeline.members),
+        retired=tuple(pair for pair in state.retired if pair[0] not in pipeline.everyone),
         refusal="",
         refused_revision=-1,
         reviewed_revision=state.revision,
     )
-    for member in pipeline.members:  # one may have left while the lease was drawn
+    for member in pipeline.everyone:  # one may have left while the lease was drawn
         device = state.devices.get(member)
         if device is None or not device.is_connected:
             return break_if_member(state, member, "a member left while the plan was made", event.at)
@@ -104,7 +105,7 @@ def _retire(state: ClusterState, old: Pipeline) -> ClusterState:
     busy = state.members_of_others(old.lease)
     left = tuple(
         (member, old.lease)
-        for member in old.members
+        for member in old.everyone
         if member not in busy and member in state.devices and state.devices[member].is_connected
     )
     return replace(state, retired=(*state.retired, *left))
@@ -112,7 +113,7 @@ def _retire(state: ClusterState, old: Pipeline) -> ClusterState:
 
 def _faulted(state: ClusterState, event: ev.StageFaulted) -> ClusterState:
     pipeline = state.find(event.lease)
-    if pipeline is None or event.device_id not in pipeline.members:
+    if pipeline is None or event.device_id not in pipeline.everyone:
         return state
     known = [f for f in pipeline.faults if (f.device_id, f.key) != (event.device_id, event.key)]
     return put_pipeline(state, event.lease, replace(pipeline, faults=(*known[-MAX_FAULTS:], event)))
@@ -122,8 +123,12 @@ def _change_stage(state: ClusterState, device_id: str, lease: int, **changes: ob
     pipeline = state.find(lease)
     if pipeline is None:
         return state
-    stages = tuple(
-        replace(stage, **changes) if stage.device_id == device_id else stage  # type: ignore[arg-type]
-        for stage in pipeline.stages
-    )
-    return put_pipeline(state, lease, replace(pipeline, stages=stages))
+
+    def changed(parts: tuple[StageState, ...]) -> tuple[StageState, ...]:
+        return tuple(
+            replace(part, **changes) if part.device_id == device_id else part  # type: ignore[arg-type]
+            for part in parts
+        )
+
+    after = replace(pipeline, stages=changed(pipeline.stages), holders=changed(pipeline.holders))
+    return put_pipeline(state, lease, after)

@@ -57,6 +57,8 @@ class ModelProfile:
     formats: StageFormats = DEFAULT_FORMATS  # of rows between layers, of keys and values
     layer_expert_bytes: tuple[int, ...] = ()  # of layer_weight_bytes: what may stay on flash; (): nothing
     layer_cycle_bytes: tuple[int, ...] = ()  # the experts that one token uses
+    layer_experts: tuple[int, ...] = ()  # how many that several devices may share; (): none
+    expert_loads: tuple[tuple[float, ...], ...] = ()  # each one's share of its layer's uses; (): not measured
 
     @property
     def num_layers(self) -> int:
@@ -67,7 +69,7 @@ class ModelProfile:
 class Split:
     """What the caller asked for. `ranges` is only for kind "ranges"; `devices` fixes the order where given (names)."""
 
-    kind: str = "auto"  # "auto", "even", "ranges"
+    kind: str = "auto"  # "auto", "even", "ranges", "experts"
     ranges: tuple[LayerRange, ...] = ()
     devices: tuple[str, ...] = ()
     replicas: int = 0  # pipelines wanted; 0: as many as cost nobody anything (`replicas.py`)
@@ -88,6 +90,23 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class HolderPlan:
+    """A device that holds experts for the stages, and no layers."""
+
+    device_id: str
+    name: str
+    experts: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsHeld:
+    device_id: str  # of a stage or a holder
+    layer: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """An ordered pipeline, what it should do, and why. `excluded`: device name -> the reason."""
 
@@ -99,11 +118,18 @@ class Plan:
     prefill_chunk_tokens: int
     formats: StageFormats = DEFAULT_FORMATS
     is_fallback: bool = False  # not the split that was asked for: that one could not be kept
+    holders: tuple[HolderPlan, ...] = ()
+    experts: tuple[ExpertsHeld, ...] = ()  # (): every stage holds those of its layers
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Device ids in pipeline order."""
         return tuple(stage.device_id for stage in self.stages)
+
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """Device ids of stages and holders."""
+        return (*self.devices, *(holder.device_id for holder in self.holders))
 
     @property
     def class_map(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from coordinator.planning import explain
 from coordinator.planning.costs import Costs, Placement
+from coordinator.planning.experts import place_experts
 from coordinator.planning.fixed import named_devices, place_even, place_ranges
 from coordinator.planning.model import DeviceProfile, Links, ModelProfile, Plan, Split
 from coordinator.planning.search import search
@@ -30,7 +31,11 @@ def place(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, s
         return _place_even(devices, links, model, split)
     if split.kind == "ranges":
         return _place_ranges(devices, links, model, split)
-    raise PlanError(f"there is no split {split.kind!r}", hint="use auto, even, or ranges such as 0-3,4-7")
+    if split.kind == "experts":
+        return place_experts(devices, links, model, split)
+    raise PlanError(
+        f"there is no split {split.kind!r}", hint="use auto, even, experts, or ranges such as 0-3,4-7"
+    )
 
 
 def replan(
@@ -133,7 +138,7 @@ def _place_ranges(devices: Sequence[DeviceProfile], links: Links, model: ModelPr
 def _mended(
     previous: Plan, devices: Sequence[DeviceProfile], links: Links, model: ModelProfile
 ) -> Plan | None:
-    if not previous.stages or previous.stages[-1].layers.last != model.num_layers - 1:
+    if previous.holders or not previous.stages or previous.stages[-1].layers.last != model.num_layers - 1:
         return None
     costs = Costs(tuple(devices), links, model)
     index = {device.device_id: item for item, device in enumerate(devices)}

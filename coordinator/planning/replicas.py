@@ -48,6 +48,7 @@ def _explained(
 ) -> tuple[Plan, ...]:
     """With why there are as many as there are; nobody who serves in one of them is left out."""
     used = {stage.name for plan in plans for stage in plan.stages}
+    used |= {holder.name for plan in plans for holder in plan.holders}
     told = []
     for number, plan in enumerate(plans, 1):
         reasons = list(plan.reasons)
@@ -72,7 +73,7 @@ def place_another(
     plans: Sequence[Plan], devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split
 ) -> Plan:
     """One more beside `plans`, over the devices they don't use. Raises PlanError that says why not."""
-    taken = {device_id for plan in plans for device_id in plan.devices}
+    taken = {device_id for plan in plans for device_id in plan.everyone}
     free = [device for device in devices if device.device_id not in taken]
     if not free:
         raise PlanError("every device is in a pipeline already")
@@ -124,6 +125,8 @@ def _first_plans(
 ) -> tuple[Plan, ...]:
     if split.replicas < 2:
         return (place(devices, links, model, split),)
+    if split.kind == "experts":
+        return (place(devices, links, model, split),)  # others come one by one, out of whoever is left
     if split.kind == "auto":
         return _divided(devices, links, model, split) or (place(devices, links, model, split),)
     return _dealt(devices, links, model, split)

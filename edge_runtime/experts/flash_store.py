@@ -107,6 +107,14 @@ def can_stay_on_flash(manifest: Manifest, first: int, last: int) -> bool:
     return all(tensor.expert_digests for tensor in tensors)
 
 
+def shareable_experts(manifest: Manifest, layer: int) -> int:
+    """How many experts of a layer several devices may share; 0: none, or no digest of every single one."""
+    if not expert_bytes(manifest, layer, layer) or not can_stay_on_flash(manifest, layer, layer):
+        return 0
+    operations = [o for o in manifest.layers[layer].operations if o.kind == "experts"]
+    return sum(int(operation.attributes["experts"]) for operation in operations)
+
+
 def token_cycle_bytes(manifest: Manifest, first: int, last: int) -> int:
     """The experts that one token uses in layers first..last: a cache below it can't hold on to anything."""
     return sum(

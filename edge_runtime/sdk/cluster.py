@@ -44,6 +44,7 @@ class LocalCluster:
     """`with LocalCluster(bundle, devices=[DeviceSpec(name="phone")]) as cluster:`, or `async with`.
 
     `split`: "auto", "even", or a list of (first, last) layers for the first devices; devices beyond it are spares.
+    "experts": the first device runs all layers, the others hold the experts that it has no room for.
     `replicas`: pipelines over different devices, "auto" or how many. Devices of one machine share its cores, so "auto"
     is one here. `wire`: rows between layers, "fp32", "fp16" (half the bytes) or "int8" (a quarter; approximate).
     `kv`: keys and values, "fp32" or "int8" (a quarter of the memory; approximate).
@@ -310,9 +311,10 @@ class LocalCluster:
 def _split_arguments(split: Split, names: Sequence[str]) -> tuple[str, list[str]]:
     """(text of --split, the devices it is about in pipeline order)."""
     if isinstance(split, str):
-        if split not in ("auto", "even"):
+        if split not in ("auto", "even", "experts"):
             raise UsageError(
-                f"{split!r} is not a split", hint='use "auto", "even" or a list of (first, last) layers'
+                f"{split!r} is not a split",
+                hint='use "auto", "even", "experts" or a list of (first, last) layers',
             )
         return split, list(names)
     ranges = [(int(first), int(last)) for first, last in split]
