@@ -55,6 +55,7 @@ class Order:
     lanes: int = 2
     threads: int = 2
     passes: int = 1  # only the last is timed
+    start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
     cgroup_version: int = 0
 
@@ -63,11 +64,13 @@ class Order:
 class Notes:
     """What a process found. Times are of decoding, all tokens together."""
 
+    load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     experts_seconds: float = 0.0
     hits: int = 0
     misses: int = 0
+    fewer_bits: int = 0  # of these, computed before all planes were there
     missed: list[list[int]] = field(default_factory=list)  # by token: experts read, by layer
     major_faults: int = 0
     peak_resident_bytes: int = 0
@@ -160,9 +163,11 @@ def run(order: Order) -> Notes:
     notes = Notes()
     bundle = Bundle.open(order.bundle)
     layers = LayerRange(0, bundle.manifest.num_layers - 1)
+    begin = time.perf_counter()
     stage = CpuStage.load(
         bundle, layers, threads=order.threads, kv_budget_bytes=KV_BYTES, experts=_options(order, bundle)
     )
+    notes.load_seconds = time.perf_counter() - begin
     replay = Replay(read_trace(order.trace)) if order.trace else None
     _route(order, bundle, stage, replay, notes)
     if order.arm == MEMORY and stage.experts is None:
@@ -183,7 +188,9 @@ def _options(order: Order, bundle: Bundle) -> CacheOptions | None:
         return None
     last = bundle.manifest.num_layers - 1
     least = token_cycle_bytes(bundle.manifest, 0, last)
-    return CacheOptions(order.cache_bytes or least, policy=order.policy, lanes=order.lanes)
+    return CacheOptions(
+        order.cache_bytes or least, policy=order.policy, lanes=order.lanes, start_bits=order.start_bits
+    )
 
 
 def _route(order: Order, bundle: Bundle, stage: CpuStage, replay: Replay | None, notes: Notes) -> None:
@@ -237,6 +244,7 @@ def _generate(order: Order, stage: CpuStage, replay: Replay | None, notes: Notes
     if stage.experts is not None and total is not None:
         after = stage.experts.statistics.total
         notes.hits, notes.misses = after.hits - total.hits, after.misses - total.misses
+        notes.fewer_bits = after.fewer_bits - total.fewer_bits
     notes.digest = found.hexdigest()
     stage.drop(SESSION)
 
