@@ -37,16 +37,31 @@ def add_draft_argument(parser: ArgumentParser) -> None:
     )
 
 
+def add_offline_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--offline",
+        default="never",
+        metavar="never|draft",
+        help="draft: where the coordinator can't be reached, this device's draft model answers alone, and stderr says"
+        " so (default: never)",
+    )
+
+
 def open_client(arguments: Namespace) -> Client:
     from edge_runtime.sdk.client import Client
 
     settings = config.load({"client.url": arguments.url})
     key = settings.client.api_key
     if arguments.api_key_file is not None:
-        key = _read_key(arguments.api_key_file)
+        key = read_key(arguments.api_key_file)
     elif not key and urlsplit(settings.client.url).hostname in _LOOPBACK:
         key = _own_key(settings.general.state_directory)
-    return Client(settings.client.url, api_key=key, draft=getattr(arguments, "draft", "none"))
+    return Client(
+        settings.client.url,
+        api_key=key,
+        draft=getattr(arguments, "draft", None) or "none",
+        offline=getattr(arguments, "offline", "never"),
+    )
 
 
 def _own_key(state_directory: Path) -> str:
@@ -57,7 +72,7 @@ def _own_key(state_directory: Path) -> str:
         return ""
 
 
-def _read_key(path: Path) -> str:
+def read_key(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as problem:

@@ -59,6 +59,7 @@ class OfflineTokenStream(AsyncTokenStream):
             model=self._draft_name if by_draft else told.model,
             answered_by=DRAFT if by_draft else told.answered_by,
             target_tokens=len(told.token_ids),
+            offline_reason=self.cause.message if by_draft and self.cause is not None else "",
             question=self._question if by_draft else None,
         )
 

@@ -56,6 +56,7 @@ class Result:
     rejected_draft_tokens: int = 0  # and those that were run for nothing
     answered_by: str = TARGET  # "draft": the tokens from `target_tokens` on are the draft model's
     target_tokens: int = 0  # leading tokens that are the target's
+    offline_reason: str = ""  # why the target could not be asked, or not to the end
     question: Question | None = field(default=None, repr=False)  # of an answer that can be upgraded
 
 

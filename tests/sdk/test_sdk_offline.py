@@ -138,6 +138,7 @@ async def test_the_draft_model_answers_as_itself_and_says_so(
     assert [token.index for token in tokens] == list(range(12))
     assert (result.target_tokens, result.finish_reason, result.seed) == (0, "length", 5)
     assert result.prompt_token_ids == tuple(PROMPT)
+    assert "nothing answers" in result.offline_reason
     assert not drafter_threads()
 
 
@@ -201,6 +202,7 @@ async def test_a_refused_request_is_an_answer(url: str, service: FakeService, dr
         assert caught.value.code == "context_length_exceeded"
         answered = await client.generate(PROMPT, **OPTIONS)
         assert (answered.answered_by, answered.target_tokens) == ("target", 12)
+        assert not answered.offline_reason
         with pytest.raises(UsageError, match="the target's"):
             await client.upgrade(answered)
 

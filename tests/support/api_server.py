@@ -32,7 +32,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(service: FakeService) -> AsyncIterator[Server]:
+async def serving(service: FakeService, port: int = 0) -> AsyncIterator[Server]:
     """Serves until the block ends."""
     keys = ApiKeys(
         (
@@ -41,7 +41,7 @@ async def serving(service: FakeService) -> AsyncIterator[Server]:
             ApiKey.of(OTHER_KEY, tenant="other", is_admin=False),
         )
     )
-    runner, port = await serve(create_app(service, api_keys=keys))
+    runner, port = await serve(create_app(service, api_keys=keys), port=port)
     try:
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as http:
             yield Server(service, port, http, keys)

@@ -12,14 +12,14 @@ from tests.support.fake_service import FakeService
 
 
 @contextmanager
-def threaded_api(service: FakeService) -> Iterator[str]:
-    """Its URL, until the block ends."""
+def threaded_api(service: FakeService, port: int = 0) -> Iterator[str]:
+    """Its URL, until the block ends. `port` 0: any."""
     urls: list[str] = []
     started, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
 
     async def run() -> None:
-        async with serving(service) as server:
+        async with serving(service, port) as server:
             urls.append(server.url)
             started.set()
             await stop.wait()

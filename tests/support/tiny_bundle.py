@@ -122,7 +122,9 @@ def _padded(arrays: dict[str, NDArray[np.generic]]) -> bytes:
     return b"".join(array.tobytes() + bytes(-array.nbytes % PAGE_BYTES) for array in arrays.values())
 
 
-def build_tiny_bundle(path: Path, model: TinyModel, tokenizer: bytes = b"{}") -> Bundle:
+def build_tiny_bundle(
+    path: Path, model: TinyModel, tokenizer: bytes = b"{}", chat_template: str = ""
+) -> Bundle:
     writer = BundleWriter(path)
     writer.add_file("tokenizer", tokenizer)
     make = _Writer(model, np.random.default_rng(model.seed))
@@ -152,7 +154,7 @@ def build_tiny_bundle(path: Path, model: TinyModel, tokenizer: bytes = b"{}") ->
             slices,
             {"main": Rope(frequencies)},
             "tokenizer",
-            "",
+            chat_template,
             {},
         ),
         SIGNING_KEY,
