@@ -42,6 +42,12 @@ def _configure(parser: ArgumentParser) -> None:
         metavar="auto|even|experts|0-1,2-3,…",
         help="how layers are divided (default: auto); experts: one device runs all, others hold experts for it",
     )
+    add(
+        "--expert-loads",
+        type=Path,
+        metavar="FILE",
+        help="of `doctor experts --loads FILE`: with --split experts the busiest stay where the layers run",
+    )
     add("--devices", default="", metavar="NAME,…", help="devices of the pipeline, in order")
     add(
         "--replicas",
@@ -107,6 +113,7 @@ def coordinator_config(arguments: Namespace, settings: config.Config) -> Coordin
         keep_requests_seconds=settings.coordinator.keep_requests_seconds,
         keep_requests=settings.coordinator.keep_requests,
         formats=StageFormats(kv=arguments.kv, wire=arguments.wire),
+        expert_loads=arguments.expert_loads,
         limits=Limits(device_timeout_seconds=arguments.device_timeout),
     )
 

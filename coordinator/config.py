@@ -27,6 +27,7 @@ class CoordinatorConfig:
     split: Split = field(default_factory=Split)
     kv_tokens_wanted: int = 4096
     formats: StageFormats = DEFAULT_FORMATS
+    expert_loads: Path | None = None  # which experts are busy, where that was measured
     max_waiting: int = 1024
     stall_seconds: float = 15.0  # silence of a pipeline with an open session before it is opened again
     drain_seconds: float = 5.0  # at the end, for streams that are running

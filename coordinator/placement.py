@@ -20,10 +20,14 @@ from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
 from edge_runtime.engine.wire import row_bytes
 from edge_runtime.errors import PlanError
 from edge_runtime.experts.flash_store import expert_bytes, shareable_experts, token_cycle_bytes
+from edge_runtime.experts.loads import ExpertLoads
 
 
 def model_profile(
-    manifest: Manifest, kv_tokens_wanted: int, formats: StageFormats = DEFAULT_FORMATS
+    manifest: Manifest,
+    kv_tokens_wanted: int,
+    formats: StageFormats = DEFAULT_FORMATS,
+    loads: ExpertLoads | None = None,
 ) -> ModelProfile:
     """A slice that two blocks share counts where it is met first: a tied head costs little beside the embedding."""
     model = manifest.model
@@ -43,8 +47,14 @@ def model_profile(
         formats=formats,
         layer_expert_bytes=tuple(expert_bytes(manifest, k, k) for k in range(manifest.num_layers)),
         layer_cycle_bytes=tuple(token_cycle_bytes(manifest, k, k) for k in range(manifest.num_layers)),
-        layer_experts=tuple(shareable_experts(manifest, k) for k in range(manifest.num_layers)),
+        layer_experts=layer_experts(manifest),
+        expert_loads=loads.shares() if loads is not None else (),
     )
+
+
+def layer_experts(manifest: Manifest) -> tuple[int, ...]:
+    """How many of each layer several devices may share."""
+    return tuple(shareable_experts(manifest, layer) for layer in range(manifest.num_layers))
 
 
 def kv_bytes(manifest: Manifest, format: str) -> int:

@@ -64,22 +64,32 @@ def _configure(parser: ArgumentParser) -> None:
         "--kv", choices=("fp32", "int8"), default="fp32", help="keys and values (default fp32)"
     )
     parser.add_argument("--kv-tokens", type=int, default=4096, help="KV room of each stage (default 4096)")
+    parser.add_argument(
+        "--expert-loads",
+        type=Path,
+        metavar="FILE",
+        help="of `doctor experts --loads FILE`, for --split experts",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _run(arguments: Namespace) -> int:
     from coordinator.config import parse_split
-    from coordinator.placement import model_profile
+    from coordinator.placement import layer_experts, model_profile
     from coordinator.planning import place_all
     from coordinator.planning.devices_toml import load_devices
     from edge_runtime.bundle import Bundle
     from edge_runtime.engine.base import StageFormats
+    from edge_runtime.experts.loads import read_loads
 
-    manifest = Bundle.open(arguments.bundle).manifest
+    bundle = Bundle.open(arguments.bundle)
+    manifest, loads = bundle.manifest, None
+    if arguments.expert_loads is not None:
+        loads = read_loads(arguments.expert_loads, str(bundle.digest), layer_experts(manifest))
     devices, links = load_devices(arguments.devices, manifest)
     split = parse_split(arguments.split, arguments.order, arguments.replicas)
     model = model_profile(
-        manifest, max(arguments.kv_tokens, 1), StageFormats(kv=arguments.kv, wire=arguments.wire)
+        manifest, max(arguments.kv_tokens, 1), StageFormats(kv=arguments.kv, wire=arguments.wire), loads
     )
     plans = place_all(devices, links, model, split)
     if arguments.json:

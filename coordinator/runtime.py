@@ -25,7 +25,7 @@ from coordinator.control_loop import ControlLoop
 from coordinator.journal.base import Journal
 from coordinator.journal.sqlite import SqliteJournal
 from coordinator.links import AgentLinks
-from coordinator.placement import Placer, model_profile
+from coordinator.placement import Placer, layer_experts, model_profile
 from coordinator.ports import RememberedPorts, reachable_host
 from coordinator.registry import Keys, Registry
 from coordinator.request_desk import RequestDesk
@@ -38,6 +38,7 @@ from coordinator.text_codec import TextCodec
 from edge_runtime.bundle import Bundle
 from edge_runtime.bundle.manifest import ModelInfo
 from edge_runtime.core import RequestId
+from edge_runtime.experts.loads import read_loads
 from edge_runtime.protocol.messages import Draft
 from edge_runtime.transport import zeromq
 from edge_runtime.trust.pairing import EnrollmentServer, listen_for_devices
@@ -113,7 +114,12 @@ class CoordinatorRuntime:
 
     def _wire_up(self, listener: zeromq.ZeromqListener, keys: Keys) -> None:
         config, manifest = self.config, self.bundle.manifest
-        model = model_profile(manifest, config.kv_tokens_wanted, config.formats)
+        loads = (
+            read_loads(config.expert_loads, str(self.bundle.digest), layer_experts(manifest))
+            if config.expert_loads is not None
+            else None
+        )
+        model = model_profile(manifest, config.kv_tokens_wanted, config.formats, loads)
         self.loop = ControlLoop(
             bundle=self.bundle.digest,
             split=config.split,

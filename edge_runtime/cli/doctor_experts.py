@@ -48,6 +48,9 @@ def configure(parser: ArgumentParser) -> None:
         metavar="SIZE",
         help="for experts during this test (default: a quarter of what is free)",
     )
+    parser.add_argument(
+        "--loads", type=Path, metavar="FILE", help="write how often each expert was used, for --split experts"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -60,6 +63,8 @@ def run(arguments: Namespace) -> int:
     _check_has_experts(bundle)
     ids = _tokens(bundle, arguments.text, arguments.tokens)
     examined = _examine(bundle, ids, arguments)
+    if arguments.loads is not None:
+        _write_loads(arguments.loads, bundle, examined)
     layer = examined.layers[0]
     found = prospects(examined.routing, layer.experts, layer.stride_bytes, examined.speed)
     wanted_tps = arguments.at_least or HALF * in_memory_tps(examined.speed)
@@ -69,6 +74,19 @@ def run(arguments: Namespace) -> int:
     else:
         _show(bundle, examined, found, usable, wanted_tps)
     return 0 if usable is not None else 1
+
+
+def _write_loads(path: Path, bundle: Bundle, examined: Examined) -> None:
+    from edge_runtime.experts.loads import counted, write_loads
+
+    layers = [own.layer for own in examined.layers]
+    counts = [own.experts for own in examined.layers]
+    loads = counted(str(bundle.digest), examined.routing, layers, counts, bundle.manifest.num_layers)
+    try:
+        write_loads(path, loads)
+    except OSError as problem:
+        raise UsageError(f"{path} can't be written: {problem}") from None
+    note(f"how often each expert was used: {path}, for edge-runtime coordinator --expert-loads")
 
 
 def _check_has_experts(bundle: Bundle) -> None:

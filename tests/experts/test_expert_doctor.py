@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,31 @@ def test_the_command_reports(bundle: Bundle, tmp_path: Path, capsys: Capture) ->
     assert "not usable here" in printed.out
     assert main(["doctor", "experts", str(bundle.path), *flags, "--at-least", "0.001"]) == 0
     assert "edge-runtime agent --expert-cache 1MiB" in capsys.readouterr().out
+
+
+def test_loads_that_the_command_counts_decide_where_experts_are(
+    bundle: Bundle, tmp_path: Path, capsys: Capture
+) -> None:
+    text, loads, devices = (tmp_path / name for name in ("text", "loads.json", "devices.toml"))
+    text.write_text(" ".join(f"w{1 + number * 7 % 49}" for number in range(80)))
+    flags = ["--text", str(text), "--threads", "1", "--at-least", "0.001", "--loads", str(loads)]
+    assert main(["doctor", "experts", str(bundle.path), *flags]) == 0
+    assert "edge-runtime coordinator --expert-loads" in capsys.readouterr().err
+    uses = json.loads(loads.read_text())["uses"]
+    assert [sum(layer) for layer in uses] == [160, 160]
+    total = sum(entry.size_bytes for entry in bundle.manifest.slices.values())
+    room = f'memory = "{total // 2}"\nweight_bandwidth = "6GB/s"\n'
+    devices.write_text(
+        "".join(f'[[device]]\nname = "{name}"\n{room}rtt = "1ms"\nbandwidth = "1GB/s"\n' for name in "abc")
+    )
+    plan = ["plan", str(bundle.path), "--devices", str(devices), "--split", "experts", "--kv-tokens", "32"]
+    shares = []
+    for more in ([], ["--expert-loads", str(loads)]):
+        assert main([*plan, *more, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["holders"]
+        shares.append(int(re.search(r"; (\d+)% of their uses", told["reasons"][0])[1]))
+    assert shares[1] > shares[0]
 
 
 def test_the_command_refuses(bundle: Bundle, tmp_path: Path, capsys: Capture) -> None:
