@@ -75,7 +75,7 @@ class SimulatedStage:
                 case RunRows(work):
                     self._queue.add(work)
                 case CancelRows():
-                    self._queue.cancel(instruction.session, instruction.turn)
+                    self._queue.cancel(instruction)
                 case DropRows():
                     self._queue.drop(instruction.session)
                     self._caches.pop(instruction.session, None)
@@ -93,7 +93,7 @@ class SimulatedStage:
             return
         self._is_busy = True
         works = self._queue.take()
-        rows = sum(len(work.ids) for work in works)
+        rows = sum(work.row_count for work in works)
         seconds = self._step_seconds(rows)
         self.rows_run += rows
         for work in works:
@@ -112,17 +112,21 @@ class SimulatedStage:
     def _run(self, work: Work) -> WorkFinished:
         if work.session not in self._caches:  # closed, or of another lease
             return WorkFinished(work)
-        values = list(work.ids) if work.hidden is None else [int(value) for value in work.hidden[:, 0]]
+        ids = work.ids + work.sides.ids
+        values = list(ids) if work.hidden is None else [int(value) for value in work.hidden[:, 0]]
         for layer, cache in zip(self._layers, self._caches[work.session], strict=True):
             assert work.base_row <= len(cache), "a stage was given rows it can't place"
             del cache[work.base_row :]
-            for index, value in enumerate(values):
+            for index, value in enumerate(values[: len(work.ids)]):
                 cache.append(layer_row(layer, cache[-1] if cache else 0, value))
                 values[index] = cache[-1]
+            for index, parent in enumerate(work.sides.parents, len(work.ids)):
+                before = cache[parent] if parent >= 0 else values[len(work.ids) + ~parent]
+                values[index] = layer_row(layer, before, values[index])
         tail = self._tails.get(work.session)
         if tail is not None:
-            sampled_at = values[len(values) - work.logit_rows :]
+            sampled_at = values[len(work.ids) - work.logit_rows :]
             logits = np.array([logits_of(value) for value in sampled_at], np.float32).reshape(-1, VOCABULARY)
-            tokens = tail.sample(work.base_row, work.ids, logits)
+            tokens = tail.sample(work.base_row, work.ids, logits, work.sides)
             return WorkFinished(work, None, tokens)
         return WorkFinished(work, np.array(values, np.float32)[:, None])

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from edge_runtime.agent.continuation import Continuation
 from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS
+from edge_runtime.engine.side_rows import NO_SIDES, SideRows, chain_length, parted
 from edge_runtime.protocol.messages import Draft
 
 MAX_ROWS_AHEAD = 512  # issued and not yet judged: more is no window, but a flood
 STEPS_UNDER_WAY = 2  # per stage: one that runs, one that waits or travels
 MAX_FRAME_ROWS = 32  # longer drafts go as several frames: the next stage begins while this one goes on
+MAX_SIDE_ROWS = 16  # of a frame: each costs a copy of a page, and at most one of a position is right
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Merged:
     ids: tuple[int, ...]
     turn: int
     reason: str = ""  # why there is nothing to issue
+    sides: SideRows = NO_SIDES  # beside `ids`
 
 
 def rows_ahead(sessions: int, stages: int) -> int:
@@ -51,7 +54,7 @@ def merge(chain: Continuation, rows: int, max_rows: int, turn: int, ahead: int, 
         return Merged((), turn, f"row {rows} is next: a draft before it was lost")
     if draft.base_row < chain.given or draft.turn > max_rows:
         return Merged((), turn, "no such position to guess")
-    ids = main_chain(draft)
+    ids, sides = _tree(draft)
     wrong = chain.contradicts(draft.base_row, ids)
     if wrong is not None:
         return Merged((), max(turn, wrong), f"position {wrong} has another id")
@@ -60,18 +63,34 @@ def merge(chain: Continuation, rows: int, max_rows: int, turn: int, ahead: int, 
         return Merged((), turn, "other guesses for the same positions are being judged")
     end = min(max_rows - 1, chain.next_position + ahead)
     new = ids[len(here) : max(0, end - draft.base_row)]
-    return Merged(new, max(turn, draft.turn), "" if new else "nothing new in it, or no room")
+    first = draft.base_row + len(here)
+    beside = _beside(sides, first, first + len(new), max_rows) if ahead >= MAX_ROWS_AHEAD else NO_SIDES
+    return Merged(new, max(turn, draft.turn), "" if new else "nothing new in it, or no room", beside)
 
 
-def main_chain(draft: Draft) -> tuple[int, ...]:
-    """The ids at the front, each of which continues the one before."""
-    count = 0
-    for parent in draft.parents[: len(draft.ids)]:
-        if parent != draft.base_row + count - 1:
-            break
-        count += 1
-    return draft.ids[:count]
+def _tree(draft: Draft) -> tuple[tuple[int, ...], SideRows]:
+    """The chain alone where the rest makes no sense."""
+    try:
+        return parted(draft.base_row, draft.parents, draft.ids)
+    except ValueError:
+        count = min(len(draft.ids), chain_length(draft.base_row, draft.parents))
+        return draft.ids[:count], NO_SIDES
 
 
-def in_frames(ids: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return [ids[at : at + MAX_FRAME_ROWS] for at in range(0, len(ids), MAX_FRAME_ROWS)]
+def _beside(sides: SideRows, first: int, end: int, max_rows: int) -> SideRows:
+    """Those that continue rows `first` - 1 .. `end` - 1 of the chain, at positions where a row is of use."""
+    places = zip((sides.path(index)[0] for index in range(len(sides))), sides.positions(), strict=True)
+    return sides.only([first - 1 <= row < end and position < max_rows - 1 for row, position in places])[0]
+
+
+def in_frames(base_row: int, merged: Merged) -> list[tuple[tuple[int, ...], SideRows]]:
+    """(ids, side rows) of each frame. Side rows go with the row of the chain that they stand beside."""
+    frames = []
+    for at in range(0, len(merged.ids), MAX_FRAME_ROWS):
+        ids = merged.ids[at : at + MAX_FRAME_ROWS]
+        is_last = at + len(ids) == len(merged.ids)
+        rows = range(base_row + at - 1, base_row + at + len(ids) - (0 if is_last else 1))
+        sides = merged.sides
+        here = sides.only([sides.path(index)[0] in rows for index in range(len(sides))])[0]
+        frames.append((ids, here.only([index < MAX_SIDE_ROWS for index in range(len(here))])[0]))
+    return frames

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.core import SamplingParams, SessionId, Token
+from edge_runtime.engine.side_rows import NO_SIDES, SideRows
 from edge_runtime.protocol.messages import LoadStage, Message
 
 Rows = NDArray[np.float32]
@@ -22,7 +23,7 @@ MAX_DECODE_ROWS = 64  # of one step: beyond it a step gets slower for everyone w
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """Consecutive rows of one session, queued for the compute thread; FIFO within a session."""
+    """Consecutive rows of one session, `sides` beside them, queued for the compute thread; FIFO within a session."""
 
     lease: int
     session: SessionId
@@ -30,15 +31,20 @@ class Work:
     seq: int
     base_row: int
     ids: tuple[int, ...]
-    hidden: Rows | None  # [R, E]; None at the first stage
-    logit_rows: int  # rows at the end that the tail samples at
+    hidden: Rows | None  # [R, E], side rows last; None at the first stage
+    logit_rows: int  # rows at the end of the chain that the tail samples at, besides all side rows
     bidirectional: bool
     is_prompt: bool = False  # rows that were given: nobody waits for each of them
+    sides: SideRows = NO_SIDES
+
+    @property
+    def row_count(self) -> int:
+        return len(self.ids) + len(self.sides)
 
     @property
     def is_decode(self) -> bool:
         """Rows that a person is waiting for, guessed ones too, not a slice of a prompt."""
-        return not self.is_prompt and not self.bidirectional and len(self.ids) <= MAX_DECODE_ROWS
+        return not self.is_prompt and not self.bidirectional and self.row_count <= MAX_DECODE_ROWS
 
     @property
     def is_divisible(self) -> bool:
@@ -63,16 +69,19 @@ class Work:
         )
 
     def joined(self, before: Work) -> Work:
-        """One frame of both, `before` first."""
+        """One frame of both, `before` first; side rows behind both chains."""
         hidden = None
         if self.hidden is not None and before.hidden is not None:
-            hidden = np.concatenate((before.hidden, self.hidden))
+            old, new = len(before.ids), len(self.ids)
+            parts = before.hidden[:old], self.hidden[:new], before.hidden[old:], self.hidden[new:]
+            hidden = np.concatenate(parts)
         return replace(
             self,
             base_row=before.base_row,
             ids=before.ids + self.ids,
             hidden=hidden,
             logit_rows=before.logit_rows + self.logit_rows,
+            sides=before.sides.followed_by(self.sides),
         )
 
 
@@ -204,11 +213,15 @@ class RunRows:
 
 @dataclass(frozen=True, slots=True)
 class CancelRows:
-    """Take the session's queued work of turns below `turn` out, before the next step. What it holds stays."""
+    """Take the session's queued work of turns below `turn` out, before the next step. What it holds stays.
+
+    `known`: committed ids of positions `turn` and on. Work whose side rows go that way stays, as work of `turn`.
+    """
 
     lease: int
     session: SessionId
     turn: int
+    known: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,16 @@ Knows: the plan's devices and a session's order. Does not know: what is held, ru
 
 from __future__ import annotations
 
-from edge_runtime.agent.pipeline_events import COORDINATOR, Instruction, Rows, Send, Work
+from edge_runtime.agent.pipeline_events import (
+    COORDINATOR,
+    MAX_DECODE_ROWS,
+    Instruction,
+    Rows,
+    Send,
+    Work,
+)
 from edge_runtime.agent.session import Session
+from edge_runtime.engine.side_rows import NO_SIDES, SideRows, parted
 from edge_runtime.protocol.messages import (
     HOLDS_EXPERTS,
     CloseSession,
@@ -45,15 +53,24 @@ def may_send(order: LoadStage, source: str, message: ForStages) -> bool:
             return source == COORDINATOR
 
 
+def tree_of(frame: FrameRows) -> tuple[tuple[int, ...], SideRows] | None:
+    """Its chain and its side rows. None where its parents make no such tree, or one that is too large for a step."""
+    try:
+        ids, sides = parted(frame.base_row, frame.parents, frame.ids)
+    except ValueError:
+        return None
+    return None if sides and len(frame.ids) > MAX_DECODE_ROWS else (ids, sides)
+
+
 def frame_problem(order: OpenSession, frame: FrameRows, rows: Rows | None) -> tuple[str, str] | None:
     """(code, reason) of a frame that can never be run."""
-    end = frame.base_row + len(frame.ids)
-    chain = tuple(range(frame.base_row - 1, end - 1))
-    if frame.parents != chain and len(frame.parents) == len(frame.ids):
-        return "unsupported_tree", "this stage runs chains of rows, not trees"
-    malformed = not frame.ids or frame.parents != chain or frame.base_row < 0 or rows is None
-    if malformed or end > order.max_rows:
+    tree = tree_of(frame)
+    ids, sides = tree or ((), NO_SIDES)
+    end = max((frame.base_row + len(ids), *(position + 1 for position in sides.positions())))
+    if not ids or frame.base_row < 0 or rows is None or end > order.max_rows:
         return "protocol", f"frame {frame.seq} does not fit the plan of this session"
+    if sides and (frame.bidirectional or frame.base_row < order.forced_rows):
+        return "protocol", "rows that were given have no others beside them"
     is_whole = (frame.base_row, end) == (0, order.forced_rows)
     if frame.bidirectional != (order.tail == "pooler") or (frame.bidirectional and not is_whole):
         return "protocol", "a sequence that is read both ways must come in one frame"
@@ -68,8 +85,11 @@ def frame_of(work: Work) -> FrameRows:
         turn=work.turn,
         seq=work.seq,
         base_row=work.base_row,
-        parents=tuple(range(work.base_row - 1, work.base_row + len(work.ids) - 1)),
-        ids=work.ids,
+        parents=(
+            *range(work.base_row - 1, work.base_row + len(work.ids) - 1),
+            *work.sides.numbered(work.base_row, len(work.ids)),
+        ),
+        ids=work.ids + work.sides.ids,
         bidirectional=work.bidirectional,
     )
 

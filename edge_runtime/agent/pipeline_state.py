@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edge_runtime.agent.draft_rules import in_frames, merge, rows_ahead
+from edge_runtime.agent.open_rows import pruned, rescued
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
     CancelRows,
@@ -37,10 +38,12 @@ from edge_runtime.agent.pipeline_rules import (
     frame_problem,
     may_send,
     prompt_progress,
+    tree_of,
 )
 from edge_runtime.agent.session import Session, finish_of
 from edge_runtime.agent.session_state import SessionState
 from edge_runtime.core import SessionId, Token
+from edge_runtime.engine.side_rows import NO_SIDES, SideRows
 from edge_runtime.protocol.messages import (
     CloseSession,
     Draft,
@@ -55,6 +58,8 @@ from edge_runtime.protocol.messages import (
     Tokens,
     UnloadStage,
 )
+
+Tree = tuple[tuple[int, ...], SideRows]  # a chain's ids, and what stands beside it
 
 CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would only fill memory
 
@@ -208,11 +213,11 @@ class PipelineState(SessionState):
         session.draft_turn = merged.turn
         if not merged.ids:
             return [Ignore(f"a draft for {draft.base_row}: {merged.reason}")]
-        return [self._issue(session, ids) for ids in in_frames(merged.ids)]
+        return [self._issue(session, *frame) for frame in in_frames(session.rows, merged)]
 
-    def _issue(self, session: Session, ids: tuple[int, ...]) -> RunRows:
+    def _issue(self, session: Session, ids: tuple[int, ...], sides: SideRows = NO_SIDES) -> RunRows:
         session.seq += 1
-        return self._accept(session, session.rows, ids, None)
+        return RunRows(self._accept(session, session.rows, ids, None, sides))
 
     # ------------------------------------------------------------ every stage
 
@@ -227,13 +232,30 @@ class PipelineState(SessionState):
             return self._fail(session, *problem)
         if frame.base_row > session.rows:
             return self._gap(session, session.rows)
-        assert self.order is not None
-        wrong = session.chain.contradicts(frame.base_row, frame.ids)
+        tree = tree_of(frame)
+        assert tree is not None
+        wrong = session.chain.contradicts(frame.base_row, tree[0])
         if wrong is not None and wrong > session.turn:  # at the tail: it alone knows what is committed
-            return [*self._abandon(session, wrong), *fences(self.order, session)]
+            return self._contradicted(session, frame, tree, rows, wrong)
         dead = [CancelRows(self.lease, session.id, frame.turn)] if frame.turn > session.turn else []
         session.seq, session.turn = frame.seq, frame.turn
-        return [*dead, self._accept(session, frame.base_row, frame.ids, rows)]
+        return [*dead, RunRows(self._accept(session, frame.base_row, tree[0], rows, tree[1]))]
+
+    def _contradicted(
+        self, session: Session, frame: FrameRows, tree: Tree, rows: Rows | None, wrong: int
+    ) -> list[Instruction]:
+        """The chain is dead from position `wrong` on; side rows may go the committed way."""
+        assert self.order is not None
+        dead = self._abandon(session, wrong)
+        where = self.lease, session.id, wrong, frame.seq, frame.base_row
+        work = rescued(
+            Work(*where, tree[0], rows, 0, False, False, tree[1]), wrong, session.chain.sure(wrong)
+        )
+        saved: list[Instruction] = []
+        if work is not None:
+            session.seq = frame.seq
+            saved = [RunRows(self._accept(session, frame.base_row, work.ids, work.hidden, work.sides))]
+        return [*dead, *saved, *fences(self.order, session)]
 
     def _fence(self, session: Session, turn: int) -> list[Instruction]:
         if not session.turn < turn <= session.order.max_rows:
@@ -249,20 +271,25 @@ class PipelineState(SessionState):
 
     def _abandon(self, session: Session, row: int) -> list[Instruction]:
         session.abandon(row)
-        return [CancelRows(self.lease, session.id, row)]
+        # Side rows that wait at the tail may hold what is wanted. At stage 1 it is issued anew at once.
+        is_inner_tail = self.is_tail and not self.is_first and not session.halted
+        known = session.chain.sure(row) if is_inner_tail else ()
+        return [CancelRows(self.lease, session.id, row, known)]
 
-    def _accept(self, session: Session, base_row: int, ids: tuple[int, ...], hidden: Rows | None) -> RunRows:
+    def _accept(
+        self, session: Session, base_row: int, ids: tuple[int, ...], hidden: Rows | None, sides: SideRows
+    ) -> Work:
         session.rows = end = base_row + len(ids)
-        logit_rows = 0
-        if self.is_tail and session.order.tail == "sampler":
-            first = session.chain.next_position - 1  # rows below have been sampled at
-            logit_rows = max(0, end - max(base_row, first))
-            session.guessed |= end > first + 1
+        is_sampled = self.is_tail and session.order.tail == "sampler"
+        first = session.chain.next_position - 1  # at the tail: rows below have been sampled at
+        logit_rows = max(0, end - max(base_row, first)) if is_sampled else 0
+        session.guessed |= is_sampled and (bool(sides) or end > first + 1)
         if self.is_first or self.is_tail:
             session.chain.issue(base_row, ids)
         where = self.lease, session.id, session.turn, session.seq, base_row
         is_prompt = base_row < session.order.forced_rows
-        return RunRows(Work(*where, ids, hidden, logit_rows, session.is_bidirectional, is_prompt))
+        work = Work(*where, ids, hidden, logit_rows, session.is_bidirectional, is_prompt, sides)
+        return pruned(work, first) if is_sampled else work
 
     def _gap(self, session: Session, wanted_row: int) -> list[Instruction]:
         """Said once: the coordinator closes the session everywhere and feeds a new one."""

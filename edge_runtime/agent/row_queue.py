@@ -6,8 +6,11 @@ Knows: work of each session, in order. Does not know: engines, threads, or how l
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import replace
 
-from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, Work
+from edge_runtime.agent.open_rows import rescued
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, CancelRows, Work
 from edge_runtime.core import SessionId
 
 
@@ -30,25 +33,24 @@ class RowQueue:
     def decode_rows(self) -> int:
         """That the next step would take."""
         heads = (works[0] for works in self._works.values())
-        return min(MAX_DECODE_ROWS, sum(len(work.ids) for work in heads if work.is_decode))
+        return min(MAX_DECODE_ROWS, sum(work.row_count for work in heads if work.is_decode))
 
     def add(self, work: Work) -> None:
         """Guessed rows that follow each other wait as one work: many rows cost little more than one."""
         works = self._works.setdefault(work.session, deque())
-        if works and work.continues(works[-1]) and len(works[-1].ids) + len(work.ids) <= MAX_DECODE_ROWS:
+        if works and work.continues(works[-1]) and works[-1].row_count + work.row_count <= MAX_DECODE_ROWS:
             work = work.joined(works.pop())
         works.append(work)
 
     def drop(self, session: SessionId) -> None:
         self._works.pop(session, None)
 
-    def cancel(self, session: SessionId, turn: int) -> None:
-        """Works of older turns."""
-        kept = deque(work for work in self._works.get(session, ()) if work.turn >= turn)
+    def cancel(self, order: CancelRows) -> None:
+        kept = deque(still_wanted(self._works.get(order.session, ()), order))
         if kept:
-            self._works[session] = kept
+            self._works[order.session] = kept
         else:
-            self.drop(session)
+            self.drop(order.session)
 
     def take(self, prompt_rows: int | None = None) -> list[Work]:
         """`prompt_rows`: no more than so many, for which chunks are cut; None: whole chunks, at least one."""
@@ -110,10 +112,18 @@ class RowQueue:
             self._works.move_to_end(work.session)
 
 
+def still_wanted(works: Iterable[Work], order: CancelRows) -> Iterable[Work]:
+    """Those of the session's works that are not of an older turn, or that their side rows save."""
+    for work in works:
+        saved = work if work.turn >= order.turn else rescued(work, order.turn, order.known)
+        if saved is not None:
+            yield replace(saved, turn=max(work.turn, order.turn))
+
+
 def _within(heads: list[Work], rows: int) -> list[Work]:
     """The first ones, of no more than so many rows together; the first one in any case."""
     for count, work in enumerate(heads):
-        rows -= len(work.ids)
+        rows -= work.row_count
         if rows < 0 and count:
             return heads[:count]
     return heads

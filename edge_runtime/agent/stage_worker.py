@@ -22,8 +22,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 
-import numpy as np
-
 from edge_runtime.agent.pipeline_events import (
     CancelRows,
     DropRows,
@@ -37,10 +35,11 @@ from edge_runtime.agent.pipeline_events import (
     WorkFinished,
 )
 from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.step_batch import batch_of, placed, split_rows
 from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.agent.tail import TailSession
 from edge_runtime.core import SessionId
-from edge_runtime.engine.base import Batch, Rows, Span, Stage
+from edge_runtime.engine.base import Stage
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.errors import EdgeRuntimeError
 
@@ -271,7 +270,7 @@ class StageWorker:
                     if work.is_decode:
                         loaded.pace.came(work.session)
             case CancelRows():
-                loaded.queue.cancel(command.session, command.turn)
+                loaded.queue.cancel(command)
             case DropRows():
                 if command.page_names and command.session in loaded.open and loaded.queue.shared:
                     loaded.stage.keep(command.session, command.first_page, command.page_names, command.ids)
@@ -308,7 +307,7 @@ class StageWorker:
         if loaded is None or self._pause_seconds() != 0:
             return []
         began_at = self._clock()
-        works = self._take(loaded, began_at)
+        works = placed(self._take(loaded, began_at), loaded.stage)
         try:
             events = self._run_apart(loaded, works)
         except Exception as problem:  # the engine itself: nothing it holds can be trusted any more
@@ -318,9 +317,9 @@ class StageWorker:
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
         now = self._clock()
-        decode_rows = sum(len(work.ids) for work in works if work.is_decode)
+        decode_rows = sum(work.row_count for work in works if work.is_decode)
         loaded.pace.ended(
-            decode_rows, sum(len(work.ids) for work in works) - decode_rows, now - began_at, now
+            decode_rows, sum(work.row_count for work in works) - decode_rows, now - began_at, now
         )
         self.steps += 1
         return events
@@ -348,15 +347,16 @@ class StageWorker:
     def _run(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
         result = loaded.stage.run(batch_of(works))
         if not loaded.is_tail:
-            return _split_rows(works, result)
+            return split_rows(works, result)
         if works[0].bidirectional:
             return [WorkFinished(work, vector) for work, vector in zip(works, result, strict=True)]
         events: list[Event] = []
         start = 0
         for work in works:
-            logits = result[start : start + work.logit_rows]  # [logit_rows, V]
-            start += work.logit_rows
-            tokens = loaded.tails[work.session].sample(work.base_row, work.ids, logits)
+            end = start + work.logit_rows + len(work.sides)
+            logits = result[start:end]  # [logit_rows + side rows, V]
+            start = end
+            tokens = loaded.tails[work.session].sample(work.base_row, work.ids, logits, work.sides)
             events.append(WorkFinished(work, None, tokens))
         return events
 
@@ -369,22 +369,3 @@ def _resolve(future: asyncio.Future[Result], result: Result) -> None:
 def _reject(future: asyncio.Future[Result], problem: Exception) -> None:
     if not future.done():
         future.set_exception(problem)
-
-
-def batch_of(works: Sequence[Work]) -> Batch:
-    spans = tuple(
-        Span(work.session, work.base_row, work.ids, work.logit_rows, causal=not work.bidirectional)
-        for work in works
-    )
-    hidden = [work.hidden for work in works if work.hidden is not None]
-    return Batch(spans, (np.concatenate(hidden) if len(hidden) > 1 else hidden[0]) if hidden else None)
-
-
-def _split_rows(works: Sequence[Work], rows: Rows) -> list[Event]:
-    events: list[Event] = []
-    start = 0
-    for work in works:
-        end = start + len(work.ids)
-        events.append(WorkFinished(work, rows[start:end]))
-        start = end
-    return events

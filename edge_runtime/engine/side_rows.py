@@ -66,6 +66,17 @@ class SideRows:
         parents = (name.get(self.parents[index], self.parents[index]) for index in kept)
         return SideRows(tuple(self.ids[index] for index in kept), tuple(parents)), tuple(kept)
 
+    def below(self, index: int, row: int) -> tuple[SideRows, tuple[int, ...]]:
+        """What continues side row `index`, which is row `row` of the chain from now on; and which ones these are."""
+        kept: list[int] = []
+        name = {~index: row}
+        for later in range(index + 1, len(self)):
+            if self.parents[later] in name:
+                name[~later] = ~len(kept)
+                kept.append(later)
+        parents = (name[self.parents[later]] for later in kept)
+        return SideRows(tuple(self.ids[later] for later in kept), tuple(parents)), tuple(kept)
+
     def followed_by(self, more: SideRows) -> SideRows:
         """Both, those of `more` behind these."""
         shifted = (parent if parent >= 0 else parent - len(self) for parent in more.parents)

@@ -8,7 +8,8 @@ import threading
 import numpy as np
 
 from edge_runtime.agent.pipeline_events import Work, WorkFinished
-from edge_runtime.agent.stage_worker import StageWorker, _split_rows, batch_of
+from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.agent.step_batch import batch_of, split_rows
 from edge_runtime.core import SessionId
 from edge_runtime.engine.wire import FP32, packed, unpacked
 from edge_runtime.protocol import codec
@@ -30,7 +31,7 @@ def frame(rows: int) -> FrameRows:
 
 def test_the_result_of_a_step_is_what_is_sent() -> None:
     result = np.arange(3 * HIDDEN, dtype=np.float32).reshape(3, HIDDEN)
-    events = _split_rows([work(1), work(2)], result)
+    events = split_rows([work(1), work(2)], result)
     for event in events:
         assert isinstance(event, WorkFinished)
         assert event.rows is not None

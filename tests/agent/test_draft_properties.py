@@ -24,7 +24,7 @@ from edge_runtime.protocol.messages import (
 )
 from tests.agent.test_pipeline_state_properties import VOCAB, Cluster, Flight, plain_loop, plans, prompts
 
-KINDS = ("right", "right", "right", "wrong", "late", "ahead", "turn", "tree", "junk")
+KINDS = ("right", "right", "right", "wrong", "late", "ahead", "turn", "tree", "junk", "beside", "beside")
 
 
 class DraftedCluster(Cluster):
@@ -52,8 +52,26 @@ class DraftedCluster(Cluster):
         parents = [*range(base - 1, base + count - 1)]
         if kind == "tree":
             parents[rng.randrange(count)] = rng.randrange(-3, base + count)
+        if kind == "beside":
+            self.add_sides(base, ids, parents)
         guess = Draft(self.session, self.lease, turn, base, tuple(parents), tuple(ids))
         self.post(COORDINATOR, self.plan[0], guess)
+
+    def add_sides(self, base: int, ids: list[int], parents: list[int]) -> None:
+        """The chain is wrong somewhere; beside it stand rows of which some are right, and what follows those."""
+        rng, count = self.rng, len(ids)
+        ids[rng.randrange(count)] = rng.randrange(VOCAB)
+        position_of = {row: row for row in range(base - 1, base + count)}
+        for number in range(base + count, base + count + rng.randint(1, 6)):
+            parent = rng.choice(
+                sorted(set(position_of) - ({base + count - 1} if len(ids) == count else set()))
+            )
+            if parent < 0:
+                return
+            position = position_of[number] = position_of[parent] + 1
+            is_right = rng.random() < 0.7 and position < len(self.truth)
+            ids.append(self.truth[position] if is_right else rng.randrange(VOCAB))
+            parents.append(parent)
 
     def judge(self, message: Tokens) -> None:
         """What a drafter that sees the turns of the tail would know."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from coordinator.sessions.draft_ledger import positions_of
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
     CancelRows,
@@ -27,7 +28,7 @@ from edge_runtime.agent.pipeline_events import (
 )
 from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.row_queue import RowQueue
-from edge_runtime.agent.stage_worker import batch_of
+from edge_runtime.agent.step_batch import batch_of
 from edge_runtime.agent.tail import TailSession
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams, SessionId, Token
@@ -72,7 +73,7 @@ class Device:
         self.state = PipelineState()
         self.queue = RowQueue(16)
         self.tail: TailSession | None = None
-        self.rows_run = self.rows_poisoned = 0
+        self.rows_run = self.rows_poisoned = self.sides_run = 0
         self.handle(Received(COORDINATOR, order))
 
     def handle(self, event: Event) -> None:
@@ -87,7 +88,7 @@ class Device:
                 case RunRows(work):
                     self.queue.add(work)
                 case CancelRows():
-                    self.queue.cancel(instruction.session, instruction.turn)
+                    self.queue.cancel(instruction)
                     self.poison(instruction.turn)
                 case DropRows():
                     self.queue.drop(instruction.session)
@@ -107,12 +108,13 @@ class Device:
         if not works:
             return
         (work,) = works
-        self.rows_run += len(work.ids)
+        self.rows_run += work.row_count
+        self.sides_run += len(work.sides)
         result = self.stage.run(batch_of(works))
         if self.tail is None:
             self.handle(WorkFinished(work, result))
             return
-        tokens = self.tail.sample(work.base_row, work.ids, result)
+        tokens = self.tail.sample(work.base_row, work.ids, result, work.sides)
         self.handle(WorkFinished(work, None, tokens))
 
 
@@ -164,7 +166,19 @@ class Line:
         ids = [*truth[base : base + guess.randint(1, 12)], guess.randrange(VOCAB)]
         if guess.random() < 0.4:
             ids[guess.randrange(len(ids))] = guess.randrange(VOCAB)
-        return Draft(SESSION, 1, 0, base, tuple(range(base - 1, base + len(ids) - 1)), tuple(ids))
+        parents = list(range(base - 1, base + len(ids) - 1))
+        for _ in range(
+            guess.randint(0, 6) if base else 0
+        ):  # side rows, most of them right where their parent is
+            parent = guess.randrange(base - 1, base + len(parents))
+            if parent == base + len(parents) - 1 == base + len(ids) - 1:
+                continue
+            position = positions_of(base, parents)[parent - base] + 1 if parent >= base else base
+            is_right = guess.random() < 0.7 and position < len(truth)
+            ids_beside = truth[position] if is_right else guess.randrange(VOCAB)
+            parents.append(parent)
+            ids.append(ids_beside)
+        return Draft(SESSION, 1, 0, base, tuple(parents), tuple(ids))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

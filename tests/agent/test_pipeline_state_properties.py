@@ -33,6 +33,7 @@ from edge_runtime.agent.pipeline_events import (
     WorkFinished,
 )
 from edge_runtime.agent.pipeline_state import CHUNKS_UNDER_WAY, PipelineState
+from edge_runtime.agent.row_queue import still_wanted
 from edge_runtime.core import SamplingParams, SessionId, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.protocol.messages import (
@@ -90,8 +91,10 @@ class Held:
     names: list[bytes]
 
 
-def is_dead(work: Work | RowsOpened, cancel: CancelRows) -> bool:
-    return isinstance(work, Work) and work.session == cancel.session and work.turn < cancel.turn
+def after_cancel(work: Work | RowsOpened, order: CancelRows) -> list[Work | RowsOpened]:
+    if isinstance(work, RowsOpened) or work.session != order.session:
+        return [work]
+    return [*still_wanted((work,), order)]
 
 
 @dataclass
@@ -127,7 +130,7 @@ class Device:
                     waiting = sum(len(w.ids) for w in self.queue if isinstance(w, Work))
                     self.most_queued_rows = max(self.most_queued_rows, waiting)
                 case CancelRows():
-                    self.queue = [w for w in self.queue if not is_dead(w, instruction)]
+                    self.queue = [kept for w in self.queue for kept in after_cancel(w, instruction)]
                 case DropRows():
                     self.queue = [w for w in self.queue if w.session != instruction.session]
                     self.drop(instruction)
@@ -191,21 +194,37 @@ class Device:
         assert work.turn >= self.state.sessions[session].turn, "a dead row was started"
         assert work.base_row <= len(held.ids), "a stage was given rows it can't place"
         held.ids[work.base_row :] = work.ids
-        values = list(work.ids) if work.hidden is None else [int(v) for v in work.hidden[:, 0]]
+        values = (
+            list(work.ids + work.sides.ids) if work.hidden is None else [int(v) for v in work.hidden[:, 0]]
+        )
+        count = len(work.ids)
         for layer, cache in zip(self.layers, held.layers, strict=True):
             del cache[work.base_row :]
-            for i, value in enumerate(values):
-                cache.append(value)
-                values[i] = layer_row(layer, cache)
+            cache += values[:count]
+            seen = [
+                [*cache[: left_at + 1], *(values[count + side] for side in path)]
+                for left_at, path in map(work.sides.path, range(len(work.sides)))
+            ]
+            values = [layer_row(layer, cache[: work.base_row + i + 1]) for i in range(count)]
+            values += [layer_row(layer, history) for history in seen]
         self.keep(held, len(held.ids))
-        first = work.base_row + len(values) - work.logit_rows
-        tokens: tuple[Token, ...] = ()
-        for row, value in enumerate(values[len(values) - work.logit_rows :], first):
-            if tokens and held.ids[row] != tokens[-1].id:
-                break  # guessed wrong, as TailSession says
-            tokens += (Token(row + 1, value % VOCAB),)
         rows = np.array(values, np.float32)[:, None]
-        self.handle(WorkFinished(work, rows, tokens))
+        self.handle(WorkFinished(work, rows, self.sampled(work, values)))
+
+    @staticmethod
+    def sampled(work: Work, values: list[int]) -> tuple[Token, ...]:
+        """As TailSession says."""
+        count, tokens = len(work.ids), []
+        parent = work.base_row + count - work.logit_rows - 1
+        for index in range(count - work.logit_rows, count):
+            if tokens and work.ids[index] != tokens[-1].id:
+                break
+            parent += 1
+            tokens.append(Token(parent + 1, values[index] % VOCAB))
+        while tokens and (side := work.sides.child(parent, tokens[-1].id)) is not None:
+            tokens.append(Token(tokens[-1].position + 1, values[count + side] % VOCAB))
+            parent = ~side
+        return tuple(tokens)
 
 
 @dataclass

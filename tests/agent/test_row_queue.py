@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, Work
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, CancelRows, Work
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.core import SessionId
 
@@ -179,9 +179,9 @@ def test_work_of_older_turns_is_cancelled_and_nothing_else() -> None:
     queue = RowQueue(8)
     for session, base_row, turn in ((1, 5, 0), (1, 6, 6), (2, 9, 0)):
         queue.add(guesses(session, base_row, 1, turn))
-    queue.cancel(SessionId(1), 6)
-    queue.cancel(SessionId(3), 6)
+    queue.cancel(CancelRows(1, SessionId(1), 6))
+    queue.cancel(CancelRows(1, SessionId(3), 6))
     assert [(work.session, work.turn) for work in queue.take()] == [(1, 6), (2, 0)]
     queue.add(guesses(1, 5, 1))
-    queue.cancel(SessionId(1), 9)
+    queue.cancel(CancelRows(1, SessionId(1), 9))
     assert not queue
