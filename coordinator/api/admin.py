@@ -14,9 +14,9 @@ from aiohttp import web
 
 from coordinator.api.context import API
 from coordinator.api.errors import ApiError
-from coordinator.api.sse import KEEP_ALIVE, KEEP_ALIVE_SECONDS, EventStream, encode_event
 from coordinator.service import ClusterStatus
 from edge_runtime.errors import UsageError
+from edge_runtime.server_events import KEEP_ALIVE, KEEP_ALIVE_SECONDS, EventStream, encode_event
 
 EVENT_SECONDS = 1.0
 _TICKING = frozenset({"uptime_seconds", "last_seen_seconds", "age_seconds"})  # change by themselves

@@ -19,9 +19,9 @@ from coordinator.api.openai.logprobs import LOWEST, CompletionLogprobs, TokenTex
 from coordinator.api.openai.parameters import Table
 from coordinator.api.openai.seeds import choice_seed
 from coordinator.api.openai.ticket import Ticket, choice_id, read_ticket
-from coordinator.api.sse import encode_event
 from edge_runtime import errors
 from edge_runtime.core import TokenLogprob
+from edge_runtime.server_events import encode_event
 from tests.support.fake_service import FakeService
 
 DOCS = Path(__file__).parents[2] / "docs" / "http_api.md"

@@ -227,7 +227,7 @@ async def test_one_failing_choice_stops_the_others(start):
 
 
 async def test_a_reader_that_takes_nothing_holds_its_generation_back_and_then_ends_it(start, monkeypatch):
-    monkeypatch.setattr("coordinator.api.sse.WRITE_SECONDS", 0.1)
+    monkeypatch.setattr("edge_runtime.server_events.WRITE_SECONDS", 0.1)
     tokens = 200_000  # tens of megabytes of chunks: more than any socket buffer takes
     service = FakeService(model=replace(GENERATOR, max_context_tokens=2 * tokens))
     server = await start(service)

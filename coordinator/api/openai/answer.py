@@ -15,9 +15,9 @@ from coordinator.api.errors import error_body
 from coordinator.api.openai.choices import Choice, Source, run_choices
 from coordinator.api.openai.dialect import Dialect, Json
 from coordinator.api.openai.ticket import Ticket
-from coordinator.api.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_SECONDS, EventStream, encode_event
 from coordinator.service import TokenEvent
 from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.server_events import DONE, KEEP_ALIVE, KEEP_ALIVE_SECONDS, EventStream, encode_event
 
 REFUSAL_SECONDS = 0.2  # a refusal within this time becomes a status; later ones are told inside the stream
 

@@ -25,10 +25,10 @@ from coordinator.api.openai.answer import Answer
 from coordinator.api.openai.drafting_opening import Opened, open_or_resume
 from coordinator.api.openai.frame_rate import FrameRate
 from coordinator.api.socket_key import PROTOCOL
-from coordinator.api.sse import WRITE_SECONDS, encode_json
 from coordinator.service import Service, TokenEvent
 from edge_runtime.errors import EdgeRuntimeError, RequestFailed
 from edge_runtime.protocol.messages import Draft
+from edge_runtime.server_events import WRITE_SECONDS, encode_json
 from edge_runtime.speculative.wire import CommittedEncoder, CommittedFrame, DraftDecoder
 
 OPENING_SECONDS = 30.0
