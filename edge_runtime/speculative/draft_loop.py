@@ -1,13 +1,16 @@
 """The drafter's side of a request as a pure state machine (docs/speculative.md).
 
 In: committed ids, proposals that are ready, time, the link's ends. Out: frames for the link, orders for the drafter,
-and when to look again. At most one proposal is asked for at a time; drafts condition on all ids in flight.
+and when to look again. At most one proposal is asked for at a time; drafts condition on all ids in flight. What is
+proposed and not likely enough to be right (`Choice.least_chance`) is held, not sent: it goes out when verdicts have
+made it likelier, or is compared with what the target says and counts as judged, at no cost to anybody else.
 
     driver                          loop                                   driver
     begin(prompt) on the drafter -> start(now)
     committed frame arrived      -> committed(position, ids, now, finish) -> Rewind, Extend, Propose, SendDrafts …
     drafter.propose returned     -> proposed(ticket, proposal, …)         -> SendDrafts, Extend, Propose
     wake_at passed               -> passed(now)                           -> SendDrafts (again)
+    load frame arrived           -> loaded(share, now)                    -> SendDrafts, Propose
 
 Knows: positions, what is in flight, and which of it is settled. Does not know: clocks, threads, sockets, models.
 """
@@ -19,14 +22,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from edge_runtime.errors import ProtocolError
-from edge_runtime.speculative.controller import Controller
+from edge_runtime.speculative.controller import Choice, Controller
 from edge_runtime.speculative.drafters.base import Proposal
-from edge_runtime.speculative.estimates import Estimates
+from edge_runtime.speculative.estimates import Estimates, depth_bucket
+from edge_runtime.speculative.round_trips import RoundTrips
+from edge_runtime.speculative.stream_model import frame_size
 from edge_runtime.speculative.wire import DraftFrame, chain_frame
 
 LOOPS_BEFORE_RESEND = 1.5
 LONGEST_RESEND_SECONDS = 30.0
-IN_TIME = 0.5  # of a turn: ids that follow faster came from drafts, the target alone can't make them
 
 
 # ---------------------------------------------------------------- actions, to be done in order
@@ -74,14 +78,26 @@ class Counts:
     wasted: int = 0  # sent, and then behind a miss or the miss itself
     misses: int = 0
     resent_frames: int = 0
+    held: int = 0  # drafts that were made, not sent, and compared with what the target said
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    id: int
+    source: str
+    score: float | None  # the drafter's own estimate that it is right,
+    odds: float  # and what that says against its source's others
+    depth: int  # drafts in flight before it when it was made
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    id: int
-    source: str
-    depth: int  # drafts in flight before it when it was made
+    guess: _Guess
     sent_seconds: float  # negative: sent more than once, its loop can't be told
+
+    @property
+    def id(self) -> int:
+        return self.guess.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +130,17 @@ class DraftLoop:
         self._vocab_size = vocab_size
         self._controller = controller
         self._stop_ids = frozenset(stop_ids)
+        self._load = 0.0  # of the target, as it says
         self._window: deque[_InFlight] = deque()
+        self._held: list[
+            _Guess
+        ] = []  # of positions right after the window: not sent, the drafter does not follow them
         self._tickets = 0
         self._asked: _Asked | None = None
         self._since: list[int] = []  # committed while a proposal was being made for their positions
         self._stuck = False  # the drafter had nothing to say about this sequence
         self._linked = False
-        self._after_verdict = False  # the next id is the target's own: nothing was in flight
-        self._last_right_seconds = -1.0  # when the draft was sent whose row is sampled next
-        self._last_commit_seconds = -1.0
+        self._times = RoundTrips(self.estimates)
         self._progress_seconds = 0.0
         self._resends = 0
 
@@ -152,7 +170,12 @@ class DraftLoop:
     def link_resumed(self, now_seconds: float) -> list[Action]:
         """Again connected, with new codecs; the far side sends what was committed since by itself."""
         self._linked = True
-        return [*self._resend(now_seconds), *self._ask()]
+        return [*self._resend(now_seconds), *self._go_on(now_seconds)]
+
+    def loaded(self, load: float, now_seconds: float) -> list[Action]:
+        """What the target says of itself: 0, nobody else needs its rows, to 1, every wrong one slows somebody down."""
+        self._load = load
+        return self._go_on(now_seconds)
 
     def measured_link(self, seconds: float) -> None:
         """A round trip on the device's link."""
@@ -178,12 +201,12 @@ class DraftLoop:
         new = tuple(ids[self.length - position :])
         self.finish = finish or self.finish
         if not new:
-            return self._ask()
+            return self._go_on(now_seconds)
         actions = self._settle(new, now_seconds)
         self._stuck = False
         self._resends = 0
-        self._progress_seconds = self._last_commit_seconds = now_seconds
-        return [*actions, *self._ask()]
+        self._progress_seconds = now_seconds
+        return [*actions, *self._go_on(now_seconds)]
 
     def _settle(self, new: tuple[int, ...], now: float) -> list[Action]:
         right = self._count_right(new, now)
@@ -192,6 +215,7 @@ class DraftLoop:
         if not rest:
             return []
         if not self._window:  # the target is ahead of the drafter
+            self._compare_held(rest)
             if self._asked is not None:
                 self._since.extend(rest)
             return [Extend(rest)]
@@ -204,38 +228,35 @@ class DraftLoop:
             if not self._window or self._window[0].id != token:
                 break
             draft = self._window.popleft()
-            self.estimates.judged(draft.source, draft.depth, True)
+            self._judge(draft.guess, True)
             right.append(draft)
-        self._time(right, len(new), now)
+        self._times.arrived([draft.sent_seconds for draft in right], len(new), now)
         self.counts.accepted += len(right)
         return len(right)
 
-    def _time(self, right: list[_InFlight], new: int, now: float) -> None:
-        """Loop and floor, from when ids arrive: the row of a right draft is sampled as the id after it."""
-        before = self._last_commit_seconds
-        waited = now - before
-        if self._after_verdict and before >= 0:
-            self.estimates.turned(waited)
-        in_time = before >= 0 and waited < IN_TIME * self.estimates.floor_seconds
-        sent = [self._last_right_seconds if in_time else -1.0]
-        sent += [draft.sent_seconds for draft in right[: new - 1]]
-        for seconds in sent:
-            if seconds >= 0:
-                self.estimates.looped(now - seconds)
-        self._after_verdict = before < 0
-        self._last_right_seconds = right[-1].sent_seconds if len(right) == new else -1.0
+    def _judge(self, guess: _Guess, accepted: bool) -> None:
+        self.estimates.judged(guess.source, guess.depth, accepted, guess.score)
+
+    def _compare_held(self, ids: tuple[int, ...]) -> None:
+        """`ids` are the target's own, from the first held position on."""
+        for token, guess in zip(ids, self._held, strict=False):
+            self._judge(guess, guess.id == token)
+            self.counts.held += 1
+            if guess.id != token:
+                break
+        self._held.clear()
 
     def _miss(self, position: int, ids: tuple[int, ...]) -> list[Action]:
         """The draft at `position` was wrong; `ids` are right, from there on."""
-        wrong = self._window[0]
-        self.estimates.judged(wrong.source, wrong.depth, False)
+        self._judge(self._window[0].guess, False)
         self.counts.misses += 1
         self.counts.wasted += len(self._window)
         self.turn = position
         self._window.clear()
+        self._held.clear()
         self._asked = None
         self._since.clear()
-        self._after_verdict = True
+        self._times.missed()
         return [Rewind(position), Extend(ids)]
 
     # ------------------------------------------------------------ what is proposed
@@ -252,14 +273,19 @@ class DraftLoop:
         since, self._since = tuple(self._since), []
         chain = proposal.ids[: proposal.chain_length]
         if chain[: len(since)] != since:
-            return self._ask()
-        base = asked.base + len(since)
-        rest = chain[len(since) :]
-        ids = self._worth_sending(rest)[: max(0, self._last_row + 1 - base)]
-        self._stuck = not chain or (bool(rest) and not ids)
-        if not ids or not self._linked or self.finish:
-            return self._ask()
-        return [*self._send(base, ids, proposal.source, ended_seconds), *self._ask()]
+            return self._go_on(ended_seconds)
+        room = max(0, self._last_row + 1 - asked.base - len(since))
+        rest = self._worth_sending(chain[len(since) :])[:room]
+        self._stuck = not chain or (len(chain) > len(since) and not rest)
+        if self._linked and not self.finish:
+            scores = proposal.probabilities[len(since) :] or (None,) * len(rest)
+            self._held = [
+                self._guess(token, proposal.source, score) for token, score in zip(rest, scores, strict=False)
+            ]
+        return self._go_on(ended_seconds)
+
+    def _guess(self, token: int, source: str, score: float | None) -> _Guess:
+        return _Guess(token, source, score, self.estimates.odds(source, score), len(self._window))
 
     def _worth_sending(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Nothing follows a stop id, and the target has no other ids than its vocabulary's."""
@@ -268,23 +294,50 @@ class DraftLoop:
                 return ids[:index]
         return ids
 
-    def _send(self, base: int, ids: tuple[int, ...], source: str, now: float) -> list[Action]:
+    # ------------------------------------------------------------ what is sent
+
+    def _go_on(self, now: float) -> list[Action]:
+        """Send what is held and likely enough; then ask for more."""
+        if self.finish or not self._linked or self.length == self._first:
+            return []
+        choice = self._controller.choose(self.estimates.measured(), self.length - self._first, self._load)
+        return [*self._send(choice, now), *self._ask(choice)]
+
+    def _send(self, choice: Choice, now: float) -> list[Action]:
+        count = min(self._likely(choice.least_chance), max(0, choice.window - len(self._window)))
+        if not count:
+            return []
         if not self._window:
             self._progress_seconds = now
-        for token in ids:
-            self._window.append(_InFlight(token, source, len(self._window), now))
-        self.counts.drafted += len(ids)
+        base = self.length + len(self._window)
+        sent, self._held = self._held[:count], self._held[count:]
+        ids = tuple(guess.id for guess in sent)
+        self._window.extend(_InFlight(guess, now) for guess in sent)
+        self.counts.drafted += count
         return [SendDrafts(chain_frame(self.turn, base, ids)), Extend(ids)]
 
-    def _ask(self) -> list[Action]:
-        if self._asked or self._stuck or self.finish or not self._linked or self.length == self._first:
+    def _likely(self, least_chance: float) -> int:
+        """How many of those held are right, with all in flight before them, with at least this chance."""
+        if not self._held:
+            return 0
+        acceptance: dict[str, tuple[float, ...]] = {}
+        chance, guesses = 1.0, [*(draft.guess for draft in self._window), *self._held]
+        for index, guess in enumerate(guesses):
+            if guess.source not in acceptance:
+                acceptance[guess.source] = self.estimates.acceptance(guess.source)
+            chance *= min(1.0, acceptance[guess.source][depth_bucket(guess.depth)] * guess.odds)
+            if chance < least_chance and index >= len(self._window):
+                return index - len(self._window)
+        return len(self._held)
+
+    def _ask(self, choice: Choice) -> list[Action]:
+        if self._asked or self._stuck or self._held or not choice.window:
             return []
-        choice = self._controller.choose(self.estimates.measured(), self.length - self._first)
         base = self.length + len(self._window)
-        chunk = 1 if not self._window else choice.chunk
+        chunk = frame_size(choice.chunk, len(self._window))
         room = choice.window - len(self._window)
         count = min(chunk, self._last_row + 1 - base)
-        if count < 1 or room < chunk:
+        if count < 1 or room < min(chunk, choice.window):
             return []
         self._tickets += 1
         self._asked = _Asked(self._tickets, base)
@@ -303,7 +356,7 @@ class DraftLoop:
     def _resend(self, now: float) -> list[Action]:
         if not self._window:
             return []
-        self._window = deque(_InFlight(draft.id, draft.source, draft.depth, -1.0) for draft in self._window)
+        self._window = deque(_InFlight(draft.guess, -1.0) for draft in self._window)
         self._progress_seconds = now
         self.counts.resent_frames += 1
         return [SendDrafts(chain_frame(self.turn, self.length, tuple(draft.id for draft in self._window)))]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import ProtocolError
-from edge_runtime.speculative.controller import Controller
+from edge_runtime.speculative.controller import NEVER, Choice, Controller
 from edge_runtime.speculative.draft_loop import Action, DraftLoop, Extend, Propose, Rewind, SendDrafts
 from edge_runtime.speculative.drafters.base import Proposal
 from edge_runtime.speculative.wire import DraftFrame
@@ -63,6 +63,7 @@ class World:
         self.do(self.loop.committed(at, ids, self.now))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=9), st.lists(st.integers(0, 4), min_size=20, max_size=120)
 )
@@ -126,3 +127,66 @@ def test_neither_a_stop_id_nor_one_the_target_does_not_have_is_sent() -> None:
         sent, *_ = loop.proposed(asked.ticket, proposal, 0.0, 0.01)
         assert isinstance(sent, SendDrafts)
         assert sent.frame.ids == (5,)
+
+
+class Given(Controller):
+    """A choice that is given."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+
+    def choose(self, *_: object) -> Choice:
+        return self.choice
+
+
+def asked(controller: Controller) -> tuple[DraftLoop, Propose]:
+    """A loop with one committed id, 1 at position 3."""
+    loop = DraftLoop(3, MAX_ROWS, VOCABULARY, controller)
+    loop.start(0.0)
+    (_, propose) = loop.committed(3, [1], 0.0)
+    assert isinstance(propose, Propose)
+    return loop, propose
+
+
+def test_what_is_not_likely_enough_is_held_until_verdicts_make_it_so() -> None:
+    """Acceptance is 0.7 before any verdict: two drafts in a row are right with 0.49, three with 0.34."""
+    controller = Given(Choice(8, 4, 1, 0.4))
+    loop, propose = asked(controller)
+    sent, _ = loop.proposed(propose.ticket, Proposal((5, 6, 7), (-1, 0, 1), (), "toy"), 0.0, 0.01)
+    assert isinstance(sent, SendDrafts)
+    assert (sent.frame.base_row, sent.frame.ids) == (4, (5, 6))
+    assert loop.passed(0.02) == []
+    sent, extend, *_ = loop.committed(4, [5], 0.05)
+    assert isinstance(sent, SendDrafts)
+    assert (sent.frame.base_row, sent.frame.ids, extend) == (6, (7,), Extend((7,)))
+
+
+def test_a_miss_forgets_what_is_held() -> None:
+    loop, propose = asked(Given(Choice(8, 4, 1, 0.4)))
+    loop.proposed(propose.ticket, Proposal((5, 6, 7), (-1, 0, 1), (), "toy"), 0.0, 0.01)
+    rewind, extend, again = loop.committed(4, [9], 0.05)
+    assert (rewind, extend) == (Rewind(4), Extend((9,)))
+    assert isinstance(again, Propose)
+
+
+def test_drafts_that_are_never_sent_are_compared_with_what_the_target_says() -> None:
+    controller = Given(Choice(1, 1, 1, NEVER))
+    loop, propose = asked(controller)
+    assert loop.proposed(propose.ticket, Proposal((5,), (-1,), (0.9,), "toy"), 0.0, 0.01) == []
+    extend, again = loop.committed(4, [5], 0.05)
+    assert (extend, loop.counts.drafted, loop.counts.held) == (Extend((5,)), 0, 1)
+    assert isinstance(again, Propose)
+    loop.proposed(again.ticket, Proposal((6,), (-1,), (0.9,), "toy"), 0.06, 0.07)
+    loop.committed(5, [8], 0.1)
+    assert (loop.estimates.measured().verdicts, loop.turn, loop.counts.misses) == (2, 0, 0)
+
+
+def test_a_target_that_is_loaded_hears_less_and_one_that_is_no_more_hears_all() -> None:
+    loop, propose = asked(Controller())
+    assert loop.loaded(1.0, 0.005) == []
+    proposal = Proposal((5,), (-1,), (0.7,), "toy")
+    assert loop.proposed(propose.ticket, proposal, 0.0, 0.01) == []
+    sent, *_ = loop.loaded(0.0, 0.02)
+    assert isinstance(sent, SendDrafts)
+    assert sent.frame.ids == (5,)
