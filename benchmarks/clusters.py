@@ -19,6 +19,7 @@ import psutil
 from benchmarks.models import Model
 from benchmarks.proxy_process import proxies
 from benchmarks.report import say
+from benchmarks.row_notes import Noted, read_notes
 from benchmarks.shaping_proxy import Shape
 from benchmarks.steps import Step, read_steps
 from edge_runtime import AsyncClient, DeviceSpec, LocalCluster
@@ -83,11 +84,12 @@ class Running:
     def __init__(self, cluster: LocalCluster, client: AsyncClient, directory: Path) -> None:
         self.client = client
         self.steps: dict[str, list[Step]] = {}  # by device, once the cluster has ended
+        self.rows: dict[str, list[Noted]] = {}  # likewise
         self._cluster = cluster
         self._directory = directory
 
-    def drafting_client(self, draft: Path) -> AsyncClient:
-        """Of a user whose device guesses ahead with this model; the caller closes it."""
+    def drafting_client(self, draft: str | Path) -> AsyncClient:
+        """Of a user whose device guesses ahead, in this way or with this model; the caller closes it."""
         return self._cluster.async_client(draft=draft)
 
     async def status(self) -> dict[str, Any]:
@@ -109,7 +111,11 @@ class Running:
 
     def read_notes(self) -> None:
         for path in self._directory.glob("steps-*"):
-            self.steps[path.name.removeprefix("steps-")] = read_steps(path)
+            name = path.name.removeprefix("steps-")
+            if path.suffix == ".rows":
+                self.rows[name.removesuffix(".rows")] = read_notes(path)
+            else:
+                self.steps[name] = read_steps(path)
 
 
 @asynccontextmanager

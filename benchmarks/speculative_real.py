@@ -1,11 +1,13 @@
 """Drafts over real processes: `python -m benchmarks.speculative_real [--json] [--rounds N] [--tokens N]`.
 
 The demo target on two one-thread agents, 25 ms from each other in each direction, and a client that drafts with the
-demo's small model and what the request repeats. The same requests without drafts pay the loop for every token. Code:
-files that the models never saw, continued. Edit: such a file's lines, and again their beginning: to be copied.
+demo's small model and what the request repeats. Each request is made three times, in turns: without drafts, so that
+every id goes round the loop; drafting in turns (`synchronous_drafts.py`), with the same drafters over the same link;
+and as the product drafts. `known`: an answer that this user's device has seen before, which shows how fast the system
+is when every draft is right.
 
-Speed counts only on output without a period below 64 tokens: a small model that loops flatters every drafter. Times
-are those of the caller. Rows are those of the tail's notes (`timed_agent.py`): more than one to a token is waste.
+Requests are those of `draft_requests.py`. Speed counts only on output without a period below 64 tokens. Times are those
+of the caller; the first token's is not part of a speed. Rows are those of the agents' notes (`row_notes.py`).
 
 Knows: requests, their tokens and times. Does not know: how drafts are made or judged.
 """
@@ -14,29 +16,35 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from tokenizers import Tokenizer
+
+from benchmarks import link_bytes, report, synchronous_drafts
 from benchmarks.checkpoints import CACHE
 from benchmarks.clusters import Running, running
+from benchmarks.draft_requests import WORKLOADS, Asked, loops, requests
+from benchmarks.link_bytes import LinkBytes
 from benchmarks.models import TINY, Model
+from benchmarks.row_notes import RowCounts, Window, count_rows, sampled_at
 from benchmarks.shaping_proxy import Shape
 from edge_runtime import AsyncClient, DeviceSpec
+from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.sdk.drafting import shipped_draft
-from edge_runtime.speculative.wire import CommittedDecoder, CommittedFrame, DraftEncoder, DraftFrame
 
 ONE_WAY_SECONDS = 0.025
-MAX_PERIOD_TOKENS = 63
-REPEATED_TOKENS = 24  # of a period that must have come twice over so many tokens to count as a loop
 TEMPERATURES = (0.0, 0.7)
-PROMPT_CHARACTERS = {"code": 600, "edit": 1600}
-AGAIN_CHARACTERS = 60  # of the edited file that are given: the rest is the model's
-EXAMPLES = Path(__file__).parents[1] / "examples" / "models"
+LOOP, IN_TURNS, PRODUCT, KNOWN = "loop", "in turns", "product", "known"
+ARMS = (LOOP, IN_TURNS, PRODUCT)
+KNOWN_TIMES = 2  # the first one learns
+QUIET_SECONDS = 0.1  # after an answer, until rows that nobody wants any more have run
+SEED = 7
+NEAR, FAR = "near", "far"
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,17 @@ DEMO = DemoModel(**{name: getattr(TINY, name) for name in Model.__dataclass_fiel
 
 @dataclass
 class Answer:
+    began: float
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # seconds, of the caller's clock
+    accepted: int = 0
+    rejected: int = 0
 
     @property
+    def window(self) -> Window:
+        """In which rows ran for it."""
+        return self.began, self.times[-1] + QUIET_SECONDS
+
     def tokens_per_second(self) -> float | None:
         """Over the tokens that continue no loop; None where there are none."""
         counted = [i for i in range(1, len(self.ids)) if not loops(self.ids[: i + 1])]
@@ -63,126 +78,175 @@ class Answer:
         return len(counted) / seconds if seconds else None
 
 
-def loops(ids: Sequence[int]) -> bool:
-    """Whether the end of `ids` repeats itself with a period below 64 tokens."""
-    for period in range(1, MAX_PERIOD_TOKENS + 1):
-        length = max(period, REPEATED_TOKENS)
-        if len(ids) >= length + period and list(ids[-length:]) == list(ids[-length - period : -period]):
-            return True
-    return False
+@dataclass
+class Measured:
+    """Answers by (workload, arm), in the order of the requests; bytes of the product's arm; rows that it ran."""
+
+    answers: dict[tuple[str, str], list[Answer]] = field(default_factory=dict)
+    link: LinkBytes = field(default_factory=LinkBytes)
+    rows: dict[str, RowCounts] = field(default_factory=dict)
+
+    def of(self, arm: str) -> list[Answer]:
+        return [one for workload in WORKLOADS for one in self.answers.get((workload, arm), ())]
+
+    def speedup(self, workload: str, arm: str, base: str = LOOP) -> float | None:
+        """Harmonic mean of speeds over that of `base`, over requests that count in both."""
+        pairs = [
+            (one.tokens_per_second(), other.tokens_per_second())
+            for one, other in zip(
+                self.answers.get((workload, arm), ()), self.answers.get((workload, base), ()), strict=False
+            )
+        ]
+        both = [(new, old) for new, old in pairs if new is not None and old is not None]
+        if not both:
+            return None
+        new, old = zip(*both, strict=True)
+        return float(statistics.harmonic_mean(new) / statistics.harmonic_mean(old))
+
+    def differing(self) -> tuple[int, int]:
+        """(compared ids, those that are not the plain loop's), missing ones, too."""
+        compared = differing = 0
+        for (workload, arm), found in self.answers.items():
+            if arm == LOOP:
+                continue
+            for one, plain in zip(found, self.answers[workload, LOOP], strict=False):
+                compared += len(plain.ids)
+                differing += sum(a != b for a, b in zip(one.ids, plain.ids, strict=False))
+                differing += abs(len(one.ids) - len(plain.ids))
+        return compared, differing
 
 
-class LinkBytes:
-    """Payload bytes of the drafting link in both directions, counted where frames are written and read."""
-
-    def __init__(self) -> None:
-        self.up = self.down = 0
-
-    def watch(self) -> None:
-        encode, decode = DraftEncoder.encode, CommittedDecoder.decode
-
-        def encoded(encoder: DraftEncoder, frame: DraftFrame) -> bytes:
-            data = encode(encoder, frame)
-            self.up += len(data)
-            return data
-
-        def decoded(decoder: CommittedDecoder, data: bytes) -> CommittedFrame:
-            self.down += len(data)
-            return decode(decoder, data)
-
-        DraftEncoder.encode, CommittedDecoder.decode = encoded, decoded  # type: ignore[method-assign, assignment]
-
-
-def prompts(count: int) -> dict[str, list[str]]:
-    """Of held-out files, evenly spaced."""
-    sys.path.insert(0, str(EXAMPLES))
-    from text import standard_library  # type: ignore[import-not-found]
-
-    held_out = [file.text for file in standard_library() if file.is_held_out and len(file.text) > 6000]
-    chosen = held_out[:: max(1, len(held_out) // count)][:count]
-    code = [text[2000 : 2000 + PROMPT_CHARACTERS["code"]] for text in chosen]
-    spans = [text[2000 : 2000 + PROMPT_CHARACTERS["edit"]] for text in chosen]
-    return {"code": code, "edit": [f"{span}\n\n{span[:AGAIN_CHARACTERS]}" for span in spans]}
-
-
-async def answer(client: AsyncClient, prompt: str, tokens: int, temperature: float) -> Answer:
-    found = Answer()
+async def answer(client: AsyncClient, asked: Asked) -> Answer:
+    found = Answer(time.monotonic())
     options: dict[str, Any] = {
-        "max_tokens": tokens,
-        "temperature": temperature,
-        "seed": 7,
+        "max_tokens": asked.most_tokens,
+        "temperature": asked.temperature,
+        "seed": SEED,
         "ignore_eos": True,
     }
-    async with client.stream(prompt, **options) as stream:
+    async with client.stream(asked.prompt, **options) as stream:
         async for token in stream:
             found.ids.append(token.id)
             found.times.append(time.monotonic())
+    found.accepted = stream.result.accepted_draft_tokens
+    found.rejected = stream.result.rejected_draft_tokens
+    await asyncio.sleep(QUIET_SECONDS)
     return found
 
 
-async def measure(*, count: int, tokens: int, draft: Path) -> dict[str, Any]:
-    """Every request without drafts, then with them. See the module's text for what is returned."""
-    link = LinkBytes()
-    link.watch()
-    devices = [DeviceSpec(name, memory="768MiB", threads=1) for name in ("near", "far")]
-    speeds: dict[str, list[float]] = {"code": [], "edit": []}
-    plain_speeds: dict[str, list[float]] = {"code": [], "edit": []}
-    differing = compared = 0
-    times: list[tuple[float, float]] = []  # of the first and the last token with drafts
+async def measure(*, asked: Sequence[Asked], draft: str | Path, known: int) -> Measured:
+    """Every request in every arm, in an order that turns round; the first `known` code requests as known, too."""
+    found = Measured()
+    devices = [DeviceSpec(name, memory="768MiB", threads=1) for name in (NEAR, FAR)]
     shape = Shape(delay_seconds=ONE_WAY_SECONDS)
-    async with (
-        running(DEMO, devices, split=((0, 2), (3, 5)), shape=shape) as cluster,
-        cluster.drafting_client(draft) as drafting,
-    ):
-        for workload, texts in prompts(count).items():
-            for temperature in TEMPERATURES:
-                for text in texts:
-                    plain = await answer(cluster.client, text, tokens, temperature)
-                    drafted = await answer(drafting, text, tokens, temperature)
-                    times.append((drafted.times[0], drafted.times[-1]))
-                    compared += len(plain.ids)
-                    differing += sum(a != b for a, b in zip(plain.ids, drafted.ids, strict=False))
-                    differing += abs(len(plain.ids) - len(drafted.ids))
-                    one, other = plain.tokens_per_second, drafted.tokens_per_second
-                    report.say(f"{workload} T={temperature}: {one} -> {other} tokens/s")
-                    if one is not None and other is not None:
-                        plain_speeds[workload].append(one)
-                        speeds[workload].append(other)
-    rows = rows_run(cluster, times)
-    speedups = {name: _ratio(speeds[name], plain_speeds[name]) for name in speeds}
+    async with running(DEMO, devices, split=((0, 2), (3, 5)), shape=shape) as cluster:
+        async with AsyncExitStack() as stack:
+            clients = {LOOP: cluster.client}
+            for arm in (IN_TURNS, PRODUCT):
+                clients[arm] = await stack.enter_async_context(cluster.drafting_client(draft))
+            await _warm_up(clients, asked[0])
+            for index, one in enumerate(asked):
+                for arm in ARMS if index % 2 == 0 else ARMS[::-1]:
+                    await _one(found, arm, clients[arm], one)
+                report.say(_said(found, one))
+        for one in [each for each in asked if each.workload == "code"][:known]:
+            await _known(found, cluster, one)
+    _count_rows(found, cluster)
+    return found
+
+
+async def _warm_up(clients: dict[str, AsyncClient], asked: Asked) -> None:
+    """The draft model is read, the tokenizer is here, and both ends have measured their link."""
+    for arm in ARMS:
+        with synchronous_drafts.in_turns() if arm == IN_TURNS else nullcontext():
+            await answer(clients[arm], Asked(asked.workload, "import os\n\n\ndef main(", 0.7, 24))
+
+
+async def _one(found: Measured, arm: str, client: AsyncClient, asked: Asked) -> None:
+    if arm == PRODUCT:
+        with link_bytes.counted(found.link):
+            done = await answer(client, asked)
+    else:
+        with synchronous_drafts.in_turns() if arm == IN_TURNS else nullcontext():
+            done = await answer(client, asked)
+    found.answers.setdefault((asked.workload, arm), []).append(done)
+
+
+async def _known(found: Measured, cluster: Running, asked: Asked) -> None:
+    async with cluster.drafting_client("suffix") as client:
+        answers = [await answer(client, asked) for _ in range(KNOWN_TIMES)]
+    found.answers.setdefault((asked.workload, KNOWN), []).append(answers[-1])
+    report.say(f"{asked.workload} T={asked.temperature}, known: {_rate(answers[-1])}")
+
+
+def _count_rows(found: Measured, cluster: Running) -> None:
+    """Once the cluster has ended and its notes are read. Stage 1 hears of a miss a one-way delay later."""
+    known = sampled_at(cluster.rows.get(FAR, []))
+    windows = [one.window for one in found.of(PRODUCT)]
+    for name, delay in ((NEAR, ONE_WAY_SECONDS), (FAR, 0.0)):
+        found.rows[name] = count_rows(cluster.rows.get(name, []), known, delay, windows)
+
+
+def figures(found: Measured) -> dict[str, Any]:
+    """Under the names of the JSON. Bytes and rows are those of the product's arm, in the run of its speeds."""
+    ours = found.of(PRODUCT)
+    tokens = sum(len(one.ids) for one in ours)
+    needed_rows = len(found.rows) * (tokens - len(ours))  # the last id of an answer is never run
+    run = sum(rows.run for rows in found.rows.values())
+    compared, differing = found.differing()
+    judged = sum(one.accepted + one.rejected for one in ours)
     return {
-        "real_speedup_code": speedups["code"],
-        "real_speedup_edit": speedups["edit"],
-        "bytes_up_per_token": link.up / compared,
-        "bytes_down_per_token": link.down / compared,
-        "wasted_rows_fraction": 1 - (compared - len(times)) / rows if rows else None,
+        "real_speedup_code": found.speedup("code", PRODUCT),
+        "real_speedup_edit": found.speedup("edit", PRODUCT),
+        "real_in_turns_speedup_code": found.speedup("code", IN_TURNS),
+        "real_in_turns_speedup_edit": found.speedup("edit", IN_TURNS),
+        "real_speedup_known": found.speedup("code", KNOWN),
+        "real_acceptance_code": _accepted_share(found.answers["code", PRODUCT]),
+        "real_acceptance_edit": _accepted_share(found.answers["edit", PRODUCT]),
+        "drafted_share_wasted": 1 - sum(one.accepted for one in ours) / judged if judged else None,
+        "bytes_up_per_token": found.link.up / tokens,
+        "bytes_down_per_token": found.link.down / tokens,
+        "socket_bytes_up_per_token": found.link.socket_up / tokens or None,
+        "socket_bytes_down_per_token": found.link.socket_down / tokens or None,
+        "ids_per_draft_frame": found.link.up_ids / max(1, found.link.up_frames),
+        "wasted_rows_fraction": 1 - needed_rows / run if run else None,
+        "real_late_rows_fraction": sum(rows.late for rows in found.rows.values()) / run if run else None,
         "identical_tokens": compared - differing,
         "differing_tokens": differing,
     }
 
 
-def rows_run(cluster: Running, times: Sequence[tuple[float, float]]) -> int:
-    """Rows of the tail within these times: none of them is a prompt's."""
-    steps = cluster.steps.get("far", [])
-    return sum(step.rows for step in steps for begin, end in times if begin <= step.begin <= end)
+def _accepted_share(answers: Sequence[Answer]) -> float:
+    """Of the committed ids, those that had been drafted."""
+    return sum(one.accepted for one in answers) / sum(len(one.ids) for one in answers)
 
 
-def _ratio(new: Sequence[float], old: Sequence[float]) -> float | None:
-    return statistics.harmonic_mean(new) / statistics.harmonic_mean(old) if new and old else None
+def _said(found: Measured, asked: Asked) -> str:
+    rates = [f"{arm} {_rate(found.answers[asked.workload, arm][-1])}" for arm in ARMS]
+    return f"{asked.workload} T={asked.temperature}, {asked.most_tokens} ids: {', '.join(rates)} tokens/s"
+
+
+def _rate(one: Answer) -> str:
+    rate = one.tokens_per_second()
+    return (
+        "loops" if rate is None else f"{rate:.1f} ({one.accepted} drafted)" if one.accepted else f"{rate:.1f}"
+    )
 
 
 def main() -> None:
     parser = report.arguments(__doc__)
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=160, help="of each answer, at most")
+    parser.add_argument("--known", type=int, default=2, metavar="N", help="requests to repeat as known")
     parser.add_argument(
         "--draft", type=Path, default=None, help="a draft model's bundle; else the one that ships"
     )
     flags = parser.parse_args()
     draft = flags.draft or (shipped_draft() if shipped_draft().is_dir() else CACHE / "demo-draft")
-    count = flags.rounds or 4
-    settings = {"tokens": flags.tokens, "requests": 2 * len(TEMPERATURES) * count, "loop_ms": 50}
-    ours = report.Report("Drafts over real processes", only_json=flags.json, **settings)
-    ours.end(asyncio.run(measure(count=count, tokens=flags.tokens, draft=draft)))
+    tokenizer = Tokenizer.from_buffer(Bundle.open(DEMO.bundle()).tokenizer_json())
+    asked = requests(tokenizer, flags.rounds or 3, TEMPERATURES, flags.tokens)
+    settings = {"tokens": flags.tokens, "requests": len(asked), "loop_ms": 2000 * ONE_WAY_SECONDS}
+    ours = report.Report("Drafts over real processes", only_json=flags.json, draft=draft.name, **settings)
+    ours.end(figures(asyncio.run(measure(asked=asked, draft=draft, known=flags.known))))
 
 
 if __name__ == "__main__":

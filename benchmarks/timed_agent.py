@@ -1,12 +1,13 @@
 """An agent that notes when each step of its stage began and ended: `python timed_agent.py FILE agent --name …`.
 
 It is the ordinary agent process with its steps watched. The tail's sampler is part of its step. The clock is the
-machine's monotonic one, so that the notes of several agents on one machine line up. Knows: steps and times. Does not
-know: what is made of them (`steps.py`).
+machine's monotonic one, so that the notes of several agents on one machine line up. Beside FILE, FILE.rows says which
+rows ran and what was sampled. Knows: steps and times. Does not know: what is made of them (`steps.py`, `row_notes.py`).
 """
 
 from __future__ import annotations
 
+import json
 import struct
 import sys
 import time
@@ -22,6 +23,7 @@ def watch(path: Path) -> None:
     from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 
     notes = path.open("ab", buffering=0)
+    rows = path.with_name(path.name + ".rows").open("ab", buffering=0)
     construct, step = LoadedStage.__init__, StageWorker._run
     times = [0.0, 0.0]
 
@@ -44,10 +46,31 @@ def watch(path: Path) -> None:
         count = sum(len(work.ids) for work in works)
         kv_bytes = loaded.stage.kv_committed_bytes  # type: ignore[attr-defined]
         notes.write(RECORD.pack(times[0], end, works[0].session, works[0].base_row, count, kv_bytes))
+        rows.write(row_note(times[0], end, works, events))
         return events
 
     LoadedStage.__init__ = constructed  # type: ignore[method-assign, assignment]
     StageWorker._run = stepped  # type: ignore[method-assign, assignment]
+
+
+def row_note(began: float, ended: float, works: list[Any], events: list[Any]) -> bytes:
+    """One line of `row_notes.py`."""
+    noted = [[work.session, work.base_row, work.is_prompt, work.ids, *_sides(work)] for work in works]
+    sampled = [
+        [event.work.session, token.position, token.id]
+        for event in events
+        for token in getattr(event, "tokens", ())
+    ]
+    return json.dumps({"began": began, "ended": ended, "works": noted, "sampled": sampled}).encode() + b"\n"
+
+
+def _sides(work: Any) -> tuple[list[int], list[int]]:
+    """Ids and parents, side rows numbered after the chain's rows."""
+    sides = getattr(work, "sides", None)
+    if not sides:
+        return [], []
+    end = work.base_row + len(work.ids)
+    return list(sides.ids), [end + ~parent if parent < 0 else parent for parent in sides.parents]
 
 
 if __name__ == "__main__":
