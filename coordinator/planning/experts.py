@@ -207,7 +207,7 @@ def _reasons(costs: Costs, spread: Spread, seconds: float) -> list[str]:
     share = near / sum(1 for count in costs.model.layer_experts if count)
     measured = "measured" if costs.model.expert_loads else "experts counted alike: no routing was measured"
     reasons = [
-        f"experts shared as asked: {runner} runs all layers, {explain.rate(seconds)};"
+        f"{runner} runs all layers and asks others for the experts it has no room for, {explain.rate(seconds)};"
         f" {share:.0%} of their uses find the expert there ({measured})"
     ]
     for device, experts in sorted(spread.held.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coordinator.planning.costs import Costs, Placement
-from coordinator.planning.model import ModelProfile, StagePlan
+from coordinator.planning.model import ModelProfile, Plan, StagePlan
 from coordinator.planning.search import Found
 from edge_runtime.core import LayerRange
 from edge_runtime.errors import PlanError
@@ -70,6 +70,17 @@ def auto_reasons(costs: Costs, found: Found, chosen: Sequence[Placement]) -> lis
             f"one device is faster: {alone} alone {rate(single)}, the best split ({split}) {rate(several)}"
         ]
     return [f"splitting is faster: {split} {rate(several)}, the best one alone ({alone}) {rate(single)}"]
+
+
+def shared_reason(shared: Plan, otherwise: Plan | None) -> str:
+    """Why experts are in the memory of several devices, though nobody asked for it."""
+    rate_then = f"{shared.predicted_tokens_per_second:,.1f} tokens/s"
+    if otherwise is None:
+        return f"no device or pipeline has room for all experts: they are shared, {rate_then}"
+    return (
+        f"experts in the memory of several devices: {rate_then}, {otherwise.predicted_tokens_per_second:,.1f} if the"
+        " ones that memory lacks were read from flash"
+    )
 
 
 def fixed_reasons(costs: Costs, chosen: Sequence[Placement]) -> list[str]:

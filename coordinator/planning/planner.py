@@ -26,7 +26,7 @@ def place(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, s
     if model.num_layers == 0:
         raise PlanError("the model has no layers")
     if split.kind == "auto":
-        return _place_auto(devices, links, model, split)
+        return _place_auto_or_share(devices, links, model, split)
     if split.kind == "even":
         return _place_even(devices, links, model, split)
     if split.kind == "ranges":
@@ -70,11 +70,16 @@ def improved(
         plan = place(devices, links, model, split)
     except PlanError:
         return None
-    if [(s.device_id, s.layers) for s in plan.stages] == [(s.device_id, s.layers) for s in previous.stages]:
+    same_stages = [(s.device_id, s.layers) for s in plan.stages] == [
+        (s.device_id, s.layers) for s in previous.stages
+    ]
+    if same_stages and plan.experts == previous.experts:
         return None
     if split.kind != "auto":
         return replace(plan, reasons=("the split that was asked for is possible again", *plan.reasons))
-    before = _today(previous, devices, links, model)
+    before = (
+        previous.predicted_tokens_per_second if previous.holders else _today(previous, devices, links, model)
+    )
     if before is None or plan.predicted_tokens_per_second < GAIN * before:
         return None
     reason = (
@@ -94,6 +99,33 @@ def _today(
     costs = Costs(tuple(devices), links, model)
     seconds = costs.seconds_per_token([Placement(index[s.device_id], s.layers) for s in previous.stages])
     return 1 / seconds if seconds > 0 else float("inf")
+
+
+def _place_auto_or_share(
+    devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split
+) -> Plan:
+    """Where experts would have to be read from flash, or would not fit at all, other devices' memory may be faster."""
+    problem: PlanError | None = None
+    plan: Plan | None = None
+    try:
+        plan = _place_auto(devices, links, model, split)
+    except PlanError as error:
+        problem = error
+    if plan is not None and not any(stage.expert_cache_bytes for stage in plan.stages):
+        return plan
+    try:
+        shared = place_experts(devices, links, model, replace(split, devices=()))
+    except PlanError:
+        shared = None
+    if shared is None or (
+        plan is not None and shared.predicted_tokens_per_second < GAIN * plan.predicted_tokens_per_second
+    ):
+        if plan is None:
+            assert problem is not None
+            raise problem
+        return plan
+    reason = explain.shared_reason(shared, plan)
+    return replace(shared, reasons=(reason, *shared.reasons))
 
 
 def _place_auto(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, split: Split) -> Plan:

@@ -154,3 +154,37 @@ def test_equal_experts_are_dealt_in_turn_over_the_layers() -> None:
     order = busiest_first(MODEL)
     assert [layer for layer, _ in order[:LAYERS]] == list(range(LAYERS))
     assert expert_bytes(MODEL, 0) == MIB
+
+
+# ---------------------------------------------------------------- auto
+
+
+def flashy(name: str, memory_mib: int, flash_bytes_per_second: float) -> DeviceProfile:
+    return replace(device(name, memory_mib), flash_bytes_per_second=flash_bytes_per_second)
+
+
+@pytest.mark.parametrize(("flash", "is_shared"), [(5e7, True), (5e9, False)])
+def test_auto_shares_where_flash_is_slower_than_asking(flash: float, is_shared: bool) -> None:
+    devices = [flashy("one", DENSE_MIB + 10, flash), flashy("two", 22, flash)]  # not enough for two stages
+    fast = {(each.device_id, COORDINATOR): Link(2e-4, 1e9) for each in devices}
+    plan = place(devices, fast, MODEL, Split("auto"))
+    assert bool(plan.holders) is is_shared
+    assert any("read from flash" in reason for reason in plan.reasons) is is_shared
+
+
+def test_auto_shares_what_fits_in_no_other_way() -> None:
+    model = replace(
+        MODEL, layer_weight_bytes=(10 * MIB,), layer_expert_bytes=(8 * MIB,), layer_cycle_bytes=(2 * MIB,)
+    )
+    model = replace(model, layer_experts=(EXPERTS,))
+    dense_mib = 2 + 4 + 1 + 1
+    devices = [device("one", dense_mib + 4), device("two", 5)]
+    plan = place(devices, links(devices), model, Split("auto"))
+    assert plan.devices == ("one",)
+    assert [holder.name for holder in plan.holders] == ["two"]
+    assert "they are shared" in plan.reasons[0]
+
+
+def test_auto_shares_nothing_where_everything_fits() -> None:
+    devices = [device("one", DENSE_MIB + 40), device("two", 30)]
+    assert not place(devices, links(devices), MODEL, Split("auto")).holders
