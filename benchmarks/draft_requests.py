@@ -26,6 +26,7 @@ SPAN_TOKENS = (
     200,
     340,
 )  # of a function: it, its copy and the answer fit what the demo models were trained on
+SPAN_CHARACTERS = (2 * SPAN_TOKENS[0], 8 * SPAN_TOKENS[1])  # what is not even encoded lies outside
 BEGUN_SHARE = 0.4  # of the edited copy that is given
 CODE_PROMPT_SHARE = 0.6  # of a function that is given where the rest is to be made up
 LEAST_USES = 3  # of the name that is changed: some before the answer, some in it
@@ -106,10 +107,15 @@ def _function(tokenizer: Tokenizer, text: str) -> str | None:
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
             source = "".join(lines[node.lineno - 1 : node.end_lineno]).rstrip()
-            least, most = SPAN_TOKENS
-            if least <= len(tokenizer.encode(source).ids) <= most and _most_used_name(source):
+            if not _within(len(source), SPAN_CHARACTERS) or not _most_used_name(source):
+                continue
+            if _within(len(tokenizer.encode(source).ids), SPAN_TOKENS):
                 return source
     return None
+
+
+def _within(count: int, limits: tuple[int, int]) -> bool:
+    return limits[0] <= count <= limits[1]
 
 
 def _most_used_name(function: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.simulator.clock import Clock
-from benchmarks.simulator.model import VOCABULARY
 from edge_runtime.core import SamplingParams
 from edge_runtime.speculative.draft_loop import Action, DraftLoop, Extend, Propose, Rewind, SendDrafts
 from edge_runtime.speculative.drafters.base import Drafter, Proposal
@@ -27,6 +26,7 @@ class DraftingDevice:
         sampling: SamplingParams,
         draft_seconds: float,
         send: Callable[[bytes], None],
+        vocab_size: int,
     ) -> None:
         self.loop = loop
         self.sent_bytes = 0
@@ -34,6 +34,7 @@ class DraftingDevice:
         self._drafter = drafter
         self._draft_seconds = draft_seconds
         self._send = send
+        self._vocab_size = vocab_size
         self._waiting: Propose | None = None
         self._is_drafting = False
         self._woken_at: float | None = None
@@ -41,7 +42,7 @@ class DraftingDevice:
         self.connect()
 
     def connect(self) -> None:
-        self._encoder, self._decoder = DraftEncoder(VOCABULARY), CommittedDecoder(VOCABULARY)
+        self._encoder, self._decoder = DraftEncoder(self._vocab_size), CommittedDecoder(self._vocab_size)
 
     def start(self) -> None:
         self._do(self.loop.start(self._clock.now_seconds))

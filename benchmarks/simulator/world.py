@@ -75,6 +75,9 @@ class Setting:
 
 
 class World:
+    layers = LAYERS
+    vocab_size = VOCABULARY
+
     def __init__(self, setting: Setting, drafter: Drafter | None = None) -> None:
         """`drafter`: one that has not begun; None: one with the setting's acceptance."""
         self.setting = setting
@@ -91,20 +94,29 @@ class World:
         self._sent = len(self.ids)  # ids the device was told
         self._link = 0
         self._names = tuple(f"stage-{index + 1}" for index in range(setting.stages))
-        self.stages = {
-            name: SimulatedStage(name, self.clock, self._step_seconds, self._post, self._late_rows)
-            for name in self._names
-        }
+        self.stages = {name: self._stage(name) for name in self._names}
         self.device: DraftingDevice | None = None
         self._connect()
         if setting.draft_seconds is not None:
-            loop = DraftLoop(len(setting.prompt), setting.max_rows, VOCABULARY, Controller(setting.limits))
+            loop = DraftLoop(
+                len(setting.prompt), setting.max_rows, self.vocab_size, Controller(setting.limits)
+            )
             guesses: Drafter = drafter or DialDrafter(
                 setting.acceptance, setting.sampling, setting.faults.seed
             )
             self.device = DraftingDevice(
-                self.clock, loop, guesses, setting.prompt, setting.sampling, setting.draft_seconds, self._up
+                self.clock,
+                loop,
+                guesses,
+                setting.prompt,
+                setting.sampling,
+                setting.draft_seconds,
+                self._up,
+                self.vocab_size,
             )
+
+    def _stage(self, name: str) -> SimulatedStage:
+        return SimulatedStage(name, self.clock, self._step_seconds, self._post, self._late_rows)
 
     # ------------------------------------------------------------ the run
 
@@ -186,8 +198,8 @@ class World:
 
     def _connect(self) -> None:
         self._link += 1
-        self._encoder = CommittedEncoder(VOCABULARY)
-        self._decoder = DraftDecoder(VOCABULARY, self.setting.max_rows)
+        self._encoder = CommittedEncoder(self.vocab_size)
+        self._decoder = DraftDecoder(self.vocab_size, self.setting.max_rows)
 
     @property
     def _link_seconds(self) -> float:
@@ -227,7 +239,7 @@ class World:
         self._lease += 1
         self._session = 0
         self._ready.clear()
-        edges = [index * LAYERS // self.setting.stages for index in range(self.setting.stages + 1)]
+        edges = [index * self.layers // self.setting.stages for index in range(self.setting.stages + 1)]
         if self.setting.stages == 3:
             edges[1] += self._lease % 2
         for index, name in enumerate(self._names):
