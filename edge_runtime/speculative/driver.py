@@ -96,6 +96,10 @@ class Driver:
         if finish:
             self.end(learn=finish != "cancelled")
 
+    def loaded(self, load: float) -> None:
+        """The target said how loaded it is, 0 .. 1."""
+        self._act(self.loop.loaded(load, self._clock()))
+
     def link_lost(self) -> None:
         self._act(self.loop.link_lost(self._clock()))
 

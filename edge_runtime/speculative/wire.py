@@ -9,6 +9,7 @@
     committed frame   head, [position], ids                         head: 1 byte
       head            bit 7 position follows, bits 6..5 finish, bits 4..0 number of ids (31: - 31 follows as varint)
       position        only where it is not one after the last id: varint, absolute
+    load frame        a committed frame that says nothing (0), and the target's load: 1 byte, in 255ths
 
 A run of guesses costs one byte a frame over its ids, the first frame after a miss three. Both ends of a WebSocket keep
 the same small state; a new connection begins with new codecs, and so with a frame that says everything (`restart`).
@@ -30,6 +31,7 @@ _TWO_BYTE_VOCABULARY = 1 << 16
 _VARINT_BYTES = 5
 _RESTART, _SIDES, _CHAIN_FIELD = 0x80, 0x40, 0x3F
 _POSITION, _FINISH_SHIFT, _COUNT_FIELD = 0x80, 5, 0x1F
+_LOAD, _LOADS = 0, 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,15 @@ class DraftFrame:
 
 @dataclass(frozen=True, slots=True)
 class CommittedFrame:
-    """Committed ids of positions `position` and on. `finish` is one of FINISHES; "" while the request goes on."""
+    """Committed ids of positions `position` and on. `finish` is one of FINISHES; "" while the request goes on.
+
+    `load`: of the target, 0 .. 1, in a frame that has nothing else; None in all others.
+    """
 
     position: int
     ids: tuple[int, ...]
     finish: str = ""
+    load: float | None = None
 
 
 def chain_frame(turn: int, base_row: int, ids: tuple[int, ...]) -> DraftFrame:
@@ -149,9 +155,11 @@ class CommittedEncoder:
         self._next: int | None = None  # position that need not be said
 
     def encode(self, frame: CommittedFrame) -> bytes:
+        if frame.load is not None:
+            return bytes((_LOAD, round(_LOADS * frame.load)))
         count = len(frame.ids)
         head = min(count, _COUNT_FIELD) | FINISHES.index(frame.finish) << _FINISH_SHIFT
-        says_position = frame.position != self._next
+        says_position = frame.position != self._next or head == _LOAD
         out = bytearray((head | (_POSITION if says_position else 0),))
         if count >= _COUNT_FIELD:
             out += _varint(count - _COUNT_FIELD)
@@ -173,6 +181,10 @@ class CommittedDecoder:
         """Raises ProtocolError; the state is then as before."""
         read = _Reader(data, self._vocab_size)
         head = read.byte()
+        if head == _LOAD:
+            load = read.byte() / _LOADS
+            read.end()
+            return CommittedFrame(self._next or 0, (), load=load)
         count = read.count(head & _COUNT_FIELD, _COUNT_FIELD)
         position = read.varint() if head & _POSITION else self._next
         if position is None:

@@ -87,3 +87,16 @@ def test_a_run_costs_one_byte_over_its_ids_and_a_restart_three() -> None:
     encoder.encode(chain_frame(100, 101, (1,)))
     assert len(encoder.encode(chain_frame(100, 102, (1,)))) == 3
     assert len(encoder.encode(chain_frame(103, 104, (1,)))) == 5
+
+
+@given(st.integers(0, 255), st.booleans())
+def test_a_load_takes_two_bytes_and_changes_nothing_else(load: int, is_first: bool) -> None:
+    encoder, decoder = CommittedEncoder(4096), CommittedDecoder(4096)
+    if not is_first:
+        decoder.decode(encoder.encode(CommittedFrame(7, (1, 2))))
+    data = encoder.encode(CommittedFrame(0, (), load=load / 255))
+    assert len(data) == 2
+    assert decoder.decode(data) == CommittedFrame(0 if is_first else 9, (), load=load / 255)
+    assert decoder.decode(encoder.encode(CommittedFrame(9, (3,)))) == CommittedFrame(9, (3,))
+    with pytest.raises(ProtocolError):
+        decoder.decode(data + b"x")

@@ -156,7 +156,7 @@ export class DraftLoop {
     const inFlight = this.#window.length, base = this.length + inFlight;
     const chunk = Math.min(pace.chunk, Math.max(1, inFlight)); // the first after a miss goes alone, at once
     const count = Math.min(chunk, this.lastRow + 1 - base);
-    if (count < 1 || pace.window - inFlight < Math.min(chunk, pace.window)) return [];
+    if (!pace.window || count < 1 || pace.window - inFlight < Math.min(chunk, pace.window)) return [];
     this.#tickets += 1;
     this.#asked = { ticket: this.#tickets, base };
     return [{ do: "propose", ticket: this.#tickets, count }];

@@ -16,7 +16,8 @@ export class Driver {
   }
 
   // A committed frame arrived. Throws FrameError where ids before it are missing.
-  committed({ position, ids, finish }) {
+  committed({ position, ids, finish, load = null }) {
+    if (load !== null) this.loop.estimates.load = load;
     this.#act(this.loop.committed(position, ids, this.seconds(), finish));
     if (finish) this.end(finish !== "cancelled");
   }

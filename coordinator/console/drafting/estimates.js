@@ -21,6 +21,7 @@ class Mean {
 export class Estimates {
   constructor() {
     this.verdicts = new Mean(ACCEPTANCE_SHARE, PRIOR_ACCEPTANCE, PRIOR_VERDICTS);
+    this.load = 0; // of the target, as it says
     this.loops = [];
     this.floor = new Mean(NEW_SHARE);
   }

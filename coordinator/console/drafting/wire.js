@@ -6,6 +6,7 @@ const TWO_BYTE_VOCABULARY = 1 << 16;
 const MAX_COMMITTED_IDS = 1 << 16;
 const VARINT_BYTES = 5;
 const RESTART = 0x80, CHAIN_FIELD = 0x3f;
+const LOAD = 0, LOADS = 255;
 const POSITION = 0x80, FINISH_SHIFT = 5, COUNT_FIELD = 0x1f;
 const FINISHES = ["", "stop", "length", "cancelled"];
 
@@ -47,7 +48,8 @@ export class DraftEncoder {
   }
 }
 
-// `decode(bytes)`: { position, ids, finish }, ids of positions `position` and on. Throws FrameError; the state is then as before.
+// `decode(bytes)`: { position, ids, finish, load }, ids of positions `position` and on; `load`: of the target, 0 to 1, in a frame
+// that has nothing else, null in others. Throws FrameError; the state is then as before.
 export class CommittedDecoder {
   constructor(vocabSize) {
     this.vocabSize = vocabSize;
@@ -57,6 +59,11 @@ export class CommittedDecoder {
   decode(data) {
     const read = new Reader(data);
     const head = read.byte();
+    if (head === LOAD) {
+      const load = read.byte() / LOADS;
+      read.end();
+      return { position: this.next ?? 0, ids: [], finish: "", load };
+    }
     const short = head & COUNT_FIELD;
     const count = short === COUNT_FIELD ? COUNT_FIELD + read.varint() : short;
     const position = head & POSITION ? read.varint() : this.next;
@@ -66,7 +73,7 @@ export class CommittedDecoder {
     if (ids.some((id) => id >= this.vocabSize)) throw new FrameError("an id lies outside the vocabulary");
     read.end();
     this.next = position + count;
-    return { position, ids, finish: FINISHES[(head >> FINISH_SHIFT) & 3] };
+    return { position, ids, finish: FINISHES[(head >> FINISH_SHIFT) & 3], load: null };
   }
 }
 
