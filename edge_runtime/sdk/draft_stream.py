@@ -248,6 +248,9 @@ class DraftTokenStream(AsyncTokenStream):
             self._rejected_drafts = int(details.get("rejected_prediction_tokens") or 0)
 
     def _take(self, frame: CommittedFrame, request: _Request) -> None:
+        if frame.load is not None:
+            request.driver.loaded(frame.load)
+            return
         request.driver.committed(frame.position, frame.ids, frame.finish)
         new = frame.ids[request.prompt_tokens + self._received - frame.position :]
         for index, identity in enumerate(new, 1):
