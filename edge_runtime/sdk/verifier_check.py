@@ -17,7 +17,7 @@ from typing import Any
 
 from edge_runtime.errors import EdgeRuntimeError, ProtocolError, UsageError
 from edge_runtime.sdk.verifier_link import Json, VerifierLink
-from edge_runtime.speculative.verifiers.base import INCONSISTENT, Dialect, Window
+from edge_runtime.speculative.verifiers.base import INCONSISTENT, UNKNOWN, Dialect, Window
 from edge_runtime.speculative.verifiers.cheapest import Cheapest
 from edge_runtime.speculative.verifiers.echo import Echo
 from edge_runtime.speculative.verifiers.pace import Pace
@@ -161,12 +161,16 @@ async def _compare_tokenizers(link: VerifierLink, dialect: Dialect, model: str, 
         ours = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
         theirs = await _read_by_server(link, dialect, model, text)
         # The server may put a token of its own before a text, and say nothing about the first place of a prompt.
-        if theirs[-len(ours) :] != ours and theirs != ours[1:]:
+        if not (_same(theirs[-len(ours) :], ours) or _same(theirs, ours[1:])):
             raise UsageError(
                 f"the server's tokenizer is another: it reads {text[:24]!r}… as {len(theirs)} other ids",
                 hint="give the tokenizer.json of the very model that the server runs",
                 code="other_tokenizer",
             )
+
+
+def _same(theirs: Sequence[int], ours: Sequence[int]) -> bool:
+    return len(theirs) == len(ours) and all(a in (UNKNOWN, b) for a, b in zip(theirs, ours, strict=True))
 
 
 async def _read_by_server(link: VerifierLink, dialect: Dialect, model: str, text: str) -> tuple[int, ...]:

@@ -106,33 +106,37 @@ class VerifiedStream:
     # ------------------------------------------------------------ the caller's side
 
     async def _run(self) -> AsyncGenerator[StreamToken, None]:
+        self._parts = parts = await self._open_parts()
+        before = parts.link.requests
+        self._started = self._last = time.perf_counter()
+        is_whole = False
         try:
-            self._parts = parts = await self._open_parts()
-            before = parts.link.requests
-            self._started = self._last = time.perf_counter()
-            text = TextStream(parts.tokenizer, parts.progress.ids, parts.stops)
             await parts.drafter.begin(parts.progress.ids)
-            is_whole = False
-            try:
-                async with contextlib.aclosing(self._generate(parts)) as steps:
-                    async for ids in steps:
-                        self.usage.requests = parts.link.requests - before
-                        for place, token in enumerate(ids):
-                            is_last = bool(parts.progress.finish) and place == len(ids) - 1
-                            piece = text.push(token, is_last=is_last)
-                            if piece.is_stop:
-                                parts.progress.finish = STOP
-                            yield self._hand_out(token, piece.text)
-                            if piece.is_stop:
-                                break
-                        if parts.progress.finish:
-                            break
-                self._finish_reason, is_whole = parts.progress.finish, True
-            finally:
-                self.usage.requests = parts.link.requests - before
-                await parts.drafter.end(learn=is_whole)
+            async with contextlib.aclosing(self._texts_of(parts)) as tokens:
+                async for token in tokens:
+                    self.usage.requests = parts.link.requests - before
+                    yield token
+            self._finish_reason, is_whole = parts.progress.finish, True
         finally:
-            self._release()
+            self.usage.requests = parts.link.requests - before
+            try:
+                await parts.drafter.end(learn=is_whole)
+            finally:
+                self._release()
+
+    async def _texts_of(self, parts: Parts) -> AsyncGenerator[StreamToken, None]:
+        """Until the text ends, or a stop string does it."""
+        text = TextStream(parts.tokenizer, parts.progress.ids, parts.stops)
+        async with contextlib.aclosing(self._generate(parts)) as steps:
+            async for ids in steps:
+                for place, token in enumerate(ids):
+                    is_last = bool(parts.progress.finish) and place == len(ids) - 1
+                    piece = text.push(token, is_last=is_last)
+                    if piece.is_stop:
+                        parts.progress.finish = STOP
+                    yield self._hand_out(token, piece.text)
+                    if piece.is_stop:
+                        return
 
     def _hand_out(self, token: int, text: str) -> StreamToken:
         self._last = time.perf_counter()

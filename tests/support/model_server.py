@@ -119,7 +119,12 @@ class ModelServer:
 
     async def _logits(self, ids: Sequence[int], first: int) -> np.ndarray:
         async with self._turn:
-            return await asyncio.to_thread(self.brain.logits, list(ids), first)
+            running = asyncio.ensure_future(asyncio.to_thread(self.brain.logits, list(ids), first))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.wait({running})  # the caller left; the model is one caller's at a time
+                raise
 
     async def greedy(
         self, ids: Sequence[int], max_tokens: int, *, ignore_end: bool = False

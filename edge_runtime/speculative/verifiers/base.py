@@ -86,7 +86,7 @@ class Dialect(Protocol):
         ...
 
     def read_text_ids(self, answer: Json) -> tuple[int, ...]:
-        """Those ids; the first may be missing where the server says nothing about the first place."""
+        """Those ids, some UNKNOWN; the first may be missing where the server says nothing about the first place."""
         ...
 
     def prompt_tokens(self, window: Window) -> int:

@@ -80,10 +80,7 @@ class Echo(Completions):
         return self.body(text, 1, echo=True)
 
     def read_text_ids(self, answer: Json) -> tuple[int, ...]:
-        ids = self.named(at(answer, "choices", 0, "logprobs"))[:-1]
-        if UNKNOWN in ids:
-            raise ProtocolError("the server names tokens by a text that several ids have")
-        return ids
+        return self.named(at(answer, "choices", 0, "logprobs"))[:-1]
 
     def prompt_tokens(self, window: Window) -> int:
         return len(window.prompt)
