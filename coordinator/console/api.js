@@ -1,4 +1,5 @@
-// The coordinator's HTTP API as this page uses it. The key lives in this tab's session storage and in one header.
+// The coordinator's HTTP API as this page uses it. The key lives in this tab's session storage and in one header; a WebSocket
+// can have no other header than its list of subprotocols.
 
 const STORED = "edge-runtime-key";
 
@@ -20,6 +21,8 @@ export function findKey() {
   return sessionStorage.getItem(STORED) ?? "";
 }
 
+const base64url = (text) => btoa(text).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+
 export const keepKey = (key) => sessionStorage.setItem(STORED, key);
 export const forgetKey = () => sessionStorage.removeItem(STORED);
 
@@ -39,6 +42,11 @@ export class Api {
   status() { return this.json("GET", "/admin/status"); }
   createJoinLink() { return this.json("POST", "/admin/join-links"); }
   revoke(device) { return this.json("POST", `/admin/devices/${encodeURIComponent(device)}/revoke`); }
+
+  openDrafting() {
+    const url = new URL("/v1/drafting", location.origin.replace(/^http/, "ws"));
+    return new WebSocket(url, ["edge-runtime.drafting", `edge-runtime.key.${base64url(this.key)}`]);
+  }
 
   async *watch(signal) {
     for await (const { data } of readEvents(await this.call("GET", "/admin/events", undefined, signal))) yield JSON.parse(data);

@@ -1,15 +1,20 @@
-// The prompt box: one completion at a time, streamed, with what it took.
+// The prompt box: one completion at a time, streamed, with what it took; with drafts of this page where they are switched on.
 
 import { byId, h, setText } from "./dom.js";
-import { plural, rate } from "./format.js";
+import { Memories } from "./drafting/memories.js";
+import { DraftedRequest } from "./drafting/request.js";
+import { plural } from "./format.js";
+import { Progress } from "./progress.js";
 
 export class PromptBox {
   constructor(api) {
     this.api = api;
     this.model = null;
     this.running = null;
+    this.memories = new Memories();
     byId("prompt-form").addEventListener("submit", (event) => { event.preventDefault(); this.generate(); });
     byId("stop").addEventListener("click", () => this.running?.abort());
+    byId("forget-drafts").addEventListener("click", () => { this.memories.clear(); this.showMemory(); });
     byId("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.generate();
     });
@@ -20,6 +25,12 @@ export class PromptBox {
     const isGenerator = model.kind === "generator";
     setText(byId("prompt-note"), isGenerator ? "Ctrl + Enter generates" : "This model embeds; it does not generate.");
     byId("generate").disabled = !isGenerator || this.running !== null;
+  }
+
+  showMemory() {
+    const ids = this.memories.rememberedIds;
+    setText(byId("forget-drafts"), `Forget ${plural(ids, "token")} of past answers`);
+    byId("forget-drafts").hidden = ids === 0;
   }
 
   async generate() {
@@ -36,34 +47,43 @@ export class PromptBox {
     output.replaceChildren(h("span", { class: "given" }, prompt), text);
     setText(byId("output-note"), "waiting for the first token");
     try {
-      setText(byId("output-note"), await this.follow(request, output, text));
+      await this.follow(request, output, text);
     } catch (error) {
       setText(byId("output-note"), error.name === "AbortError" ? "stopped" : [error.message, error.hint].filter(Boolean).join(" Hint: "));
     } finally {
       this.running = null;
       byId("generate").disabled = false;
       byId("stop").disabled = true;
+      this.showMemory();
     }
   }
 
   async follow(request, output, text) {
-    let first = 0, finish = "", seed = 0, tokens = 0;
-    for await (const chunk of this.api.complete(request, this.running.signal)) {
-      const now = performance.now();
-      seed = chunk.seed;
-      tokens = chunk.usage?.completion_tokens ?? tokens;
-      for (const choice of chunk.choices) {
-        if (choice.text) {
-          first ||= now;
-          const isAtEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 24;
-          text.append(choice.text);
-          if (isAtEnd) output.scrollTop = output.scrollHeight;
-        }
-        finish = choice.finish_reason ?? finish;
+    const progress = new Progress();
+    for await (const news of this.open(request)) {
+      if (news.text) {
+        const isAtEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 24;
+        text.append(news.text);
+        if (isAtEnd) output.scrollTop = output.scrollHeight;
       }
+      const line = progress.update(news, performance.now());
+      if (news.tokens) setText(byId("output-note"), line);
     }
-    const took = (performance.now() - first) / 1000;
-    const speed = tokens > 1 && took > 0 ? `, ${rate((tokens - 1) / took)} tok/s` : "";
-    return `${plural(tokens, "token")}${speed}, finished: ${finish}, seed ${seed}`;
+  }
+
+  // { text, tokens, seed, finish, drafts } as they come; `drafts` only where this page makes them.
+  open(request) {
+    const { signal } = this.running;
+    if (!byId("draft").checked) return plainNews(this.api.complete(request, signal));
+    const memory = (tokenizer) => this.memories.of(tokenizer);
+    return new DraftedRequest({ connect: () => this.api.openDrafting(), body: request, memory, signal }).run();
+  }
+}
+
+async function* plainNews(chunks) {
+  let finish = "";
+  for await (const { choices, seed, usage } of chunks) {
+    finish = choices[0]?.finish_reason ?? finish;
+    yield { text: choices[0]?.text, tokens: usage?.completion_tokens ?? 0, seed, finish };
   }
 }

@@ -274,5 +274,5 @@ async def test_the_window_follows_acceptance(modules: Page) -> None:
     body = "return given.map((acceptance) => m.choosePace({ acceptance }));"
     rare, even, often = await run(modules, "pace.js", body, [0.0, 0.7, 1.0])
     assert rare == {"window": 1, "chunk": 1}
-    assert 4 < even["window"] < 16
+    assert 4 < even["window"] < 12
     assert often == {"window": 64, "chunk": 16}

@@ -58,7 +58,7 @@ export class DraftedRequest {
     this.signal.throwIfAborted();
     const link = new Link(this.connect(), this.signal);
     try {
-      if (!(await link.opened)) throw new LinkBroken("The coordinator did not open a drafting socket.");
+      if (!(await link.opened)) throw new LinkBroken("The coordinator did not open a drafting socket: try again, or switch drafts off.");
       link.send(JSON.stringify(this.#opening()));
       this.#begin(await answer(link), link);
       yield* this.#follow(link);
