@@ -78,7 +78,8 @@ def nested(report: Report, threads: int, rounds: int, *, small: bool) -> Figures
         report.line(
             f"first token after a cold start, cache of {CACHE_SHARE} %: {later:.2f} s from 2 bits on, "
             f"{first:.2f} s at 4: {later / first:.2f} "
-            f"(with loading {_with_loading(early):.2f} s and {_with_loading(whole):.2f} s); then {early.tokens_per_second:.1f} and {whole.tokens_per_second:.1f} tokens/s, "
+            f"(with loading {_with_loading(early):.2f} s and {_with_loading(whole):.2f} s); then "
+            f"{early.tokens_per_second:.1f} and {whole.tokens_per_second:.1f} tokens/s, "
             f"{_fewer(early):.0%} of uses at 2 bits; {quality}"
         )
     return figures

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.experts.start_bits import ALL_BITS, parse_start_bits
 
 PREFIX = "EDGE_RUNTIME_"
 CONFIG_FILE_VARIABLE = "EDGE_RUNTIME_CONFIG"
@@ -146,6 +147,11 @@ class AgentConfig:
         "auto",
         parse_expert_cache,
         "memory for experts on flash: a size, all (none stays there) or auto (what is left)",
+    )
+    expert_start_bits: int = _setting(
+        ALL_BITS,
+        parse_start_bits,
+        "use bit-nested experts from so many bits on, complete them later: 2 (lossy), or all (the same tokens always)",
     )
     executor: str = _setting(
         "auto",

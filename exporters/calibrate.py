@@ -20,6 +20,9 @@ from edge_runtime.engine.base import Batch, Span
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.onnx import MAX_OWN_POOL_THREADS
 from edge_runtime.errors import ExportError
+from edge_runtime.experts.cache import CacheOptions
+from edge_runtime.experts.flash_store import expert_bytes
+from edge_runtime.experts.start_bits import ALL_BITS
 from exporters.checkpoint import Floats
 from exporters.head_scores import head_logits
 from exporters.reference_pass import next_tokens
@@ -68,11 +71,22 @@ def token_sequences(
     return tuple(chosen)
 
 
-def bundle_scores(bundle: Bundle, sequences: Sequences, advance: Callable[[], None] = lambda: None) -> Scores:
-    """What a generator's bundle says about each row. `advance` is called after each layer."""
+def bundle_scores(
+    bundle: Bundle,
+    sequences: Sequences,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    start_bits: int = ALL_BITS,
+) -> Scores:
+    """What a generator's bundle says about each row. `advance` is called after each layer.
+
+    `start_bits`: with only so many bits of bit-nested experts.
+    """
     ids = [token for sequence in sequences for token in sequence]
     starts = np.cumsum([0, *(len(sequence) for sequence in sequences)]).tolist()
-    hidden = _through_layers(_without_head(bundle), bundle.manifest.num_layers, sequences, advance)
+    hidden = _through_layers(
+        _without_head(bundle), bundle.manifest.num_layers, sequences, advance, start_bits
+    )
     builder = ScoreBuilder(next_tokens(ids, starts))
     for first_id, logits in head_logits(bundle, hidden, _threads()):
         builder.add(first_id, logits)
@@ -98,11 +112,17 @@ def _without_head(bundle: Bundle) -> Bundle:
     return Bundle(bundle.path, b"", b"", longer, bundle.path / SLICE_DIRECTORY)
 
 
-def _through_layers(bundle: Bundle, count: int, sequences: Sequences, advance: Callable[[], None]) -> Floats:
+def _through_layers(
+    bundle: Bundle,
+    count: int,
+    sequences: Sequences,
+    advance: Callable[[], None],
+    start_bits: int = ALL_BITS,
+) -> Floats:
     """All rows after `count` layers, one of which is in memory at a time."""
     hidden: Floats | None = None
     for layer in range(count):
-        with _Layer(bundle, layer, sequences) as stage:
+        with _Layer(bundle, layer, sequences, start_bits) as stage:
             hidden = _run_whole(stage, sequences, hidden, causal=bundle.manifest.model.kind == "generator")
         advance()
     assert hidden is not None, "a model has layers"
@@ -123,11 +143,21 @@ def _run_whole(stage: CpuStage, sequences: Sequences, hidden: Floats | None, *, 
 class _Layer:
     """`with _Layer(...) as stage`: one layer, with a session open for each sequence."""
 
-    def __init__(self, bundle: Bundle, layer: int, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, bundle: Bundle, layer: int, sequences: Sequence[Sequence[int]], start_bits: int
+    ) -> None:
         pages = sum(-(-len(sequence) // 32) for sequence in sequences) + 1
         budget_bytes = 32 * pages * bundle.manifest.model.kv_bytes_per_token_per_layer
+        early = None
+        if start_bits != ALL_BITS:
+            room_bytes = expert_bytes(bundle.manifest, layer, layer)
+            early = CacheOptions(room_bytes, start_bits=start_bits, upgrades=False)
         self._stage = CpuStage.load(
-            bundle, LayerRange(layer, layer), threads=_threads(), kv_budget_bytes=budget_bytes
+            bundle,
+            LayerRange(layer, layer),
+            threads=_threads(),
+            kv_budget_bytes=budget_bytes,
+            experts=early,
         )
         for index, sequence in enumerate(sequences):
             self._stage.open(SessionId(index + 1), len(sequence))

@@ -20,6 +20,7 @@ from edge_runtime.bundle.signing import BundleSigningKey
 from edge_runtime.bundle.writer import BundleWriter, SliceWriter
 from edge_runtime.core import Digest
 from edge_runtime.errors import ExportError, UsageError
+from edge_runtime.experts.start_bits import perplexity_name
 from exporters.architectures import plan_model
 from exporters.architectures.plan import BlockPlan, ExpertsPlan, ModelPlan
 from exporters.calibrate import (
@@ -143,7 +144,8 @@ class _Export:
         self.kept_fp32: dict[str, float] = {}
         self._progress = progress
         self._steps_done = 0
-        self._steps = len(plan.blocks) + len(plan.layers)
+        measured = 2 if options.weights == "nested4" else 1  # whole experts, and their first planes
+        self._steps = len(plan.blocks) + measured * len(plan.layers)
 
     def write(self, path: Path) -> ExportReport:
         writer = BundleWriter(path)
@@ -288,6 +290,7 @@ class _Export:
                 vectors = bundle_vectors(bundle, self.sequences, lambda: self._advance("measuring"))
                 return _cosines(vectors, self.reference.pooled) | {"calibration_tokens": tokens}
             scores = bundle_scores(bundle, self.sequences, lambda: self._advance("measuring"))
+            early = self._measure_early(bundle)
         finally:
             bundle.close()
         exact = self.reference.scores
@@ -299,7 +302,17 @@ class _Export:
             "reference_perplexity": exact.perplexity,
             "perplexity_ratio": scores.perplexity / exact.perplexity,
             "calibration_tokens": tokens,
+            **early,
         }
+
+    def _measure_early(self, bundle: Bundle) -> dict[str, float]:
+        """What is left of the model where only the first plane of every expert is used."""
+        if not bundle.manifest.has_planes:
+            return {}
+        scores = bundle_scores(
+            bundle, self.sequences, lambda: self._advance("measuring 2 bits"), start_bits=2
+        )
+        return {perplexity_name(2): scores.perplexity}
 
 
 def _cosines(

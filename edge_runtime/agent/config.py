@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
 from edge_runtime.errors import ConfigError
+from edge_runtime.experts.start_bits import ALL_BITS, CHOICES
 
 MIN_MEMORY_BYTES = 64 << 20
 NO_DATA_PORT = -1
@@ -31,6 +32,7 @@ class AgentConfig:
     )
     log_level: str = "info"
     expert_cache: int | str = "auto"  # bytes; all: in memory or not at all; auto: what is left of the memory
+    expert_start_bits: int = ALL_BITS  # of bit-nested experts before they are used; 0: all
     executor: str = (
         "auto"  # native, onnx, torch, or auto: torch on a CUDA device, else native where it is fast
     )
@@ -52,6 +54,10 @@ class AgentConfig:
                 if isinstance(self.expert_cache, str)
                 else self.expert_cache > 0,
                 f"an expert cache is a size above 0, or one of {', '.join(EXPERT_CACHES)}",
+            ),
+            (
+                self.expert_start_bits in CHOICES,
+                "experts can be used from 2 bits on, or whole (0)",
             ),
             (self.executor in EXECUTORS, f"an executor is one of {', '.join(EXECUTORS)}"),
             (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),

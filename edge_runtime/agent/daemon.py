@@ -184,6 +184,7 @@ class Agent:
             threads,
             cache,
             experts,
+            self._config.expert_start_bits,
         )
         self._loader = StageLoader(
             fetcher,
@@ -203,6 +204,7 @@ class Agent:
                 self._plane.experts,
                 self._profiler.numeric_class,
             ),
+            self._config.expert_start_bits,
         )
         self._expert_reporter = ExpertReporter()
 
@@ -354,11 +356,14 @@ class Agent:
                 loaded.kv_capacity_tokens,
                 0 if experts is None else experts.arena_bytes,
                 0 if experts is None else experts.total_bytes,
+                self._loader.early_quality,
             )
         )
 
     def _report_experts(self) -> None:
-        experts = self._expert_reporter.report(self._loop.time(), self._loader.expert_cache)
+        experts = self._expert_reporter.report(
+            self._loop.time(), self._loader.expert_cache, self._loader.early_quality
+        )
         if experts is not None:
             log.info("%s", experts)
             self._on_status(experts)

@@ -27,12 +27,13 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.base import DEFAULT_FORMATS, Stage, StageFormats
-from edge_runtime.engine.numeric_class import plain_class
+from edge_runtime.engine.numeric_class import early_class, is_early_class, plain_class
 from edge_runtime.errors import CapacityError
 from edge_runtime.experts.cache import CacheOptions
 from edge_runtime.experts.flash_probe import measure_flash
 from edge_runtime.experts.flash_store import can_stay_on_flash, expert_layers
 from edge_runtime.experts.reader import DEFAULT_LANES
+from edge_runtime.experts.start_bits import ALL_BITS
 from edge_runtime.protocol.messages import ProfileReport
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ class DeviceProfiler:
         threads: int,
         cache: MeasurementCache,
         expert_cache: ExpertCacheSetting = EXPERTS_AUTO,
+        start_bits: int = ALL_BITS,
     ) -> None:
         self._expert_cache = expert_cache
+        self._start_bits = start_bits
         self._fetcher = fetcher
         self._worker = worker
         self._budget = budget
@@ -112,7 +115,7 @@ class DeviceProfiler:
             found = await self._worker.call(lambda: self._measure(bundle, layers, memory))
         return ProfileReport(
             bundle=digest,
-            numeric_class=found.numeric_class,
+            numeric_class=self._promised_class(partial.manifest, found.numeric_class),
             row_invariant=found.row_invariant,
             layer_decode_seconds=found.layer_decode_seconds,
             layer_prefill_row_seconds=found.layer_prefill_row_seconds,
@@ -131,9 +134,16 @@ class DeviceProfiler:
     def is_row_invariant(self, bundle: Bundle, stage: Stage) -> bool:
         """Of a stage just loaded; measured now where it was not before. On the compute thread."""
         found = self._cache.get(str(bundle.digest), plain_class(stage.numeric_class), self._threads)
-        if found is None and getattr(stage, "peer_experts", None) is not None:
-            return False  # it can't run alone: careful, until it was measured with all of a layer
+        if found is None and (
+            getattr(stage, "peer_experts", None) is not None or is_early_class(stage.numeric_class)
+        ):
+            return False  # it can't run alone, or twice alike: careful, until a whole layer was measured
         return found.row_invariant if found is not None else self._probe(bundle, stage).row_invariant
+
+    def _promised_class(self, manifest: Manifest, numeric_class: str) -> str:
+        """Stages of this device may turn out exact where all experts fit into memory; it is not promised."""
+        is_early = self._start_bits != ALL_BITS and manifest.has_planes and self._expert_cache != EXPERTS_ALL
+        return early_class(numeric_class) if is_early else numeric_class
 
     def _numeric_class(self, manifest: Manifest) -> str:
         return self.numeric_class(manifest, DEFAULT_FORMATS)

@@ -27,6 +27,7 @@ from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_bytes
 from edge_runtime.experts.peer_runner import PeerOptions
 from edge_runtime.experts.reader import DEFAULT_LANES
+from edge_runtime.experts.start_bits import ALL_BITS, early_quality
 from edge_runtime.protocol.messages import HOLDS_EXPERTS, LoadStage
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class StageLoader:
         expert_cache: ExpertCacheSetting = EXPERTS_AUTO,
         flash_lanes: Callable[[Manifest, str], int] = lambda manifest, bundle: DEFAULT_LANES,
         shares: ExpertShareLoader | None = None,
+        start_bits: int = ALL_BITS,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
@@ -140,7 +142,11 @@ class StageLoader:
         self._expert_setting = expert_cache
         self._flash_lanes = flash_lanes
         self._shares = shares
+        self._start_bits = start_bits
         self.expert_cache: ExpertCache | None = None  # of the stage loaded last
+        self.early_quality = (
+            ""  # what it may cost that it uses experts before they are whole; "": it does not
+        )
 
     async def load(self, order: LoadStage, progress: Progress) -> tuple[Loaded, Manifest]:
         """Raises the EdgeRuntimeError that says why not: CapacityError, TamperedError, TrustError, EngineError, …"""
@@ -160,6 +166,7 @@ class StageLoader:
         if memory.expert_cache_bytes is not None:  # these are checked expert by expert, whenever one is read
             on_flash.update(key for block in blocks for key in manifest.expert_slices(block))
             _say_what_stays_on_flash(order, manifest, memory.expert_cache_bytes)
+            _say_what_begins_early(order, manifest, self._start_bits)
         await asyncio.to_thread(bundle.verify, [key for key in keys if key not in on_flash])
         progress("loading", 0, total_bytes)
         experts = self._cache_options(order.bundle, manifest, memory)
@@ -200,7 +207,9 @@ class StageLoader:
             return asyncio.run_coroutine_threadsafe(reading, loop).result()
 
         lanes = self._flash_lanes(manifest, bundle)
-        return CacheOptions(memory.expert_cache_bytes, lanes=lanes, refetch=refetch)
+        return CacheOptions(
+            memory.expert_cache_bytes, lanes=lanes, refetch=refetch, start_bits=self._start_bits
+        )
 
     def _install(
         self, order: LoadStage, bundle: Bundle, kv_bytes: int, experts: ExpertOptions | None
@@ -221,6 +230,8 @@ class StageLoader:
         self.expert_cache = _expert_cache_of(stage)
         if self.expert_cache is not None:
             self.expert_cache.statistics.reset()  # what the probe asked for says nothing
+        is_early = self.expert_cache is not None and self.expert_cache.is_lossy
+        self.early_quality = early_quality(bundle.manifest.quality, self._start_bits) if is_early else ""
         vocab_size = bundle.manifest.model.vocab_size
         self._worker.install(
             LoadedStage(
@@ -254,6 +265,26 @@ def _say_what_stays_on_flash(order: LoadStage, manifest: Manifest, cache_bytes: 
         cache_bytes / (1 << 20),
         total_bytes / (1 << 20),
         100 * cache_bytes / max(1, total_bytes),
+    )
+
+
+def _say_what_begins_early(order: LoadStage, manifest: Manifest, start_bits: int) -> None:
+    if start_bits == ALL_BITS:
+        return
+    if not manifest.has_planes:
+        log.warning(
+            "lease %d: --expert-start-bits %d changes nothing for %s: its experts are whole or not there "
+            "(edge-runtime export --weights nested4 writes them in planes)",
+            order.lease,
+            start_bits,
+            manifest.model.name,
+        )
+        return
+    log.warning(
+        "lease %d: experts are used from %d bits on and completed later: tokens depend on when reads end; %s",
+        order.lease,
+        start_bits,
+        early_quality(manifest.quality, start_bits),
     )
 
 

@@ -54,6 +54,7 @@ class Serving:
     kv_capacity_tokens: int
     expert_cache_bytes: int = 0  # 0: no experts, or all of them in memory
     expert_bytes: int = 0
+    early_quality: str = ""  # what it may cost that experts are used before they are whole; "": they are not
 
     def __str__(self) -> str:
         text = (
@@ -62,10 +63,11 @@ class Serving:
         )
         if not self.expert_cache_bytes:
             return text
-        return (
+        text = (
             f"{text}; experts on flash: {self.expert_cache_bytes / (1 << 20):.1f} of "
             f"{self.expert_bytes / (1 << 20):.1f} MiB in memory at a time"
         )
+        return f"{text}, used before they are whole ({self.early_quality})" if self.early_quality else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class Experts:
     worst_layer: int
     worst_layer_hit_rate: float
     mended: int  # reads that failed or gave wrong bytes at first
+    fewer_bits: int = 0  # of hits and misses: computed before all bits were there
+    quality: str = ""  # perplexity with such experts and with whole ones; "": the device uses only whole ones
 
     def __str__(self) -> str:
         rate = 100 * self.hits / max(1, self.hits + self.misses)
@@ -99,6 +103,9 @@ class Experts:
             f"read, {self.waited_seconds:.1f} s waited; worst layer {self.worst_layer} "
             f"({100 * self.worst_layer_hit_rate:.1f} %)"
         )
+        if self.quality:
+            share = 100 * self.fewer_bits / max(1, self.hits + self.misses)
+            text = f"{text}; {share:.1f} % computed before they were whole ({self.quality})"
         return f"{text}; {self.mended} bad reads mended" if self.mended else text
 
 

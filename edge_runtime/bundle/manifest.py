@@ -225,6 +225,11 @@ class Manifest:
                 (experts if tensor.is_experts else others).update(keys)
         return tuple(key for key in block.slices if key in experts - others)
 
+    @property
+    def has_planes(self) -> bool:
+        """Some experts are usable before all of their bits are here."""
+        return any(TENSOR_FORMATS[tensor.format].planes > 1 for tensor in self.tensors.values())
+
     def stage_weight_bytes(self, first: int, last: int) -> int:
         keys = {key for block in self.blocks(first, last) for key in block.slices}
         return sum(self.slices[key].size_bytes for key in keys)

@@ -51,6 +51,13 @@ def _configure(parser: ArgumentParser) -> None:
         "auto: all where they fit, else what the rest leaves (default)",
     )
     parser.add_argument(
+        "--expert-start-bits",
+        choices=("all", "2"),
+        help="2: use experts on flash when 2 bits of each weight are here, complete them later (bundles exported with "
+        "--weights nested4): the first token comes sooner, and tokens are no longer the same on every run. all: whole "
+        "experts only (default)",
+    )
+    parser.add_argument(
         "--executor",
         choices=("auto", "native", "onnx", "torch"),
         help="who computes: our own kernels, ONNX Runtime, torch (on a CUDA device; without one, slowly as a "
@@ -83,6 +90,7 @@ def _run(arguments: Namespace) -> int:
             "agent.memory_bytes": arguments.memory,
             "agent.threads": arguments.threads,
             "agent.expert_cache": arguments.expert_cache,
+            "agent.expert_start_bits": arguments.expert_start_bits,
             "agent.executor": arguments.executor,
             "agent.join": _join_link(arguments),
             "general.state_directory": None if arguments.state is None else str(arguments.state),
@@ -111,6 +119,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         advertised_address=_advertised(arguments.advertise),
         log_level=settings.general.log_level,
         expert_cache=settings.agent.expert_cache,
+        expert_start_bits=settings.agent.expert_start_bits,
         executor=settings.agent.executor,
     )
 

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from edge_runtime.bundle import Bundle
     from edge_runtime.experts.admission import Prospect
     from edge_runtime.experts.examination import Examined
+    from edge_runtime.experts.flash_store import ExpertLayer
 
 DEFAULT_TOKENS = 512
 RHOS = (1.0, 2.0, 3.0)
 HALF = 0.5
+EARLY_BITS = 2
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -135,6 +137,7 @@ def _report(
 ) -> dict[str, object]:
     from edge_runtime.experts.admission import in_memory_tps
     from edge_runtime.experts.consistency import SEGMENT_TOKENS, segment_cache_hit_rate, segment_routing
+    from edge_runtime.experts.start_bits import early_quality
 
     layer = examined.layers[0]
     routing = segment_routing(examined.routing, layer.experts)
@@ -144,6 +147,8 @@ def _report(
         "experts": layer.experts,
         "top_k": layer.top_k,
         "expert_bytes": layer.stride_bytes,
+        "plane_bytes": list(layer.plane_bytes),
+        "early_quality": early_quality(bundle.manifest.quality, EARLY_BITS) if layer.planes > 1 else "",
         "total_expert_bytes": sum(own.total_bytes for own in examined.layers),
         "token_bytes": sum(own.token_bytes for own in examined.layers),
         "tokens": len(examined.routing),
@@ -171,6 +176,7 @@ def _show(
         f"{facts['model']}: {facts['layers']} layers of {layer.experts} experts, {layer.top_k} used; "
         f"{format_amount(layer.stride_bytes, 'B')} each, {total} in all, {token} a token"
     )
+    result(_planes(layer, str(facts["early_quality"])))
     sch = ", ".join(f"{rate:.0%} with {rho} x top_k" for rho, rate in _dict(facts["sch"]).items())
     result(
         f"routing of {facts['tokens']} tokens: SRP({facts['segment_tokens']}) {facts['srp']:.0%} with "
@@ -197,6 +203,19 @@ def _show(
             f"edge-runtime agent --expert-cache {-(-usable.cache_bytes >> 20)}MiB"
         )
     note("one short text flatters caches above half of the experts; long mixed use hits 10 to 30 points less")
+
+
+def _planes(layer: ExpertLayer, quality: str) -> str:
+    if layer.planes == 1:
+        return (
+            "experts have one plane: they are used when all of their bits are here (edge-runtime export "
+            "--weights nested4 writes two)"
+        )
+    sizes = " + ".join(format_amount(size, "B") for size in layer.plane_bytes)
+    return (
+        f"experts have planes of {sizes}: the first is usable alone with edge-runtime agent --expert-start-bits "
+        f"{EARLY_BITS}; {quality}"
+    )
 
 
 def _dict(value: object) -> dict[str, float]:

@@ -19,6 +19,7 @@ from edge_runtime.engine.blocks import LoadedBlock, run_context
 from edge_runtime.engine.cut_operations import RopeTables
 from edge_runtime.engine.executors import AUTO, chosen_executor, numeric_class_of
 from edge_runtime.engine.kv_cache import KvCache, KvShape
+from edge_runtime.engine.numeric_class import early_class
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.resident import return_free_memory
 from edge_runtime.engine.rope import rope_tables
@@ -56,6 +57,8 @@ class CpuStage:
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
         if experts is not None:
             self.weight_bytes += experts.arena_bytes - experts.total_bytes
+        if isinstance(experts, ExpertCache) and experts.is_lossy:
+            self.numeric_class = early_class(self.numeric_class)
         # Both None: all experts are mapped.
         self.experts = experts if isinstance(experts, ExpertCache) else None
         self.peer_experts = experts if isinstance(experts, PeerExperts) else None

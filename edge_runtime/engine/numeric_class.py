@@ -21,6 +21,7 @@ _FEATURES = (
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimddp", "i8mm", "bf16", "fphp", "sve", "sve2", "sme"),
 )
+_EARLY = "/experts:early"
 
 
 def onnx_class(onnxruntime_version: str, weights: str, formats: StageFormats = DEFAULT_FORMATS) -> str:
@@ -41,8 +42,18 @@ def _class(executor: str, processor: str, isa: str, weights: str, formats: Stage
 
 
 def plain_class(numeric_class: str) -> str:
-    """The class with fp32 for links, keys and values: whether its rows are invariant is true of both."""
-    return re.sub(r"/(kv|wire):[^/]*", r"/\1:fp32", numeric_class)
+    """The class with fp32 for links, keys and values, and whole experts: rows are invariant in both or in neither."""
+    return re.sub(r"/(kv|wire):[^/]*", r"/\1:fp32", numeric_class).removesuffix(_EARLY)
+
+
+def early_class(numeric_class: str) -> str:
+    """Of stages that may use experts before all of their bits are here, so that no exact stage takes over from them, or
+    they from it. Two of these need not compute the same bits either: that was given up for an earlier first token."""
+    return numeric_class + _EARLY
+
+
+def is_early_class(numeric_class: str) -> bool:
+    return numeric_class.endswith(_EARLY)
 
 
 def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:

@@ -20,14 +20,12 @@ from edge_runtime.experts.layer_run import LayerRun
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import make_pools
 from edge_runtime.experts.reader import DEFAULT_LANES, ExpertReader, ReadBatch, Refetch
+from edge_runtime.experts.start_bits import ALL_BITS, CHOICES
 from edge_runtime.experts.statistics import CacheStatistics
 from edge_runtime.experts.upgrades import Upgrades
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
-
-ALL_BITS = 0
-START_BITS = (ALL_BITS, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class ExpertCache:
             raise EngineError(
                 f"{options.policy!r} is not a cache policy", hint=f"choose one of {', '.join(POLICIES)}"
             )
-        if options.start_bits not in START_BITS:
+        if options.start_bits not in CHOICES:
             raise EngineError(
                 f"experts can't start with {options.start_bits} bits", hint="use 2, or 0 for all"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_runtime.config import load, parse_expert_cache, parse_size
 from edge_runtime.errors import UsageError
+from edge_runtime.experts.start_bits import parse_start_bits
 
 
 class Agent:
@@ -17,6 +18,7 @@ class Agent:
 
     A device that is paired already needs no link; its key and pairing lie in `state_directory`. `memory` is what the
     whole process may use; `expert_cache` is the share of it for experts that live on flash (a size, "all" or "auto").
+    `expert_start_bits=2` uses bit-nested ones before they are whole: sooner, but tokens depend on when reads end.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class Agent:
         state_directory: str | Path | None = None,
         reachable: bool = True,
         expert_cache: str | int = "auto",
+        expert_start_bits: str | int = "all",
     ) -> None:
         from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
 
         try:
             memory_bytes = parse_size(memory)
             experts = parse_expert_cache(expert_cache)
+            start_bits = parse_start_bits(expert_start_bits)
         except ValueError as problem:
             raise UsageError(f"agent {name}: {problem}") from None
         directory = load().general.state_directory / "agents" / name
@@ -45,6 +49,7 @@ class Agent:
             threads=threads,
             join=join,
             expert_cache=experts,
+            expert_start_bits=start_bits,
             data_port=0 if reachable else NO_DATA_PORT,
         )
 

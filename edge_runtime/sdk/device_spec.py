@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from edge_runtime.config import parse_expert_cache, parse_size
 from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
 from edge_runtime.errors import UsageError
+from edge_runtime.experts.start_bits import parse_start_bits
 
 DEFAULT_MEMORY = "1GiB"
 
@@ -23,6 +24,9 @@ class DeviceSpec:
     threads: int = 1
     reachable: bool = True
     expert_cache: str | int = "auto"  # memory for experts on flash: a size, "all" or "auto"
+    expert_start_bits: str | int = (
+        "all"  # 2: use bit-nested experts early; tokens then depend on when reads end
+    )
 
     def __post_init__(self) -> None:
         if not is_device_name(self.name) or "/" in self.name or self.name.startswith((".", "-")):
@@ -32,6 +36,7 @@ class DeviceSpec:
             raise UsageError(f"device {self.name} needs at least 1 thread")
         try:
             parse_expert_cache(self.expert_cache)
+            parse_start_bits(self.expert_start_bits)
             parse_size(self.memory)
         except ValueError as problem:
             raise UsageError(f"device {self.name}: {problem}") from None

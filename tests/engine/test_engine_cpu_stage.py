@@ -32,9 +32,10 @@ MODELS = {
     "experts": TinyModel(experts=8),
     "experts-int8": TinyModel(experts=8, format="int8", softmax_after=True),
     "experts-int4": TinyModel(experts=8, format="int4"),
+    "experts-nested4": TinyModel(experts=8, format="nested4"),
 }
 # Quantized weights meet int8 activations in this executor and fp32 ones in the reference.
-TOLERANCE = {"fp32": 1e-5, "int8": 0.04, "int4": 0.04}
+TOLERANCE = {"fp32": 1e-5, "int8": 0.04, "int4": 0.04, "nested4": 0.04}
 
 
 Load = Callable[[Bundle, LayerRange], CpuStage]

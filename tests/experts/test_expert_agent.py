@@ -15,9 +15,11 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.store import BundleStore
 from edge_runtime.config import parse_expert_cache
 from edge_runtime.core import SamplingParams
+from edge_runtime.engine.numeric_class import is_early_class
 from edge_runtime.errors import CapacityError, ConfigError, UsageError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_bytes, expert_layers, token_cycle_bytes
+from edge_runtime.experts.start_bits import parse_start_bits
 from edge_runtime.protocol.messages import StageFailed
 from edge_runtime.sdk.device_spec import DeviceSpec
 from tests.agent.test_agents import cluster_of, one_device_loop
@@ -74,6 +76,27 @@ async def test_damaged_experts_are_fetched_again(bundle: Bundle, tmp_path: Path)
             key for key, data in whole.items() if store.slice_path(key).read_bytes()[:4096] == data[:4096]
         ]
         assert mended
+
+
+async def test_experts_used_early_are_said_and_promise_no_bits(tmp_path: Path) -> None:
+    nested = build_tiny_bundle(tmp_path / "nested", TinyModel(layers=LAYERS, experts=16, format="nested4"))
+    cache_bytes = 4 * cycle_bytes(nested)
+    async with cluster_of(nested, tmp_path) as cluster:
+        await cluster.start("phone", expert_cache=cache_bytes, expert_start_bits=2)
+        await cluster.start("laptop", expert_cache=cache_bytes)
+        for name, is_early in (("phone", True), ("laptop", False)):
+            lease = await cluster.coordinator.load([name], [])
+            ready = await cluster.coordinator.links[name].ready(lease)
+            assert is_early_class(ready.numeric_class) == is_early
+            session = await cluster.coordinator.open([name], lease, PROMPT, 40, sampling=GREEDY)
+            found = await cluster.coordinator.tokens(name, session)
+            ids = [token.id for token in found[session]]
+            wanted = one_device_loop(nested, PROMPT, 40, GREEDY)
+            assert len(ids) == len(wanted)
+            assert is_early or ids == wanted
+            serving = cluster.statuses[name][-1]
+            assert isinstance(serving, Serving)
+            assert ("used before they are whole (nobody measured" in str(serving)) == is_early
 
 
 async def test_a_cache_below_one_token_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -141,6 +164,11 @@ def test_settings(tmp_path: Path) -> None:
         DeviceSpec(name="phone", expert_cache="most")
     with pytest.raises(ConfigError, match="an expert cache is a size above 0"):
         AgentConfig("phone", tmp_path, 1 << 30, 1, expert_cache="most")
+    assert [parse_start_bits(value) for value in ("all", "2", 2, 0)] == [0, 2, 2, 0]
+    with pytest.raises(UsageError, match="'3' is neither all nor 2"):
+        DeviceSpec(name="phone", expert_start_bits="3")
+    with pytest.raises(ConfigError, match="from 2 bits on"):
+        AgentConfig("phone", tmp_path, 1 << 30, 1, expert_start_bits=3)
 
 
 def test_reports_come_now_and_then_and_only_of_news(bundle: Bundle) -> None:
@@ -157,7 +185,8 @@ def test_reports_come_now_and_then_and_only_of_news(bundle: Bundle) -> None:
     assert str(said).startswith("experts: 75.0 % of 4 were in memory, 1.0 MiB read, 0.5 s waited")
     cache.statistics.count(1, hits=1, misses=0, read_bytes=0, waited_seconds=0.0)
     assert reporter.report(REPORT_SECONDS + 1, cache) is None
-    again = reporter.report(2 * REPORT_SECONDS, cache)
+    cache.statistics.count_upgrade(2, 1 << 20)
+    again = reporter.report(2 * REPORT_SECONDS, cache, "perplexity 2 and 1")
     assert again is not None
     assert (again.hits, again.misses) == (1, 0)
     cache.close()

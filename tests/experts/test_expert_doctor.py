@@ -114,6 +114,23 @@ def test_the_command_reports(bundle: Bundle, tmp_path: Path, capsys: Capture) ->
     assert "edge-runtime agent --expert-cache 1MiB" in capsys.readouterr().out
 
 
+def test_the_command_names_planes(tmp_path: Path, bundle: Bundle, capsys: Capture) -> None:
+    model = TinyModel(layers=1, experts=4, format="nested4")
+    nested = build_tiny_bundle(tmp_path / "nested", model, bundle.tokenizer_json())
+    text = tmp_path / "text"
+    text.write_text("w1 w2 w3 w4 " * 10)
+    flags = ["--text", str(text), "--threads", "1", "--at-least", "0.001"]
+    assert main(["doctor", "experts", str(nested.path), *flags, "--json"]) == 0
+    tensor = next(tensor for tensor in nested.manifest.tensors.values() if tensor.is_experts)
+    assert json.loads(capsys.readouterr().out)["plane_bytes"] == list(tensor.plane_bytes)
+    assert main(["doctor", "experts", str(nested.path), *flags]) == 0
+    assert re.search(
+        r"planes of \S+ \S+ \+ .*--expert-start-bits 2; nobody measured", capsys.readouterr().out
+    )
+    assert main(["doctor", "experts", str(bundle.path), *flags]) == 0
+    assert "experts have one plane" in capsys.readouterr().out
+
+
 def test_loads_that_the_command_counts_decide_where_experts_are(
     bundle: Bundle, tmp_path: Path, capsys: Capture
 ) -> None:

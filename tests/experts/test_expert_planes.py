@@ -20,6 +20,9 @@ from edge_runtime.bundle import hashing
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.checks import check_manifest
 from edge_runtime.bundle.manifest import LOW_PLANE
+from edge_runtime.core import LayerRange
+from edge_runtime.engine.cpu import CpuStage
+from edge_runtime.engine.numeric_class import is_early_class, plain_class
 from edge_runtime.errors import BundleError, EngineError, TamperedError
 from edge_runtime.experts import reader
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
@@ -206,6 +209,22 @@ def test_start_bits_mean_nothing_where_experts_have_no_planes(tmp_path: Path) ->
     cache.close()
     with pytest.raises(EngineError, match="start with 3 bits"):
         start_at_2_bits(plain, start_bits=3)
+
+
+def test_a_stage_that_uses_experts_early_promises_no_bits(bundle: Bundle) -> None:
+    def class_of(options: CacheOptions | None) -> str:
+        stage = CpuStage.load(
+            bundle, LayerRange(0, LAYERS - 1), threads=1, kv_budget_bytes=1 << 20, experts=options
+        )
+        stage.close()
+        return stage.numeric_class
+
+    options = CacheOptions(slots_bytes(bundle, ALL_SLOTS))
+    exact, early = class_of(options), class_of(replace(options, start_bits=2))
+    assert exact == class_of(None)
+    assert early != exact
+    assert (is_early_class(early), is_early_class(exact)) == (True, False)
+    assert plain_class(early) == plain_class(exact)
 
 
 @pytest.mark.parametrize("plane", [0, 1])

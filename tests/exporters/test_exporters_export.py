@@ -187,7 +187,7 @@ def test_int8_activations_are_rounded_by_block() -> None:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize(("weights", "agreement"), [("int8", 0.97), ("int4", 0.90)])
+@pytest.mark.parametrize(("weights", "agreement"), [("int8", 0.97), ("int4", 0.90), ("nested4", 0.90)])
 def test_the_demo_model_exports_from_the_command_line(tmp_path: Path, weights: str, agreement: float) -> None:
     command = [sys.executable, "-m", "edge_runtime.cli", "export", str(DEMO), str(tmp_path / "b")]
     done = subprocess.run(
@@ -197,7 +197,11 @@ def test_the_demo_model_exports_from_the_command_line(tmp_path: Path, weights: s
     assert report["quality"]["top1_agreement"] >= agreement
     assert report["quality"]["perplexity_ratio"] <= 1.01
     assert "100%" in done.stderr
-    assert Bundle.open(tmp_path / "b").manifest.model.name == "moe"
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.model.name == "moe"
+    assert manifest.has_planes == (weights == "nested4")
+    if manifest.has_planes:  # worse with the first plane alone, and still a model
+        assert 1.01 < report["quality"]["perplexity_2_bits"] / report["quality"]["perplexity"] < 1.3
 
 
 PEAK = """

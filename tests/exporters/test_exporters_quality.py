@@ -60,7 +60,9 @@ def held_out() -> tuple[Sequences, Scores]:
     return sequences, exact.scores
 
 
-@pytest.mark.parametrize(("weights", "agreement"), [("fp32", 0.9995), ("int8", 0.985), ("int4", 0.94)])
+@pytest.mark.parametrize(
+    ("weights", "agreement"), [("fp32", 0.9995), ("int8", 0.985), ("int4", 0.94), ("nested4", 0.94)]
+)
 def test_the_demo_model_keeps_its_tokens_on_held_out_text(
     held_out: tuple[Sequences, Scores], tmp_path: Path, weights: str, agreement: float
 ) -> None:

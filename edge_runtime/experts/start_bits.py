@@ -1,0 +1,33 @@
+"""From how many bits on bit-nested experts are used: a setting that gives up exactness, and what a bundle says of it.
+
+Knows: the setting, and the names of figures in a bundle. Does not know: planes, caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ALL_BITS = 0  # whole experts only: the same bits always
+CHOICES = (ALL_BITS, 2)
+_ALL = "all"
+
+
+def parse_start_bits(value: object) -> int:
+    """ "all" or "2". Raises ValueError."""
+    bits = {_ALL: ALL_BITS, **{str(bits): bits for bits in CHOICES}}.get(str(value))
+    if bits is None:
+        raise ValueError(f"{value!r} is neither all nor 2")
+    return bits
+
+
+def perplexity_name(start_bits: int) -> str:
+    """In `Manifest.quality`: where every expert stays at the planes that give it so many bits."""
+    return f"perplexity_{start_bits}_bits"
+
+
+def early_quality(quality: Mapping[str, float], start_bits: int) -> str:
+    """The worst that using experts early can do to a model, and the best: for people."""
+    early, whole = quality.get(perplexity_name(start_bits)), quality.get("perplexity")
+    if early is None or whole is None:
+        return "nobody measured the perplexity"
+    return f"perplexity {early:.3f} if all stayed at {start_bits} bits, {whole:.3f} with whole ones"
