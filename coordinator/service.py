@@ -43,6 +43,7 @@ class TokenEvent:
     cached_tokens: int = 0  # on the first event: of the prompt, that needed no computing
     accepted_drafts: int = 0  # on the last event: guesses that were right,
     wasted_drafts: int = 0  # and those that were run for nothing
+    load: float = 0.0  # of the pipeline, for those who draft: 0 .. 1
 
 
 @dataclass(frozen=True, slots=True)

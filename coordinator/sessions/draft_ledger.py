@@ -1,7 +1,8 @@
 """Drafts of one request: which are worth forwarding, and what became of them.
 
 A drafter may be hostile, and a wrong draft costs a row on every stage. So rows are bought with credit that only right
-guesses earn: whoever is always wrong ends at one row for many tokens, and nobody else slows down.
+guesses earn: whoever is always wrong ends at one row for many tokens, and nobody else slows down. On a loaded target a
+right guess earns little more than itself, so that few rows are wasted there whatever a device does.
 
 Knows: guesses by position, and credit. Does not know: links, stages, the wire.
 """
@@ -16,10 +17,12 @@ from edge_runtime.protocol.messages import Draft
 from edge_runtime.speculative.wire import MAX_DRAFT_IDS
 
 MAX_AHEAD = 1024  # positions beyond the newest committed one
-FIRST_CREDIT = 256.0  # rows
+FIRST_CREDIT = 128.0  # rows
 MOST_CREDIT = 1024.0
 ACCEPTED_EARNS = 24.0  # rows: a window that is thrown away at every third guess still pays for itself
 COMMITTED_EARNS = 0.125  # so that a drafter that was wrong for long may try again when the text gets easier
+LOADED_CREDIT = 8.0  # the most, on a fully loaded target
+LOADED_EARNS = 1.1, 0.02  # there, of an accepted and of a committed id
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +88,15 @@ class DraftLedger:
     def turn(self) -> int:
         return self._turn
 
-    def offer(self, draft: Draft) -> bool:
-        """Whether to forward it. A draft that is not forwarded costs its sender nothing but time."""
+    def offer(self, draft: Draft, load: float = 0.0) -> bool:
+        """Whether to forward it. A draft that is not forwarded costs its sender nothing but time.
+
+        `load` of the target, 0 .. 1.
+        """
         if draft.base_row > self._position + MAX_AHEAD or draft.turn >= self._position:
             return False  # of a future that nobody can know yet
         new = self._new(draft)
-        if len(new) > self._credit:
+        if len(new) > min(self._credit, _between(MOST_CREDIT, LOADED_CREDIT, load)):
             return False
         self._credit -= len(new)
         self.counts += DraftCounts(drafted=len(new))
@@ -111,18 +117,18 @@ class DraftLedger:
                 found.append((position, identity, draft.parents[index] == draft.base_row - 1 + index))
         return found
 
-    def committed(self, identity: int) -> bool | None:
+    def committed(self, identity: int, load: float = 0.0) -> bool | None:
         """The id of the next position; whether it had been guessed, None where nobody tried.
 
         A main chain that misses takes everything beyond with it.
         """
         guesses = self._guesses.pop(self._position, {})
         self._position += 1
-        self._earn(COMMITTED_EARNS)
+        self._earn(_between(COMMITTED_EARNS, LOADED_EARNS[1], load), load)
         accepted = identity in guesses
         self.counts += DraftCounts(accepted=int(accepted), wasted=len(guesses) - accepted)
         if accepted:
-            self._earn(ACCEPTED_EARNS)
+            self._earn(_between(ACCEPTED_EARNS, LOADED_EARNS[0], load), load)
         if any(guesses.values()) and not guesses.get(identity, False):
             self._turn = self._position - 1
             self.forget()
@@ -134,5 +140,9 @@ class DraftLedger:
         self._guesses.clear()
         self.counts += DraftCounts(wasted=wasted)
 
-    def _earn(self, rows: float) -> None:
-        self._credit = min(MOST_CREDIT, self._credit + rows)
+    def _earn(self, rows: float, load: float) -> None:
+        self._credit = min(_between(MOST_CREDIT, LOADED_CREDIT, load), self._credit + rows)
+
+
+def _between(idle: float, loaded: float, load: float) -> float:
+    return idle + (loaded - idle) * load

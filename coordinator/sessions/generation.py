@@ -127,7 +127,7 @@ class Generation(LiveSession):
         if self.is_open and not self.ended:
             self._drafter = source
             before = self._drafts.counts
-            if self._drafts.offer(draft):
+            if self._drafts.offer(draft, self._port.draft_load(self._lease)):
                 self._port.draft(replace(draft, session=self._number, lease=self._lease))
             self._count_drafts(before)
 
@@ -209,15 +209,17 @@ class Generation(LiveSession):
     def _judge(self, pieces: list[tuple[Token, TokenEvent]]) -> list[tuple[Token, TokenEvent]]:
         """What these ids say about the drafts; the last event of all has the sums."""
         before = self._drafts.counts
+        load = self._port.draft_load(self._lease) if self._drafter else 0.0
         for token, _ in pieces:
-            self._drafts.committed(token.id)
+            self._drafts.committed(token.id, load)
         token, event = pieces[-1]
         if event.finish_reason:
             self._drafts.forget()
             counts = self._drafts.counts
             event = replace(event, accepted_drafts=counts.accepted, wasted_drafts=counts.wasted)
         self._count_drafts(before)
-        return [*pieces[:-1], (token, event)]
+        pieces = [*pieces[:-1], (token, event)]
+        return [(token, replace(event, load=load)) for token, event in pieces] if load else pieces
 
     def _waiting_tokens(self) -> list[Tokens]:
         """Tokens of the open session at the head of the inbox."""

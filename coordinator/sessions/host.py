@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from coordinator import events as ev
+from coordinator.scheduling.draft_load import draft_load
 from coordinator.sessions.draft_ledger import DraftCounts
 from coordinator.sessions.live_session import LiveSession
 from coordinator.sessions.page_names import PageNames
@@ -154,6 +155,13 @@ class SessionHost:
         pipeline = self._pipeline(draft.lease)
         if pipeline is not None and not pipeline.broken:
             self._post(pipeline.members[0], draft)
+
+    def draft_load(self, lease: int) -> float:
+        pipeline = self._pipeline(lease)
+        if pipeline is None:
+            return 0.0
+        sharing = sum(session.lease == lease for session in self._sessions.values())
+        return draft_load(sharing, pipeline.plan)
 
     def drafted(self, source: str, counts: DraftCounts) -> None:
         self.drafts[source] = self.drafts.get(source, DraftCounts()) + counts

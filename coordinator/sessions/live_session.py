@@ -50,6 +50,11 @@ class LiveSession(ABC):
         self.ended = False
 
     @property
+    def lease(self) -> int:
+        """Of the pipeline it is on; 0: on none."""
+        return self._lease
+
+    @property
     def is_open(self) -> bool:
         return self._lease != 0
 

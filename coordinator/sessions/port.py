@@ -108,6 +108,10 @@ class SessionPort(Protocol):
         """Guesses for the first stage of the draft's lease."""
         ...
 
+    def draft_load(self, lease: int) -> float:
+        """How loaded the pipeline is for those who draft, 0 .. 1."""
+        ...
+
     def drafted(self, source: str, counts: DraftCounts) -> None:
         """So much came of drafts since it was told last."""
         ...

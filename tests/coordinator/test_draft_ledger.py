@@ -43,3 +43,23 @@ def test_the_future_is_not_forwarded() -> None:
 def test_what_is_no_draft_is_refused(wrong: Draft) -> None:
     with pytest.raises(ProtocolError):
         check_draft(wrong, 7)
+
+
+def test_on_a_loaded_target_few_rows_are_wasted_whatever_a_device_does() -> None:
+    """Half of its rows are right: idle, it is let; loaded, it is let hardly any."""
+    wasted = []
+    for load in (0.0, 1.0):
+        ledger = DraftLedger(1, 100_000)
+        for position in range(1, 4001, 2):
+            ledger.offer(chain(position, 1, 0, turn=ledger.turn), load)
+            ledger.committed(1, load)
+            ledger.committed(1, load)
+        wasted.append(ledger.counts.wasted)
+    assert wasted[0] == 2000
+    assert wasted[1] <= 0.03 * 4000
+
+
+def test_credit_earned_on_an_idle_target_is_not_spent_on_a_loaded_one() -> None:
+    ledger = DraftLedger(1, 10_000)
+    assert not ledger.offer(chain(1, *([1] * 9)), 1.0)
+    assert ledger.offer(chain(1, *([1] * 9)), 0.0)

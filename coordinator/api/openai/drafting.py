@@ -142,7 +142,7 @@ class _Drafting:
         """All that waits in one frame: what a right draft brought at once costs one header."""
         opened = self.opened
         encoder = CommittedEncoder(opened.vocab_size)
-        answer = opened.answer
+        answer, load = opened.answer, 0.0
         while True:
             await self.news.wait()
             self.news.clear()
@@ -150,6 +150,9 @@ class _Drafting:
             for event in events:
                 answer.choices[0].absorb(event)
             finish = events[-1].finish_reason
+            if events[-1].load != load and not finish:
+                load = events[-1].load
+                await _send(self.socket.send_bytes(encoder.encode(CommittedFrame(0, (), load=load))))
             position = opened.prompt_tokens + events[0].index
             frame = CommittedFrame(position, tuple(event.id for event in events), finish)
             await _send(self.socket.send_bytes(encoder.encode(frame)))
