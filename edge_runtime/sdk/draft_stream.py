@@ -47,10 +47,11 @@ _NOT_ALLOWED = (401, 403)
 class _Told(Exception):
     """The server said what is wrong: nothing broke."""
 
-    def __init__(self, error: EdgeRuntimeError, status: int) -> None:
+    def __init__(self, error: EdgeRuntimeError, status: int, body: Json) -> None:
         super().__init__(error.message)
         self.error = error
         self.status = status
+        self.body = body
 
 
 class DraftTokenStream(AsyncTokenStream):
@@ -63,8 +64,15 @@ class DraftTokenStream(AsyncTokenStream):
         make_body: Callable[[], Awaitable[Json]],
         *,
         resume_seconds: float = RESUME_SECONDS,
+        falls_back: bool = True,
+        retries: int = MAX_RETRIES,
     ) -> None:
+        """`falls_back`: where there is no drafting socket, ask as ever; else NoWebSocket is raised."""
         super().__init__(drafting.http, path, make_body, resume_seconds=resume_seconds)
+        self.refusal: tuple[int, Json] | None = None  # the status and body of an error that was told
+        self.usage: Json = {}  # as the coordinator counts, at the end
+        self._falls_back = falls_back
+        self._retries = retries
         self._drafting = drafting
         self._kind = "chat" if "chat" in path else "completion"
         self._accepted: _Request | None = None
@@ -78,7 +86,7 @@ class DraftTokenStream(AsyncTokenStream):
     # ------------------------------------------------------------ the caller's side
 
     async def _run(self) -> AsyncGenerator[StreamToken, None]:
-        if not self._drafting.is_missing:
+        if not (self._drafting.is_missing and self._falls_back):
             self._body = await self._make_body()
             self._started = self._last = time.perf_counter()
             try:
@@ -87,7 +95,7 @@ class DraftTokenStream(AsyncTokenStream):
                         yield token
                 return
             except NoWebSocket as refused:
-                if self._received:
+                if self._received or not self._falls_back:
                     raise
                 self._drafting.is_missing = refused.status not in _NOT_ALLOWED
                 if self._drafting.is_missing:
@@ -145,7 +153,8 @@ class DraftTokenStream(AsyncTokenStream):
                     return
                 except _Told as told:
                     attempts += 1
-                    if self._received or told.status not in _LATER or attempts > MAX_RETRIES:
+                    if self._received or told.status not in _LATER or attempts > self._retries:
+                        self.refusal = told.status, told.body
                         raise told.error from None
                     await self._release()
                     self.request_id, pause = "", _RETRY_SECONDS
@@ -195,6 +204,12 @@ class DraftTokenStream(AsyncTokenStream):
             request_id, model = str(head["id"]), str(head["model"])
         except (KeyError, TypeError, ValueError) as problem:
             raise ProtocolError(f"the answer on a drafting socket has an unknown shape: {problem}") from None
+        self.request_id, self._prompt_ids, self.tokenizer = request_id, prompt_ids, digest
+        self._head = {
+            "seed": sampling.seed,
+            "model": model,
+            "system_fingerprint": head.get("system_fingerprint"),
+        }
         text = TextStream(await self._drafting.tokenizer(digest), prompt_ids, stops)
         loop = DraftLoop(
             len(prompt_ids),
@@ -206,8 +221,6 @@ class DraftTokenStream(AsyncTokenStream):
         )
         thread = await self._drafting.take(digest)
         driver = Driver(thread, loop, prompt_ids, sampling, self._send)
-        self.request_id, self._prompt_ids, self.tokenizer = request_id, prompt_ids, digest
-        self._head = {"seed": sampling.seed, "model": model}
         return _Request(digest, vocab_size, len(prompt_ids), text, thread, driver)
 
     async def _release(self) -> None:
@@ -243,6 +256,7 @@ class DraftTokenStream(AsyncTokenStream):
             self._take(decoder.decode(message), request)
         with contextlib.suppress(ConnectionClosed):  # all ids are here
             usage = _object(await self._receive(socket)).get("usage") or {}
+            self.usage = usage
             details = usage.get("completion_tokens_details") or {}
             self._accepted_drafts = int(details.get("accepted_prediction_tokens") or 0)
             self._rejected_drafts = int(details.get("rejected_prediction_tokens") or 0)
@@ -318,7 +332,7 @@ def _raise_if_told(message: str) -> None:
     if "error" in body:
         status = body.get("status")
         status = status if isinstance(status, int) else 500
-        raise _Told(error_of(status, body), status)
+        raise _Told(error_of(status, body), status, {"error": body["error"]})
 
 
 def _sampling(fields: Mapping[str, Any]) -> SamplingParams:

@@ -20,7 +20,7 @@ from edge_runtime.sdk.local_request import read_request
 from edge_runtime.sdk.offline import Drawn, Ending, OfflineModel, OpenedDraft
 from edge_runtime.sdk.results import DRAFT, Question, Result, StreamToken, timings_of
 from edge_runtime.sdk.token_stream import AsyncTokenStream
-from edge_runtime.sdk.unreachable import is_unreachable
+from edge_runtime.sdk.unreachable import UNREACHABLE, is_unreachable
 
 log = logging.getLogger(__name__)
 
@@ -122,5 +122,5 @@ def _neither(cause: EdgeRuntimeError, reason: EdgeRuntimeError) -> TransportErro
     return TransportError(
         f"{cause.message}; and the draft model can't answer: {reason.message}",
         hint=reason.hint or cause.hint,
-        code=cause.code,
+        code=cause.code if cause.code in UNREACHABLE else "unreachable",
     )

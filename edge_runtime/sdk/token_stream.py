@@ -94,6 +94,11 @@ class AsyncTokenStream:
         )
 
     @property
+    def head(self) -> Mapping[str, Any]:
+        """What the target said of the whole answer: `model`, `seed`, `system_fingerprint`; {} before it did."""
+        return self._head
+
+    @property
     def answered_by(self) -> str:
         """ "target", or "draft" from the moment this device's draft model answers."""
         return self.result.answered_by

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint on the user's own device, which drafts for unmodified clients."""
