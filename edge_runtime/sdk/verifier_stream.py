@@ -16,7 +16,7 @@ from edge_runtime.errors import ConnectionClosed, ProtocolError
 from edge_runtime.sdk.results import Result, StreamToken, timings_of
 from edge_runtime.sdk.verifier_drafter import RemoteDrafter
 from edge_runtime.sdk.verifier_link import Pauses, VerifierLink
-from edge_runtime.speculative.verifiers.base import UNKNOWN, Dialect, Window
+from edge_runtime.speculative.verifiers.base import UNKNOWN, Decoded, Dialect, Window
 from edge_runtime.speculative.verifiers.completions import nameless
 from edge_runtime.speculative.verifiers.pace import Pace
 from edge_runtime.speculative.verifiers.progress import STOP, Progress
@@ -225,31 +225,32 @@ class VerifiedStream:
                 elif piece.ids:
                     pace.streamed(len(piece.ids), now - last)
                 have, last = have + len(piece.ids), now
-                if len(piece.ids) > progress.room:
-                    raise ProtocolError("the server generated more tokens than it was asked for")
                 if piece.ids:
-                    await self._shadow(parts, piece.ids)
-                    yield await self._commit(parts, list(piece.ids), ended=piece.ended, is_decoded=True)
+                    yield await self._streamed(parts, piece)
                 elif piece.ended:
                     progress.finish = STOP  # it ends without an id of its own
+                if piece.finished and not (have or progress.finish):
+                    raise ProtocolError("the server generated nothing, and does not say why")
                 if piece.finished or progress.finish:
-                    if not (have or progress.finish):
-                        raise ProtocolError("the server generated nothing, and does not say why")
-                    return
+                    break
                 if drafting_seconds < DRAFTING_SHARE * (
                     now - began
                 ):  # a slow drafter must not slow the stream
                     drafting_seconds += await self._draft(parts)
                 if self._choose(parts, is_streaming=True):
-                    return
+                    break
+            pace.stream_ended(have)
 
-    async def _shadow(self, parts: Parts, ids: tuple[int, ...]) -> None:
-        """Drafts that were not sent show their worth all the same."""
-        drafter = parts.drafter
-        for draft, chance, token in zip(drafter.drafts, drafter.probabilities, ids, strict=False):
-            parts.pace.chances.judged(drafter.proposal.source, chance, is_right=draft == token)
+    async def _streamed(self, parts: Parts, piece: Decoded) -> list[int]:
+        if len(piece.ids) > parts.progress.room:
+            raise ProtocolError("the server generated more tokens than it was asked for")
+        drafter, source = parts.drafter, parts.drafter.proposal.source
+        # Drafts that were not sent show their worth all the same.
+        for draft, chance, token in zip(drafter.drafts, drafter.probabilities, piece.ids, strict=False):
+            parts.pace.chances.judged(source, chance, is_right=draft == token)
             if draft != token:
-                return
+                break
+        return await self._commit(parts, list(piece.ids), ended=piece.ended, is_decoded=True)
 
     async def _commit(
         self, parts: Parts, ids: list[int], *, ended: bool, is_decoded: bool = False

@@ -118,6 +118,13 @@ def list_at(value: Any, *path: str | int) -> list[Any]:
     return found
 
 
+def object_at(value: Any, *path: str | int) -> Json:
+    found = at(value, *path)
+    if not isinstance(found, dict):
+        raise ProtocolError(f"the server's answer: {_spelled(path)} is not an object")
+    return found
+
+
 def as_id(value: Any) -> int:
     """A token id, as a number or as the text of one (keys of JSON objects are text)."""
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdecimal():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge_runtime.errors import ProtocolError
-from edge_runtime.speculative.verifiers.base import UNKNOWN, Decoded, Json, Verdict, as_id, at, list_at
+from edge_runtime.speculative.verifiers.base import UNKNOWN, Decoded, Json, Verdict, as_id, list_at, object_at
 from edge_runtime.speculative.verifiers.token_names import TokenNames
 
 VLLM_IDS: Json = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 0}
@@ -38,19 +38,19 @@ class Completions:
     def read_event(self, event: Json, have: int) -> Decoded:
         if not list_at(event, "choices"):
             return Decoded(())  # the last event may only count tokens
-        choice = at(event, "choices", 0)
+        choice = object_at(event, "choices", 0)
         ids = self.generated(choice)
         if UNKNOWN in ids:
             raise nameless()
         reason = choice.get("finish_reason")
         return Decoded(ids, ended=reason == "stop", finished=bool(reason))
 
-    def generated(self, choice: Any) -> tuple[int, ...]:
+    def generated(self, choice: Json) -> tuple[int, ...]:
         """Ids that one choice generated, UNKNOWN for those whose name several ids share."""
-        ids = choice.get("token_ids") if isinstance(choice, dict) else None
+        ids = choice.get("token_ids")
         if isinstance(ids, list):
             return tuple(as_id(token) for token in ids)
-        logprobs = at(choice, "logprobs") if "logprobs" in choice else None
+        logprobs = choice.get("logprobs")
         if logprobs is None:
             if not choice.get("text"):
                 return ()
@@ -69,7 +69,7 @@ class Completions:
 
     def one_generated(self, answer: Json) -> Verdict:
         """The single id of an answer with max_tokens 1, as a verdict on no drafts at all."""
-        choice = at(answer, "choices", 0)
+        choice = object_at(answer, "choices", 0)
         ids = self.generated(choice)
         if not ids:
             raise ProtocolError("the server generated nothing, though it was asked for one token")

@@ -21,6 +21,7 @@ from edge_runtime.speculative.verifiers.base import (
     Window,
     at,
     list_at,
+    object_at,
 )
 from edge_runtime.speculative.verifiers.completions import Completions, cached_tokens
 from edge_runtime.speculative.verifiers.places import TOLERANCE_NATS, logprob_of
@@ -39,7 +40,7 @@ class Echo(Completions):
     def read_verdict(self, window: Window, answer: Json) -> Verdict:
         if not window.drafts:
             return self.one_generated(answer)
-        choice = at(answer, "choices", 0)
+        choice = object_at(answer, "choices", 0)
         logprobs = choice.get("logprobs")
         given = list_at(logprobs, "token_logprobs") if isinstance(logprobs, dict) else []
         length = len(window.prompt)

@@ -4,9 +4,11 @@ A request of k drafts takes T(k) seconds (a straight line through what was measu
 
     1 + E(k) ids,   E(k) = sum over i <= k of the product of the chances of the first i drafts.
 
-The stream brings one id every t seconds, after S seconds for the first. The k with the most ids per second is sent if
-it beats the stream over as many ids. Chances are a drafter's own estimates, corrected by how often such estimates came
-true; while the stream runs, drafts are compared with it too, so that they are known without being sent.
+The stream brings one id every t seconds, after S seconds for the first; it is read until drafts are worth more, for n
+ids in the mean. The k with the most ids per second is sent if that is more than the stream would bring, its beginning
+shared among n ids. To leave a stream that runs, drafts must pay for its next beginning alone. Chances are a drafter's
+own estimates, corrected by how often such estimates came true; while the stream runs, drafts are compared with it too,
+so that their worth is known without sending them.
 
 Knows: measured times and verdicts. Does not know: clocks, HTTP, drafters.
 """
@@ -25,6 +27,7 @@ _PRIOR_WEIGHT = 4  # verdicts that a drafter's own estimate counts for
 _SHARE = 0.05  # of a new verdict in a chance, of a new time in a mean
 _FORGET = 0.95
 _PRIOR_ROUND_SECONDS, _PRIOR_TOKEN_SECONDS = 0.1, 0.03
+_PRIOR_STRETCH = 64.0
 _GAIN = 1.05  # what a change of mode must bring, lest noise decides
 
 
@@ -82,6 +85,7 @@ class Pace:
     _round: Line = field(default_factory=lambda: Line(_PRIOR_ROUND_SECONDS))
     _start: Mean = field(default_factory=lambda: Mean(_SHARE))
     _token: Mean = field(default_factory=lambda: Mean(_SHARE))
+    _stretch: Mean = field(default_factory=lambda: Mean(0.2, _PRIOR_STRETCH, 1))  # ids of one stream
     _draft: dict[str, Mean] = field(default_factory=dict)  # seconds of one draft, by source
 
     def verified(self, drafts: int, seconds: float) -> None:
@@ -96,6 +100,10 @@ class Pace:
         """`ids` after the first came in `seconds`."""
         if ids > 0:
             self._token.add(seconds / ids)
+
+    def stream_ended(self, ids: int) -> None:
+        """A stream brought `ids` before it ended or was left."""
+        self._stretch.add(max(1, ids))
 
     def drafted(self, source: str, ids: int, seconds: float) -> None:
         """Making `ids` drafts took `seconds`."""
@@ -138,12 +146,11 @@ class Pace:
                 best, best_rate, best_ids = count, rate, ids
         if not best:
             return 0
-        by_window = best_ids / best_rate
-        by_stream = self._stream_seconds(best_ids)
-        if is_streaming:  # leaving it costs a new start later
-            by_window += max(0.0, self.start_seconds - self.token_seconds)
-            by_stream = best_ids * self.token_seconds
+        beginning = max(0.0, self.start_seconds - self.token_seconds)
+        by_window = 1 / best_rate  # seconds of an id
+        by_stream = self.token_seconds
+        if is_streaming:
+            by_window += beginning / best_ids
+        else:
+            by_stream += beginning / self._stretch.value
         return best if by_window * _GAIN < by_stream else 0
-
-    def _stream_seconds(self, ids: float) -> float:
-        return self.start_seconds + (ids - 1) * self.token_seconds

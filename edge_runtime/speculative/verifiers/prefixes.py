@@ -10,7 +10,7 @@ Knows: this format. Does not know: HTTP, what becomes of a verdict.
 from __future__ import annotations
 
 from edge_runtime.errors import ProtocolError
-from edge_runtime.speculative.verifiers.base import Json, Verdict, Window, as_id, at, list_at
+from edge_runtime.speculative.verifiers.base import Json, Verdict, Window, as_id, at, list_at, object_at
 from edge_runtime.speculative.verifiers.completions import VLLM_IDS, Completions, cached_tokens
 from edge_runtime.speculative.verifiers.token_names import TokenNames
 
@@ -34,7 +34,8 @@ class Prefixes(Completions):
                 f"the server answered {len(choices)} of {len(window.drafts) + 1} prompts in one request",
                 hint="it does not take several prompts of ids at once; use another dialect",
             )
-        ordered = sorted(choices, key=lambda choice: as_id(at(choice, "index")))
+        ordered = [object_at(choices, place) for place in range(len(choices))]
+        ordered.sort(key=lambda choice: as_id(at(choice, "index")))
         generated = [self.generated(choice) for choice in ordered]
         if any(len(ids) != 1 for ids in generated):
             raise ProtocolError("the server generated another number of tokens than it was asked for")

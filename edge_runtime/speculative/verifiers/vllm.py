@@ -12,7 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 from edge_runtime.errors import ProtocolError
-from edge_runtime.speculative.verifiers.base import NO_PROMPT_LOGPROBS, Json, Verdict, Window, as_id, at
+from edge_runtime.speculative.verifiers.base import (
+    NO_PROMPT_LOGPROBS,
+    Json,
+    Verdict,
+    Window,
+    as_id,
+    at,
+    object_at,
+)
 from edge_runtime.speculative.verifiers.completions import VLLM_IDS, Completions
 from edge_runtime.speculative.verifiers.places import Candidate, likeliest, logprob_of
 from edge_runtime.speculative.verifiers.token_names import TokenNames
@@ -55,7 +63,7 @@ class VllmPrompt(Completions):
 
 
 def _places(answer: Json, length: int | None) -> list[Any]:
-    found = at(answer, "choices", 0).get("prompt_logprobs")
+    found = object_at(answer, "choices", 0).get("prompt_logprobs")
     if not isinstance(found, list):
         raise ProtocolError(
             "the server does not return log-probabilities of the prompt",
