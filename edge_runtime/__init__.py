@@ -20,18 +20,22 @@ if TYPE_CHECKING:
     from edge_runtime.errors import EdgeRuntimeError
     from edge_runtime.sdk.agent import Agent
     from edge_runtime.sdk.async_client import AsyncClient
+    from edge_runtime.sdk.async_verifier import AsyncRemoteVerifier
     from edge_runtime.sdk.client import Client
     from edge_runtime.sdk.cluster import LocalCluster
     from edge_runtime.sdk.device_spec import DeviceSpec
+    from edge_runtime.sdk.remote_verifier import RemoteVerifier
     from edge_runtime.sdk.results import Result, StreamToken, Timings, Upgrade
 
 __all__ = [
     "Agent",
     "AsyncClient",
+    "AsyncRemoteVerifier",
     "Client",
     "DeviceSpec",
     "EdgeRuntimeError",
     "LocalCluster",
+    "RemoteVerifier",
     "Result",
     "StreamToken",
     "Timings",
@@ -41,10 +45,12 @@ __all__ = [
 _HOMES = {
     "Agent": "edge_runtime.sdk.agent",
     "AsyncClient": "edge_runtime.sdk.async_client",
+    "AsyncRemoteVerifier": "edge_runtime.sdk.async_verifier",
     "Client": "edge_runtime.sdk.client",
     "DeviceSpec": "edge_runtime.sdk.device_spec",
     "EdgeRuntimeError": "edge_runtime.errors",
     "LocalCluster": "edge_runtime.sdk.cluster",
+    "RemoteVerifier": "edge_runtime.sdk.remote_verifier",
     "Result": "edge_runtime.sdk.results",
     "StreamToken": "edge_runtime.sdk.results",
     "Timings": "edge_runtime.sdk.results",

@@ -15,7 +15,8 @@ from edge_runtime.cli.output import note
 from edge_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from edge_runtime.sdk.remote_verifier import RemoteVerifier, VerifyOptions
+    from edge_runtime.sdk.async_verifier import VerifyOptions
+    from edge_runtime.sdk.remote_verifier import RemoteVerifier
     from edge_runtime.sdk.verifier_stream import Usage
 
 
@@ -51,10 +52,11 @@ def add_verifier_arguments(parser: ArgumentParser) -> None:
 def open_verifier(arguments: Namespace) -> RemoteVerifier:
     """Raises UsageError where flags don't fit together."""
     from edge_runtime.sdk.remote_verifier import RemoteVerifier
-    from edge_runtime.sdk.verifier_link import LinkOptions
 
     if arguments.url:
         raise UsageError("--url is a coordinator's address, --verifier another server's", hint="give one")
+    if arguments.offline != "never":
+        raise UsageError("--offline is for coordinators, not for --verifier", hint="leave it out")
     if arguments.tokenizer is None:
         raise UsageError(
             "--verifier needs the tokenizer of the server's model",
@@ -68,7 +70,8 @@ def open_verifier(arguments: Namespace) -> RemoteVerifier:
         dialect=arguments.dialect,
         model=arguments.model,
         stop_token_ids=arguments.stop_token_id,
-        link=LinkOptions(api_key=key, ca_file=arguments.ca_file),
+        api_key=key,
+        ca_file=arguments.ca_file,
     )
 
 
@@ -78,7 +81,7 @@ def verify_options(arguments: Namespace) -> VerifyOptions:
 
 def note_promises(verifier: RemoteVerifier) -> None:
     """What is different from asking the server itself, before the first token."""
-    from edge_runtime.sdk.remote_verifier import GREEDY_ONLY
+    from edge_runtime.sdk.async_verifier import GREEDY_ONLY
 
     note(f"{verifier.server().dialect.name} at {verifier.url}: {GREEDY_ONLY}")
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from edge_runtime import errors
 from edge_runtime.sdk.sse import SseParser
 
 CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 120.0
 MAX_RETRIES = 4
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 30.0
@@ -42,15 +43,12 @@ class LinkOptions:
     """`timeout_seconds`: longest silence of the server. `ca_file`: authorities to trust instead of the system's."""
 
     api_key: str = ""
-    timeout_seconds: float = 120.0
+    timeout_seconds: float = SILENCE_SECONDS
     ca_file: Path | None = None
     allow_plain_http: bool = False  # send the key even where everybody on the way can read it
 
     def __repr__(self) -> str:
         return f"LinkOptions(timeout_seconds={self.timeout_seconds}, ca_file={self.ca_file})"
-
-
-DEFAULT_LINK = LinkOptions()
 
 
 class VerifierLink:
@@ -103,10 +101,13 @@ class VerifierLink:
 
         The iterator raises ConnectionClosed where the stream ends before that.
         """
-        async with self._response("POST", path, body, Pauses()) as answer:
-            yield self._events(answer)
+        async with (
+            self._response("POST", path, body, Pauses()) as answer,
+            contextlib.aclosing(self._events(answer)) as found,
+        ):
+            yield found
 
-    async def _events(self, answer: aiohttp.ClientResponse) -> AsyncIterator[Json]:
+    async def _events(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[Json, None]:
         parser = SseParser()
         try:
             async for chunk in answer.content.iter_any():

@@ -31,7 +31,7 @@ from edge_runtime.errors import (
     UsageError,
 )
 from edge_runtime.sdk import verifier_link
-from edge_runtime.sdk.remote_verifier import AsyncRemoteVerifier
+from edge_runtime.sdk.async_verifier import AsyncRemoteVerifier
 from edge_runtime.sdk.verifier_link import LinkOptions
 from edge_runtime.speculative.drafters.base import Proposal
 from edge_runtime.speculative.drafters.suffix import SuffixDrafter
@@ -393,7 +393,7 @@ class TestBadDays:
     async def test_a_silent_server_is_given_up(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(verifier_link, "MAX_RETRIES", 1)
         server = await serve("vllm")
-        async with verifier_of(server, link=LinkOptions(timeout_seconds=0.2)) as verifier:
+        async with verifier_of(server, timeout_seconds=0.2) as verifier:
             server.faults.silent = True
             async with asyncio.timeout(10):
                 with pytest.raises(ConnectionClosed, match="silent"):
@@ -450,9 +450,9 @@ class TestKeys:
     ) -> None:
         server = await serve("vllm", api_key=KEY)
         with caplog.at_level(logging.DEBUG):
-            async with verifier_of(server, link=LinkOptions(api_key=KEY)) as verifier:
+            async with verifier_of(server, api_key=KEY) as verifier:
                 assert (await verifier.generate(COPY, max_tokens=5)).token_ids
-            async with verifier_of(server, link=LinkOptions(api_key="sk-wrong")) as verifier:
+            async with verifier_of(server, api_key="sk-wrong") as verifier:
                 with pytest.raises(TrustError, match="Unauthorized"):
                     await verifier.generate(COPY)
         assert caplog.records
@@ -462,8 +462,8 @@ class TestKeys:
     async def test_a_key_goes_over_https_or_to_this_machine(self) -> None:
         for url in ("http://10.1.2.3:8000", "http://models.example/v1"):
             with pytest.raises(UsageError, match="in the clear"):
-                AsyncRemoteVerifier(url, tokenizer=DEMO, link=LinkOptions(api_key=KEY))
-            AsyncRemoteVerifier(url, tokenizer=DEMO, link=LinkOptions(api_key=KEY, allow_plain_http=True))
+                AsyncRemoteVerifier(url, tokenizer=DEMO, api_key=KEY)
+            AsyncRemoteVerifier(url, tokenizer=DEMO, api_key=KEY, allow_plain_http=True)
             AsyncRemoteVerifier(url, tokenizer=DEMO)
 
     async def test_certificates_are_checked(self, serve: Serve, tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ class TestKeys:
             with pytest.raises(TrustError, match="certificate"):
                 await verifier.generate(COPY)
         assert not server.bodies
-        async with verifier_of(server, link=LinkOptions(ca_file=certificate)) as verifier:
+        async with verifier_of(server, ca_file=certificate) as verifier:
             assert (await verifier.generate(COPY, max_tokens=5)).token_ids
 
 

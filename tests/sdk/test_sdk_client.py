@@ -293,10 +293,12 @@ def test_the_public_surface_is_this_and_no_more() -> None:
     assert edge_runtime.__all__ == [
         "Agent",
         "AsyncClient",
+        "AsyncRemoteVerifier",
         "Client",
         "DeviceSpec",
         "EdgeRuntimeError",
         "LocalCluster",
+        "RemoteVerifier",
         "Result",
         "StreamToken",
         "Timings",
