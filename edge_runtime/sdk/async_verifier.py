@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 256
+NO_SAMPLING = "sampling_not_supported"
 GREEDY_ONLY = (
     "tokens are the server's likeliest ones (greedy); where two are almost equally likely, a server may decide"
     " otherwise while it decodes by itself"
@@ -172,12 +173,13 @@ def check_greedy(options: VerifyOptions) -> None:
         raise UsageError(
             f"a remote verifier has no option {sorted(unknown)[0]!r}: it decodes greedily, without penalties",
             hint=f"options are {', '.join(VerifyOptions.__annotations__)}; ask the server itself for others",
+            code=NO_SAMPLING,
         )
     if options.get("temperature", 0) != 0:
         raise UsageError(
             "a remote verifier can't sample: log-probabilities only tell which token is likeliest",
             hint="leave the temperature at 0, or ask the server itself, without drafts",
-            code="sampling_not_supported",
+            code=NO_SAMPLING,
         )
     if options.get("max_tokens", 1) < 1:
         raise UsageError("max_tokens must be at least 1")
