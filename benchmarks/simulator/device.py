@@ -56,6 +56,9 @@ class DraftingDevice:
 
     def received(self, data: bytes) -> None:
         frame = self._decoder.decode(data)
+        if frame.load is not None:
+            self._do(self.loop.loaded(frame.load, self._clock.now_seconds))
+            return
         self._do(self.loop.committed(frame.position, frame.ids, self._clock.now_seconds, frame.finish))
 
     def _do(self, actions: list[Action]) -> None:
