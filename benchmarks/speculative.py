@@ -17,10 +17,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from benchmarks import report
-from benchmarks.simulator import identity, rates
+from benchmarks.simulator import identity, rates, saturation
 
 Figures = dict[str, float | int | None]
 
+SHARED_SECONDS = 4.0  # simulated, of a target that many share
 PROGRAM_SECONDS = 1800  # of a part that runs as a program
 NAMES: dict[str, tuple[str, ...]] = {
     "simulator": (
@@ -30,6 +31,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "sim_vs_synchronous_min",
         "sim_vs_pearl_min",
         "sim_wasted_rows_fraction_a85_r100",
+        "sim_saturated_wasted_rows_fraction",
+        "sim_saturated_goodput_ratio_min",
+        "sim_shared_goodput_ratio_min",
+        "sim_beside_flood_fraction",
         "late_rows_fraction",
     ),
     "identity": (
@@ -75,7 +80,7 @@ def program(module: str) -> Figures:
 def measured(part: str, tokens: int, line: Callable[[str], None]) -> Figures:
     match part:
         case "simulator":
-            return dict(rates.figures(rates.grid(tokens, line)))
+            return {**rates.figures(rates.grid(tokens, line)), **saturation.figures(SHARED_SECONDS, line)}
         case "identity":
             return dict(identity.figures(tokens, line))
         case _:
