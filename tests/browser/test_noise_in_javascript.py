@@ -12,7 +12,9 @@ from edge_kernels import reference_sampling as reference
 from edge_kernels.sampling import choice_seed
 from playwright.async_api import Page
 
-pytestmark = pytest.mark.browser
+from tests.support import chromium
+
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "kernels" / "noise_golden.json").read_text())
 KEYS = 4000
@@ -23,9 +25,9 @@ const bits = (x) => new BigUint64Array(new Float64Array([x]).buffer)[0].toString
 const double = (text) => new Float64Array(new BigUint64Array([BigInt(text)]).buffer)[0];"""
 
 
-async def run(page: Page, body: str, argument: Any) -> Any:
-    """The value of an async function's body over `argument`, which it calls `given`."""
-    return await page.evaluate(f"async (given) => {{ {IMPORT}\n{body} }}", argument)
+async def run(page: Page, body: str, given: Any) -> Any:
+    """As `chromium.run`, with the modules."""
+    return await chromium.run(page, f"{IMPORT}\n{body}", given)
 
 
 def bits(value: float) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -52,3 +54,10 @@ def watch(page: Page) -> tuple[list[str], set[str]]:
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     return errors, hosts
+
+
+async def run(page: Page, body: str, given: Any) -> Any:
+    """The value of an async function's body over `given`. As JSON: playwright is slow with many small lists."""
+    script = f"async (text) => {{ const given = JSON.parse(text); {body} }}"
+    wrapped = f"async (text) => JSON.stringify(await ({script})(text))"
+    return json.loads(await page.evaluate(wrapped, json.dumps(given)))
