@@ -1,4 +1,4 @@
-"""The frames of the device's link, frozen: what an end in another language or of another version has to make and read."""
+"""The frames of the device's link, frozen: what an end in another language, or of another version, makes and reads."""
 
 from __future__ import annotations
 
