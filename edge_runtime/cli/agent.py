@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime import config
 from edge_runtime.cli.command import Command
+from edge_runtime.cli.local_api import add_local_api_arguments, local_api, local_api_config
 from edge_runtime.cli.output import note, result_json
 from edge_runtime.errors import EdgeRuntimeError, UsageError
 
@@ -78,6 +79,7 @@ def _configure(parser: ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="where other devices dial this one, if a forwarded port leads to its data address",
     )
+    add_local_api_arguments(parser, "--local-api", "")
     parser.add_argument("--json", action="store_true", help="one JSON object per change of status on stdout")
 
 
@@ -99,7 +101,15 @@ def _run(arguments: Namespace) -> int:
     agent_config = _agent_config(arguments, settings)
     _log_to_stderr(settings.general.log_level)
     agent = Agent(agent_config, on_status=_StatusPrinter(as_json=arguments.json))
-    return asyncio.run(_until_stopped(agent.run))
+    if not arguments.local_api:
+        return asyncio.run(_until_stopped(agent.run))
+    wanted = local_api_config(arguments)
+
+    async def run_both() -> None:
+        async with local_api(wanted, as_json=arguments.json):
+            await agent.run()
+
+    return asyncio.run(_until_stopped(run_both))
 
 
 def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:

@@ -42,8 +42,8 @@ def add_offline_argument(parser: ArgumentParser) -> None:
         "--offline",
         default="never",
         metavar="never|draft",
-        help="draft: where the coordinator can't be reached, this device's draft model answers alone, and stderr says"
-        " so (default: never)",
+        help="draft: where the coordinator can't be reached, this device's draft model answers alone, and the"
+        " answer says so (default: never)",
     )
 
 

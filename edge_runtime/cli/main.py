@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from edge_runtime import errors
 from edge_runtime.cli.command import Command
 
-OWN_COMMANDS = ("demo", "agent", "generate", "chat", "embed", "devices", "doctor", "config")
+OWN_COMMANDS = ("demo", "agent", "draft", "generate", "chat", "embed", "devices", "doctor", "config")
 ENTRY_POINT_GROUP = "edge_runtime.commands"
 
 EXIT_CODES: dict[type[errors.EdgeRuntimeError], int] = {
