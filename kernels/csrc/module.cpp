@@ -12,6 +12,7 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &edge::available_isas);
   m.def("set_isa", &edge::set_isa);
   edge::bind_attention(m);
+  edge::bind_chain(m);
   edge::bind_experts(m);
   edge::bind_program(m);
   edge::bind_rows(m);

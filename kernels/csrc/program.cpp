@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <memory>
-#include <mutex>
 #include <optional>
 
 #include <nanobind/stl/optional.h>
@@ -9,15 +7,11 @@
 
 #include "program.hpp"
 
-#include "isa.hpp"
-#include "parallel.hpp"
+#include "program_chunk.hpp"
+#include "scratch.hpp"
 
 namespace edge {
 namespace {
-
-constexpr std::int64_t kChunkRows = 128;
-constexpr std::int64_t kGroupTiles = 4;
-constexpr std::int64_t kThreadShare = 1 << 19;  // weight bytes a thread must read to be worth a hand-over
 
 struct KindName {
   const char* name;
@@ -31,120 +25,7 @@ constexpr KindName kKinds[] = {
     {"scale", RowKind::scale, false},       {"softcap", RowKind::softcap, false},
 };
 
-// Memory between operations, kept from call to call: fresh pages would have to be zeroed every time.
-class Scratch {
- public:
-  explicit Scratch(std::size_t floats) : lock_(mutex(), std::try_to_lock) {
-    if (!lock_.owns_lock()) {
-      own_.reset(new float[floats]);
-      data_ = own_.get();
-      return;
-    }
-    static std::unique_ptr<SystemMemory>& kept = *new std::unique_ptr<SystemMemory>;
-    static std::size_t size = 0;
-    if (size < floats) {
-      kept.reset();
-      kept = std::make_unique<SystemMemory>(floats * sizeof(float));
-      size = floats;
-    }
-    data_ = reinterpret_cast<float*>(kept->data());
-  }
-  float* data() const { return data_; }
-
- private:
-  static std::mutex& mutex() {
-    static std::mutex& made = *new std::mutex;
-    return made;
-  }
-  std::unique_lock<std::mutex> lock_;
-  std::unique_ptr<float[]> own_;
-  float* data_;
-};
-
 }  // namespace
-
-// Some consecutive rows on their way through the phases.
-class Program::Chunk {
- public:
-  Chunk(const Program& program, float* scratch, std::int64_t rows) : p_(program), k_(kernels()), rows_(rows) {
-    for (const Slot& slot : p_.slots_) places_.push_back(scratch + slot.offset * rows);
-  }
-  void set(int slot, float* data) { places_[static_cast<std::size_t>(slot)] = data; }
-
-  void run(int threads) const {
-    std::vector<std::int64_t> items;
-    for (const Phase& phase : p_.phases_) items.push_back(phase.rows.empty() ? phase.items : rows_);
-    run_phases(threads, std::move(items), [&](int phase, std::int64_t item, int) {
-      const Phase& now = p_.phases_[static_cast<std::size_t>(phase)];
-      if (now.linears.empty())
-        for (const RowStep& step : now.rows) row(step, item);
-      else
-        group(now, item);
-    });
-  }
-
- private:
-  float* at(int slot, std::int64_t row) const {
-    return places_[static_cast<std::size_t>(slot)] + row * p_.slots_[static_cast<std::size_t>(slot)].width;
-  }
-
-  void row(const RowStep& step, std::int64_t row) const {
-    if (step.is_quantize) {
-      const Slot& to = p_.slots_[static_cast<std::size_t>(step.out)];
-      const std::int64_t panel = row / kPanelRows * kPanelRows, blocks = to.width / 10, in_panel = row - panel;
-      std::int8_t* codes = reinterpret_cast<std::int8_t*>(places_[static_cast<std::size_t>(step.out)]);
-      float* after = places_[static_cast<std::size_t>(step.out)] + rows_ * blocks * 8;
-      const PanelRowOut out{codes + (panel * blocks + in_panel) * kBlock,
-                            reinterpret_cast<std::int32_t*>(after) + panel * blocks + in_panel,
-                            after + rows_ * blocks + panel * blocks + in_panel, std::min<std::int64_t>(kPanelRows, rows_ - panel)};
-      return k_.quantize_row(at(step.a, row), static_cast<int>(to.columns), 1 << (to.bits - 1), out);
-    }
-    k_.row_operation(step.operation, at(step.a, row), step.b < 0 ? nullptr : at(step.b, row), at(step.out, row));
-  }
-
-  void group(const Phase& phase, std::int64_t item) const {
-    auto step = phase.linears.end() - 1;
-    while (step->first_item > item) --step;
-    const std::int64_t first = (item - step->first_item) * kGroupTiles;
-    const std::int64_t last = std::min(first + kGroupTiles, step->matrix->tiles());
-    if (step->matrix->bits() == 32) return products(*step, first, last);
-    for (std::int64_t panel = 0; panel < rows_; panel += kPanelRows)
-      tiles(*step, first, last, panel, std::min<std::int64_t>(kPanelRows, rows_ - panel));
-  }
-
-  void tiles(const LinearStep& step, std::int64_t first, std::int64_t last, std::int64_t panel, std::int64_t count) const {
-    const PackedMatrix& matrix = *step.matrix;
-    const std::int64_t blocks = matrix.blocks();
-    const float* place = places_[static_cast<std::size_t>(step.in)];
-    const float* after = place + rows_ * blocks * 8;
-    const PanelRows x{reinterpret_cast<const std::int8_t*>(place) + panel * blocks * kBlock,
-                      reinterpret_cast<const std::int32_t*>(after) + panel * blocks,
-                      after + rows_ * blocks + panel * blocks, count};
-    for (std::int64_t tile = first; tile < last; ++tile) {
-      const std::int64_t n = tile * kTileOutputs;
-      const TileOut out{at(step.out, panel) + n, matrix.outputs(),
-                        static_cast<int>(std::min<std::int64_t>(kTileOutputs, matrix.outputs() - n)), matrix.unit(),
-                        step.bias ? step.bias + n : nullptr};
-      (matrix.bits() == 8 ? k_.linear_int8 : k_.linear_int4)(matrix.tile(tile), static_cast<int>(blocks), x, out);
-    }
-  }
-
-  // Two tiles at a time, which stay in the second cache while all rows go by.
-  void products(const LinearStep& step, std::int64_t first, std::int64_t last) const {
-    const PackedMatrix& matrix = *step.matrix;
-    for (std::int64_t tile = first; tile < last; tile += 2) {
-      const std::int64_t n = tile * kTileOutputs, end = std::min(matrix.outputs(), std::min(tile + 2, last) * kTileOutputs);
-      const TileOut out{at(step.out, 0) + n, matrix.outputs(), static_cast<int>(end - n), 1.0f,
-                        step.bias ? step.bias + n : nullptr};
-      k_.linear_fp32(matrix.fp32_tile(tile), matrix.columns(), at(step.in, 0), matrix.columns(), static_cast<int>(rows_), out);
-    }
-  }
-
-  const Program& p_;
-  const KernelTable& k_;
-  std::int64_t rows_;
-  std::vector<float*> places_;
-};
 
 Program::Program(std::vector<std::int64_t> input_widths, std::vector<std::int64_t> output_widths)
     : inputs_(input_widths.size()), outputs_(output_widths.size()) {
@@ -256,20 +137,29 @@ void Program::place() {
   }
 }
 
+void Program::prepare() {
+  for (std::size_t i = inputs_; i < inputs_ + outputs_; ++i) require(slots_[i].first >= 0, "an output is never made");
+  if (scratch_width_ < 0) place();
+}
+
+std::int64_t Program::weight_bytes() const {
+  std::int64_t total = 0;
+  for (const Phase& phase : phases_) total += phase.weight_bytes;
+  return total;
+}
+
 void Program::run(const std::vector<Array<const float, 2>>& inputs, const std::vector<Array<float, 2>>& outputs, int threads) {
   require(inputs.size() == inputs_ && outputs.size() == outputs_ && inputs_ > 0, "a program has other inputs and outputs");
+  prepare();
   const auto rows = static_cast<std::int64_t>(inputs[0].shape(0));
   for (std::size_t i = 0; i < inputs_ + outputs_; ++i) {
     const auto found_rows = i < inputs_ ? inputs[i].shape(0) : outputs[i - inputs_].shape(0);
     const auto width = i < inputs_ ? inputs[i].shape(1) : outputs[i - inputs_].shape(1);
     require(static_cast<std::int64_t>(found_rows) == rows && static_cast<std::int64_t>(width) == slots_[i].width,
             "the inputs and outputs of a program have shape [rows, width], and one number of rows");
-    require(i < inputs_ || slots_[i].first >= 0, "an output is never made");
   }
   if (rows == 0) return;
-  if (scratch_width_ < 0) place();
-  std::int64_t weight_bytes = 0;
-  for (const Phase& phase : phases_) weight_bytes += phase.weight_bytes;
+  const std::int64_t weight_bytes = this->weight_bytes();
   nb::gil_scoped_release released;
   const std::int64_t step = std::min(rows, kChunkRows);
   const Scratch scratch(static_cast<std::size_t>(std::max<std::int64_t>(1, scratch_width_ * step)));

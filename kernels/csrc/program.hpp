@@ -24,6 +24,15 @@ class Program {
   void linear(const PackedMatrix& matrix, int in, int out, std::optional<Array<const float, 1>> bias);
   void run(const std::vector<Array<const float, 2>>& inputs, const std::vector<Array<float, 2>>& outputs, int threads);
 
+  // What a caller needs that runs the phases itself (program_chunk.hpp), after `prepare`.
+  class Chunk;
+  void prepare();
+  std::size_t inputs() const { return inputs_; }
+  std::size_t outputs() const { return outputs_; }
+  std::int64_t width(std::size_t slot) const { return slots_[slot].width; }
+  std::int64_t scratch_width() const { return scratch_width_; }
+  std::int64_t weight_bytes() const;
+
  private:
   struct Slot {
     std::int64_t width;        // floats of a row; of a quantized one, what a row takes
@@ -49,7 +58,6 @@ class Program {
     std::int64_t items = 0;  // of linears
     std::int64_t weight_bytes = 0;
   };
-  class Chunk;
 
   Slot& checked(int index, bool is_quantized, bool is_written);
   void touch(int index, int phase);

@@ -9,34 +9,11 @@
 
 #include "arrays.hpp"
 #include "fixed_math.hpp"
+#include "heads.hpp"
 #include "kernel_table.hpp"
 
 namespace edge {
 namespace {
-
-// Sixteen partial sums, folded in halves: the same bits however the compiler vectorises it.
-float mean_square(const float* x, std::int64_t count) {
-  float sums[16] = {};
-  for (std::int64_t i = 0; i < count; ++i) sums[i % 16] += x[i] * x[i];
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  return sums[0] / static_cast<float>(count);
-}
-
-void rms_norm(float* x, std::int64_t groups, std::int64_t width, const float* weight, float epsilon) {
-  for (std::int64_t g = 0; g < groups; ++g, x += width) {
-    const float inverse = 1.0f / std::sqrt(mean_square(x, width) + epsilon);
-    for (std::int64_t i = 0; i < width; ++i) x[i] = x[i] * inverse * weight[i];
-  }
-}
-
-void rotate(float* head, const float* cos, const float* sin, std::int64_t half) {
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float a = head[i], b = head[half + i];
-    head[i] = a * cos[i] - b * sin[i];
-    head[half + i] = b * cos[i] + a * sin[i];
-  }
-}
 
 using Table = std::optional<Array<const float, 2>>;
 
@@ -61,14 +38,10 @@ void prepare_heads(Array<float, 2> x, Array<const std::int32_t, 1> positions, in
     group = static_cast<std::int64_t>(weight->shape(0));
     require(group == head_dim || group == width, "norm weights must have head_dim or heads * head_dim entries");
   }
+  const HeadsPreparation preparation{heads, head_dim, cos ? cos->data() : nullptr, sin ? sin->data() : nullptr, half,
+                                     weight ? weight->data() : nullptr, group, epsilon};
   nb::gil_scoped_release released;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    float* row = x.data() + r * width;
-    if (weight) rms_norm(row, width / group, group, weight->data(), epsilon);
-    if (!cos) continue;
-    const std::int64_t offset = positions.data()[r] * half;
-    for (int h = 0; h < heads; ++h) rotate(row + static_cast<std::int64_t>(h) * head_dim, cos->data() + offset, sin->data() + offset, half);
-  }
+  for (std::int64_t r = 0; r < rows; ++r) prepare_row(preparation, x.data() + r * width, positions.data()[r]);
 }
 
 // Sums in float64 and in id order; gates rounded once at the end.

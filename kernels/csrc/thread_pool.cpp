@@ -1,8 +1,10 @@
-// Helper threads of the process. They wait for work awake for a moment, since a step is many short calls, then asleep.
+// Helper threads of the process. They wait for work awake for a moment, since a step may be many short calls, then
+// asleep.
 //
-// A call never waits for a helper that has not begun: the caller takes items like everybody else, and helpers that come
-// late find nothing left. Helpers hold no lock while they work, and the pool is never destroyed, so exit is safe; a
-// forked child starts a pool of its own. A second caller at the same time works alone.
+// Each thread has a stretch of its own in every phase, so that it reads weights in one stream; whoever is done helps the
+// others, and fetches what it reads next while it waits for them. A call never waits for a helper that has not begun,
+// and helpers that come late find nothing left. Helpers hold no lock while they work, and the pool is never destroyed,
+// so exit is safe; a forked child starts a pool of its own. A second caller at the same time works alone.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -22,6 +24,7 @@ namespace {
 
 constexpr auto kAwake = std::chrono::microseconds(100);  // covers what Python does between two calls of a step
 constexpr int kPausesBeforeYield = 2000;
+constexpr std::int64_t kAheadPieceBytes = 512;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -31,35 +34,75 @@ inline void pause() {
 #endif
 }
 
-struct alignas(64) Progress {
+struct alignas(64) Stretch {
   std::atomic<std::int64_t> next{0};
-  alignas(64) std::atomic<std::int64_t> done{0};
+  std::int64_t end = 0;
+};
+
+struct alignas(64) Done {
+  std::atomic<std::int64_t> count{0};
 };
 
 struct Job {
-  Job(int limit, std::vector<std::int64_t> items_, PhaseWork work_, const void* context_)
-      : items(std::move(items_)), progress(items.size()), work(work_), context(context_), free_places(limit - 1) {}
+  Job(int threads_, std::vector<std::int64_t> items_, PhaseWork work_, const void* context_, std::vector<Ahead> ahead_)
+      : items(std::move(items_)),
+        threads(threads_),
+        stretches(items.size() * static_cast<std::size_t>(threads)),
+        done(items.size()),
+        work(work_),
+        context(context_),
+        ahead(std::move(ahead_)),
+        free_places(threads - 1) {
+    for (std::size_t phase = 0; phase < items.size(); ++phase)
+      for (int thread = 0; thread < threads; ++thread) {
+        Stretch& mine = stretch(phase, thread);
+        mine.next.store(first_item(items[phase], threads, thread), std::memory_order_relaxed);
+        mine.end = first_item(items[phase], threads, thread + 1);
+      }
+  }
+
+  Stretch& stretch(std::size_t phase, int thread) {
+    return stretches[phase * static_cast<std::size_t>(threads) + static_cast<std::size_t>(thread)];
+  }
 
   void take_part(int thread) {
     for (std::size_t phase = 0; phase < items.size(); ++phase) {
-      Progress& p = progress[phase];
-      const std::int64_t count = items[phase];
-      for (std::int64_t item; (item = p.next.fetch_add(1, std::memory_order_relaxed)) < count;
-           p.done.fetch_add(1, std::memory_order_release))
-        work(context, static_cast<int>(phase), item, thread);
-      for (int pauses = 0; p.done.load(std::memory_order_acquire) < count;) {
-        if (++pauses < kPausesBeforeYield)
-          pause();
-        else
-          std::this_thread::yield();
+      std::int64_t taken = 0;
+      for (int i = 0; i < threads; ++i) {
+        Stretch& from = stretch(phase, (thread + i) % threads);
+        for (std::int64_t item; (item = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end; ++taken)
+          work(context, static_cast<int>(phase), item, thread);
+      }
+      if (taken) done[phase].count.fetch_add(taken, std::memory_order_release);
+      wait(phase, thread);
+    }
+  }
+
+  // Touches nothing of the caller's: a helper may still be here when the caller has gone.
+  void wait(std::size_t phase, int thread) {
+    const std::atomic<std::int64_t>& count = done[phase].count;
+    Ahead next;
+    if (!ahead.empty()) next = ahead[phase * static_cast<std::size_t>(threads) + static_cast<std::size_t>(thread)];
+    for (int pauses = 0; count.load(std::memory_order_acquire) < items[phase];) {
+      if (next.size_bytes > 0) {
+        for (std::int64_t line = 0; line < kAheadPieceBytes; line += 64) __builtin_prefetch(next.data + line, 0, 2);
+        next.data += kAheadPieceBytes;
+        next.size_bytes -= kAheadPieceBytes;
+      } else if (++pauses < kPausesBeforeYield) {
+        pause();
+      } else {
+        std::this_thread::yield();
       }
     }
   }
 
   const std::vector<std::int64_t> items;
-  std::vector<Progress> progress;
+  const int threads;
+  std::vector<Stretch> stretches;
+  std::vector<Done> done;
   const PhaseWork work;
   const void* const context;  // of the caller: gone when it returns, which is after the last item
+  const std::vector<Ahead> ahead;
   std::atomic<int> free_places;
 };
 
@@ -135,13 +178,13 @@ Pool& pool() {
 
 }  // namespace
 
-void run_phases(int threads, std::vector<std::int64_t> items, PhaseWork work, const void* context) {
+void run_phases(int threads, std::vector<std::int64_t> items, PhaseWork work, const void* context, std::vector<Ahead> ahead) {
   if (threads <= 1) {
     for (std::size_t phase = 0; phase < items.size(); ++phase)
       for (std::int64_t item = 0; item < items[phase]; ++item) work(context, static_cast<int>(phase), item, 0);
     return;
   }
-  pool().run(std::make_shared<Job>(threads, std::move(items), work, context), threads);
+  pool().run(std::make_shared<Job>(threads, std::move(items), work, context, std::move(ahead)), threads);
 }
 
 }  // namespace edge

@@ -136,6 +136,51 @@ class Program:
     def linear(self, matrix: PackedMatrix, input: int, out: int, bias: _F32 | None) -> None: ...
     def run(self, inputs: list[_F32], outputs: list[_F32], threads: int) -> None: ...
 
+class Chain:
+    """Programs and attention over numbered values: 0 comes in, `result` goes out."""
+
+    def __init__(self, widths: list[int], result: int) -> None: ...
+    def program(self, program: Program, inputs: list[int], outputs: list[int]) -> None: ...
+    def attention(
+        self,
+        values: list[int],
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        causal: bool,
+        cos: _F32 | None,
+        sin: _F32 | None,
+        q_norm: _F32 | None,
+        k_norm: _F32 | None,
+        epsilon: float,
+    ) -> None: ...
+    def run(
+        self,
+        x: _F32,
+        out: _F32,
+        pool: _F32,
+        positions: _I32,
+        sequence: _I32,
+        block_tables: _I32,
+        lengths: _I32,
+        threads: int,
+    ) -> None: ...
+    def run_codes(
+        self,
+        x: _F32,
+        out: _F32,
+        pool: _I8,
+        positions: _I32,
+        sequence: _I32,
+        block_tables: _I32,
+        lengths: _I32,
+        threads: int,
+    ) -> None: ...
+
 def combine_experts(outputs: _F32, gates: _F32, y: _F32) -> None: ...
 def threefry(k0: int, k1: int, c0: _U32, c1: _U32, x0: _U32, x1: _U32) -> None: ...
 def gumbel_noise(seed: int, position: int, ids: _U32, out: _F64) -> None: ...

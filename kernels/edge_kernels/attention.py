@@ -73,10 +73,10 @@ def prepare_qk(
 
 def append_kv(pool: Pool, layer: int, k: F32, v: F32, rows: RaggedRows) -> None:
     """Write new rows' keys and values [R, kv_heads * head_dim] into their pages."""
-    if _checked_pool(pool).dtype == np.int8:
-        _native.append_kv_codes(pool.view(np.int8), layer, _dense(k), _dense(v), *_indices(rows))
+    if checked_pool(pool).dtype == np.int8:
+        _native.append_kv_codes(pool.view(np.int8), layer, _dense(k), _dense(v), *indices(rows))
     else:
-        _native.append_kv(pool.view(np.float32), layer, _dense(k), _dense(v), *_indices(rows))
+        _native.append_kv(pool.view(np.float32), layer, _dense(k), _dense(v), *indices(rows))
 
 
 def quantized(values: F32) -> NDArray[np.int8]:
@@ -114,26 +114,26 @@ def paged_attention(
 
     Row p sees rows j <= p, with `window` > 0 only those with j > p - window; the whole sequence where not `causal`.
     """
-    is_codes = _checked_pool(pool).dtype == np.int8
+    is_codes = checked_pool(pool).dtype == np.int8
     held = pool.shape[5] - (SCALE_BYTES if is_codes else 0)
     if (pool.shape[4], held) != (kv_heads, head_dim):
         raise ValueError(f"the pool holds [{pool.shape[4]}, {held}] a row, not [{kv_heads}, {head_dim}]")
     out = np.empty((len(q), heads * head_dim), np.float32)
-    queries, indices = _dense(q), _indices(rows)
+    queries, places = _dense(q), indices(rows)
     if is_codes:
         codes = pool.view(np.int8)
         _native.paged_attention_codes(
-            queries, codes, layer, *indices, out, heads, scale, window, softcap, causal, threads
+            queries, codes, layer, *places, out, heads, scale, window, softcap, causal, threads
         )
     else:
         floats = pool.view(np.float32)
         _native.paged_attention(
-            queries, floats, layer, *indices, out, heads, scale, window, softcap, causal, threads
+            queries, floats, layer, *places, out, heads, scale, window, softcap, causal, threads
         )
     return out
 
 
-def _checked_pool(pool: Pool) -> Pool:
+def checked_pool(pool: Pool) -> Pool:
     if pool.ndim != 6 or pool.dtype not in (np.float32, np.int8) or not pool.flags.c_contiguous:
         raise ValueError(
             "a pool is contiguous float32 [pages, layers, 2, 32, kv_heads, head_dim], or int8 [..., head_dim + 4]"
@@ -155,7 +155,7 @@ def _int32(x: I32) -> I32:
     return np.ascontiguousarray(x, np.int32)
 
 
-def _indices(rows: RaggedRows) -> tuple[I32, I32, I32, I32]:
+def indices(rows: RaggedRows) -> tuple[I32, I32, I32, I32]:
     if (
         rows.positions.ndim != 1
         or rows.sequence.ndim != 1

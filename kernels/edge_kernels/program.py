@@ -43,13 +43,13 @@ class Program:
     """Compiled steps. `run` takes and gives arrays [R, width]; one call at a time."""
 
     def __init__(self, native: _native.Program, output_widths: Sequence[int]) -> None:
-        self._native = native
-        self._output_widths = tuple(output_widths)
+        self.native = native  # for a chain
+        self.output_widths = tuple(output_widths)
 
     def run(self, inputs: Sequence[F32], *, threads: int = 1) -> list[F32]:
         rows = len(inputs[0])
-        outputs = [np.empty((rows, width), np.float32) for width in self._output_widths]
-        self._native.run(list(inputs), outputs, threads)
+        outputs = [np.empty((rows, width), np.float32) for width in self.output_widths]
+        self.native.run(list(inputs), outputs, threads)
         return outputs
 
 
