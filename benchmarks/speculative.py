@@ -1,8 +1,8 @@
 """Drafting far from the target: `python -m benchmarks.speculative [--json] [--only PART …] [--tokens N]`.
 
-Parts: `simulator`, rates under a virtual clock with the real protocol code; `identity`, ids under faults there;
-`coupling` and `real`, which are benchmarks of their own (`speculative_coupling`, `speculative_real`), run as people run
-them. A part that is not there or fails is said, and its figures are null.
+Parts: `simulator`, rates under a virtual clock with the real protocol code; `identity`, ids under faults there, and
+`layers`, the same with real layers and samplers; `coupling` and `real`, which are benchmarks of their own
+(`speculative_coupling`, `speculative_real`), run as people run them. A part that fails is said; its figures are null.
 
 Knows: parts and the names of their figures. Does not know: how anything is measured.
 """
@@ -17,7 +17,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from benchmarks import report
-from benchmarks.simulator import identity, rates, saturation
+from benchmarks.models import TINY
+from benchmarks.simulator import cpu_identity, identity, rates, saturation
+from edge_runtime.bundle.bundle import Bundle
 
 Figures = dict[str, float | int | None]
 
@@ -35,7 +37,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "sim_saturated_goodput_ratio_min",
         "sim_shared_goodput_ratio_min",
         "sim_beside_flood_fraction",
-        "late_rows_fraction",
+        "sim_late_rows_fraction",
     ),
     "identity": (
         "identical_tokens",
@@ -43,18 +45,37 @@ NAMES: dict[str, tuple[str, ...]] = {
         "identity_drafted_tokens",
         "identity_new_leases",
     ),
+    "layers": (
+        "identical_tokens",
+        "differing_tokens",
+        "layers_drafted_tokens",
+        "layers_new_leases",
+        "layers_poisoned_rows",
+    ),
     "coupling": ("coupling_efficiency_t1",),
     "real": (
         "real_speedup_code",
         "real_speedup_edit",
+        "real_in_turns_speedup_code",
+        "real_in_turns_speedup_edit",
+        "real_speedup_known",
+        "real_acceptance_code",
+        "real_acceptance_edit",
         "bytes_up_per_token",
         "bytes_down_per_token",
+        "socket_bytes_up_per_token",
+        "socket_bytes_down_per_token",
+        "ids_per_draft_frame",
         "wasted_rows_fraction",
+        "real_late_rows_fraction",
         "identical_tokens",
         "differing_tokens",
     ),
 }
 ADDED = ("identical_tokens", "differing_tokens")  # of all parts that compare ids
+LATE = "late_rows_fraction"  # the worse of simulated and real
+LATE_PARTS = ("sim_late_rows_fraction", "real_late_rows_fraction")
+LAYERS_TOKENS = 420  # of each request through real layers: 20 160 in all
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -80,9 +101,13 @@ def program(module: str) -> Figures:
 def measured(part: str, tokens: int, line: Callable[[str], None]) -> Figures:
     match part:
         case "simulator":
-            return {**rates.figures(rates.grid(tokens, line)), **saturation.figures(SHARED_SECONDS, line)}
+            found: Figures = dict(rates.figures(rates.grid(tokens, line)))
+            shared = saturation.figures(SHARED_SECONDS, line)
+            return {f"sim_{LATE}": found.pop(LATE, None), **found, **shared}
         case "identity":
             return dict(identity.figures(tokens, line))
+        case "layers":
+            return dict(cpu_identity.figures(Bundle.open(TINY.bundle()), LAYERS_TOKENS, line))
         case _:
             return program(f"benchmarks.speculative_{part}")
 
@@ -95,7 +120,8 @@ def join(parts: dict[str, Figures]) -> Figures:
             value, before = figures.get(name), joined[name]
             if value is not None:
                 joined[name] = value + before if name in ADDED and before is not None else value
-    return joined
+    late = [value for name in LATE_PARTS if (value := joined[name]) is not None]
+    return {**joined, LATE: max(late, default=None)}
 
 
 def main() -> None:

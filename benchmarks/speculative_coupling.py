@@ -10,12 +10,10 @@ positions.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -24,18 +22,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from benchmarks import report
+from benchmarks.demo_pair import ROOT, TARGET, draft_bundle
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams, SessionId
 from edge_runtime.engine.base import Batch, Span
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.speculative.drafters.favoured import favoured
-from exporters.export import ExportOptions, export_bundle
 
 F64 = NDArray[np.float64]
 
-ROOT = Path(__file__).parents[1]
-TARGET = ROOT / "edge_runtime" / "demo" / "bundle"
-DRAFT = ROOT / "edge_runtime" / "demo" / "draft"  # where there is none, the checkpoint is exported
 MODELS = ROOT / "examples" / "models"
 WINDOW_TOKENS = 512
 SKIPPED_TOKENS = 16  # of each window: what follows hardly any text says little
@@ -124,7 +119,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, metavar="N", help="of 512 held-out tokens")
     parser.add_argument("--draws", type=int, default=2, metavar="N", help="seeds for each position")
     arguments = parser.parse_args()
-    target, draft = Bundle.open(TARGET), Bundle.open(_draft_bundle())
+    target, draft = Bundle.open(TARGET), Bundle.open(draft_bundle())
     page = report.Report(
         "agreement of the demo pair under the same noise",
         only_json=arguments.json,
@@ -172,21 +167,6 @@ def measure(
 def _whole(bundle: Bundle) -> CpuStage:
     layers = LayerRange(0, bundle.manifest.num_layers - 1)
     return CpuStage.load(bundle, layers, threads=2, kv_budget_bytes=64 << 20)
-
-
-def _draft_bundle() -> Path:
-    """The shipped draft, or the checkpoint in the target's weight format, exported once per checkpoint."""
-    if (DRAFT / "manifest.json").exists():
-        return DRAFT
-    weights = Bundle.open(TARGET).manifest.model.weights
-    checkpoint = MODELS / "draft"
-    digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
-    path = ROOT / ".bench" / f"demo-draft-{weights}-{digest}"
-    if not path.exists():
-        report.say(f"exporting the demo draft to {path.name}")
-        path.parent.mkdir(exist_ok=True)
-        export_bundle(checkpoint, path, ExportOptions(weights=weights, calibration_tokens=256))
-    return path
 
 
 def _text_module() -> ModuleType:

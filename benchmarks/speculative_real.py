@@ -26,8 +26,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks import link_bytes, report, synchronous_drafts
-from benchmarks.checkpoints import CACHE
 from benchmarks.clusters import Running, running
+from benchmarks.demo_pair import TARGET, draft_bundle
 from benchmarks.draft_requests import WORKLOADS, Asked, loops, requests
 from benchmarks.link_bytes import LinkBytes
 from benchmarks.models import TINY, Model
@@ -35,7 +35,6 @@ from benchmarks.row_notes import RowCounts, Window, count_rows, sampled_at
 from benchmarks.shaping_proxy import Shape
 from edge_runtime import AsyncClient, DeviceSpec
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.sdk.drafting import shipped_draft
 
 ONE_WAY_SECONDS = 0.025
 TEMPERATURES = (0.0, 0.7)
@@ -52,7 +51,7 @@ class DemoModel(Model):
     """The target that ships."""
 
     def bundle(self) -> Path:
-        return Path(__file__).parents[1] / "edge_runtime" / "demo" / "bundle"
+        return TARGET
 
 
 DEMO = DemoModel(**{name: getattr(TINY, name) for name in Model.__dataclass_fields__})
@@ -235,13 +234,13 @@ def _rate(one: Answer) -> str:
 
 def main() -> None:
     parser = report.arguments(__doc__)
-    parser.add_argument("--tokens", type=int, default=160, help="of each answer, at most")
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer, at most")
     parser.add_argument("--known", type=int, default=2, metavar="N", help="requests to repeat as known")
     parser.add_argument(
         "--draft", type=Path, default=None, help="a draft model's bundle; else the one that ships"
     )
     flags = parser.parse_args()
-    draft = flags.draft or (shipped_draft() if shipped_draft().is_dir() else CACHE / "demo-draft")
+    draft = flags.draft or draft_bundle()
     tokenizer = Tokenizer.from_buffer(Bundle.open(DEMO.bundle()).tokenizer_json())
     asked = requests(tokenizer, flags.rounds or 3, TEMPERATURES, flags.tokens)
     settings = {"tokens": flags.tokens, "requests": len(asked), "loop_ms": 2000 * ONE_WAY_SECONDS}

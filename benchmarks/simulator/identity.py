@@ -75,7 +75,7 @@ def compare(drafter: str, setting: Setting) -> Compared:
     assert world.device is not None
     return Compared(
         setting.new_tokens,
-        _differing(world.ids[given:], wanted[given:]),
+        differing(world.ids[given:], wanted[given:]),
         world.device.loop.counts.accepted,
         world.leases,
     )
@@ -103,7 +103,7 @@ def figures(new_tokens: int, say: Callable[[str], None]) -> dict[str, int]:
     }
 
 
-def _differing(ids: Sequence[int], wanted: Sequence[int]) -> int:
+def differing(ids: Sequence[int], wanted: Sequence[int]) -> int:
     """Missing ones, too."""
     same = sum(one == other for one, other in zip(ids, wanted, strict=False))
     return max(len(ids), len(wanted)) - same

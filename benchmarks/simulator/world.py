@@ -239,14 +239,19 @@ class World:
         self._lease += 1
         self._session = 0
         self._ready.clear()
-        edges = [index * self.layers // self.setting.stages for index in range(self.setting.stages + 1)]
-        if self.setting.stages == 3:
-            edges[1] += self._lease % 2
+        edges = self._edges()
         for index, name in enumerate(self._names):
             order = LoadStage(
                 self._lease, "sha256:0", index, self._names, edges[index], edges[index + 1] - 1, 16
             )
             self._post(COORDINATOR, name, order)
+
+    def _edges(self) -> list[int]:
+        """Where layers are cut: another place for each lease, where there is one."""
+        edges = [index * self.layers // self.setting.stages for index in range(self.setting.stages + 1)]
+        if self.setting.stages == 3:
+            edges[1] += self._lease % 2
+        return edges
 
     def _plan_again(self) -> None:
         self.leases += 1

@@ -1,0 +1,137 @@
+"""A stage of the virtual world with the agent's own compute side: queue, pace, samplers and real layers.
+
+The worker's commands and steps are called one by one instead of by its thread; only time is virtual. Rows of a session
+become NaN as soon as they are known to be dead, and so is all memory of keys and values before it is written: whatever
+was read of them would be NaN, too, and the sampler refuses that.
+
+Knows: the worker's commands, how long a step takes. Does not know: links, who else there is, what layers compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.simulator.clock import Clock
+from benchmarks.simulator.stage import PREFILL_ROWS, Post
+from edge_runtime.agent.pipeline_events import (
+    CancelRows,
+    DropRows,
+    Event,
+    Load,
+    Loaded,
+    OpenRows,
+    RunRows,
+    Send,
+    SessionBroke,
+    StageBroke,
+)
+from edge_runtime.agent.pipeline_state import PipelineState
+from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
+from edge_runtime.bundle.bundle import Bundle
+from edge_runtime.core import LayerRange, SessionId
+from edge_runtime.engine.cpu import CpuStage
+from edge_runtime.engine.page_table import PAGE_TOKENS
+from edge_runtime.protocol.messages import LoadStage
+
+KV_BYTES = 8 << 20
+
+
+class CpuWorldStage:
+    """Where `SimulatedStage` stands in a world."""
+
+    def __init__(
+        self, name: str, bundle: Bundle, clock: Clock, step_seconds: Callable[[int], float], post: Post
+    ) -> None:
+        self.name = name
+        self.rows_run = 0
+        self.rows_late = 0  # not counted here
+        self.rows_poisoned = 0
+        self._bundle = bundle
+        self._clock = clock
+        self._step_seconds = step_seconds
+        self._post = post
+        self._state = PipelineState()
+        self._worker = StageWorker(self._deliver, lambda: clock.now_seconds)
+        self._loaded: LoadedStage | None = None
+        self._stage: CpuStage | None = None
+        self._is_busy = False
+
+    def handle(self, event: Event) -> None:
+        for instruction in self._state.handle(event):
+            match instruction:
+                case Send(to, message, rows):
+                    self._post(self.name, to, message, rows)
+                case Load(order):
+                    self._load(order)
+                case CancelRows():
+                    self._worker._obey(instruction)
+                    self._poison(instruction.session, instruction.turn)
+                case OpenRows() | RunRows() | DropRows():
+                    self._worker._obey(instruction)
+                case _:
+                    pass
+        self._begin_step()
+
+    def close(self) -> None:
+        """Free the layers."""
+        retired = self._worker.take_retired()
+        if retired is not None:
+            retired.close()
+        self._worker.stop()
+
+    def _load(self, order: LoadStage) -> None:
+        retired = self._worker.take_retired()
+        if retired is not None:
+            retired.close()
+        layers = LayerRange(order.first_layer, order.last_layer)
+        self._stage = CpuStage.load(self._bundle, layers, threads=1, kv_budget_bytes=KV_BYTES)
+        self._stage._cache.pool[:] = np.nan
+        vocab_size = self._bundle.manifest.model.vocab_size
+        is_tail = order.stage == len(order.devices) - 1
+        queue = RowQueue(PREFILL_ROWS)
+        self._loaded = LoadedStage(
+            order.lease, self._stage, is_tail=is_tail, vocab_size=vocab_size, queue=queue
+        )
+        self._worker.install(self._loaded)
+        self.handle(Loaded(order.lease, "cpu", True, 1, self._stage.kv_capacity_tokens, vocab_size))
+
+    def _deliver(self, events: object) -> None:
+        raise AssertionError(f"a stage failed beside its steps: {events}")
+
+    def _begin_step(self) -> None:
+        if self._is_busy or self._loaded is None or not self._loaded.queue:
+            return
+        pause_seconds = self._worker._pause_seconds()
+        if pause_seconds:
+            self._clock.after(pause_seconds, self._begin_step)
+            return
+        self._is_busy = True
+        waiting = _rows_in(self._loaded.queue)
+        done = self._worker._step()
+        broken = next((event for event in done if isinstance(event, SessionBroke | StageBroke)), None)
+        assert broken is None, f"a step failed: {broken}"
+        rows = waiting - _rows_in(self._loaded.queue)
+        self.rows_run += rows
+        self._clock.after(self._step_seconds(rows), lambda: self._end_step(done))
+
+    def _end_step(self, done: list[Event]) -> None:
+        self._is_busy = False
+        for event in done:
+            self.handle(event)
+        self._begin_step()
+
+    def _poison(self, session: SessionId, first: int) -> None:
+        """Rows from `first` on, in every layer."""
+        if self._stage is None or self._loaded is None or session not in self._loaded.open:
+            return
+        pages = self._stage._cache.table.get(session).pages
+        for row in range(first, self._stage.rows(session)):
+            self._stage._cache.pool[pages[row // PAGE_TOKENS], :, :, row % PAGE_TOKENS] = np.nan
+            self.rows_poisoned += 1
+
+
+def _rows_in(queue: RowQueue) -> int:
+    return sum(work.row_count for works in queue._works.values() for work in works)
