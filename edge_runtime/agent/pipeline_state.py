@@ -217,6 +217,7 @@ class PipelineState(SessionState):
 
     def _issue(self, session: Session, ids: tuple[int, ...], sides: SideRows = NO_SIDES) -> RunRows:
         session.seq += 1
+        session.side_depth = max(session.side_depth, sides.depth)
         return RunRows(self._accept(session, session.rows, ids, None, sides))
 
     # ------------------------------------------------------------ every stage

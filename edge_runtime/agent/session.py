@@ -26,6 +26,7 @@ class Session:
     draft_turn: int = 0  # stage 1: drafts of older ones are not looked at
     held_drafts: list[Draft] = field(default_factory=list)  # stage 1: that came before the ids they follow
     guessed: bool = False  # the tail: rows came in advance
+    side_depth: int = 0  # stage 1: so many ids at most did side rows give at once
     fed: list[int] = field(default_factory=list)  # stage 1: ids of rows from `rows` on, not yet a whole chunk
     halted: bool = False  # finished, or a gap was reported: nothing more will run
     first_row: int | None = 0  # of those to run: the ones below every stage holds; None: that is being asked
@@ -54,10 +55,18 @@ class Session:
         return max(0, min(self.rows, self.order.forced_rows) - self.through)
 
     def abandon(self, row: int) -> None:
-        """There is another id at position `row`: rows from there on, of the turns so far, count for nothing."""
+        """There is another id at position `row`: rows from there on, of the turns so far, count for nothing.
+
+        Nor, at stage 1, do rows before it that may not have come through yet: side rows may have given the ids right
+        after the last miss, whose row, issued anew, would be lost with its turn.
+        """
+        first = row
+        if row <= self.turn + self.side_depth:
+            through = self.chain.next_position - 1 - self.side_depth
+            first = max(self.order.forced_rows, min(row, through))
         self.turn = row
-        self.rows = min(self.rows, row)
-        self.chain.cut(row)
+        self.rows = min(self.rows, first)
+        self.chain.cut(first)
 
     @property
     def any_turn(self) -> int:

@@ -42,6 +42,11 @@ class SideRows:
             above.append(~self.parents[above[-1]])
         return self.parents[above[-1]], tuple(reversed(above))
 
+    @property
+    def depth(self) -> int:
+        """Side rows of the longest path."""
+        return max((len(self.path(index)[1]) for index in range(len(self))), default=0)
+
     def positions(self) -> tuple[int, ...]:
         """Of each one: its parent's plus one."""
         found: list[int] = []

@@ -7,6 +7,7 @@ that do not exist, with turns that never were.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -33,11 +34,14 @@ class DraftedCluster(Cluster):
         self.rng = rng
         self.truth = plain_loop(prompt, max_rows)
         self.turn = 0
+        self.last_end = len(prompt)
 
     def draft(self, kind: str) -> None:
         if not self.session:
             return
         rng, base = self.rng, len(self.ids)
+        if kind == "behind":  # goes on where rows of an earlier draft end
+            base, kind = self.last_end, "beside"
         if kind in ("late", "ahead"):
             base += rng.randint(1, 4) * (1 if kind == "ahead" else -1)
         base = max(base, 0)
@@ -55,6 +59,7 @@ class DraftedCluster(Cluster):
         if kind == "beside":
             self.add_sides(base, ids, parents)
         guess = Draft(self.session, self.lease, turn, base, tuple(parents), tuple(ids))
+        self.last_end = max(len(self.ids), base + count)
         self.post(COORDINATOR, self.plan[0], guess)
 
     def add_sides(self, base: int, ids: list[int], parents: list[int]) -> None:
@@ -93,13 +98,13 @@ def check(cluster: DraftedCluster) -> None:
         assert not device.state.sessions
 
 
-def run(cluster: DraftedCluster, steps: int, drafts: float) -> None:
+def run(cluster: DraftedCluster, steps: int, drafts: float, kinds: Sequence[str] = KINDS) -> None:
     """Links that keep their order, each at its own speed, and drafts in between."""
     rng = cluster.rng
     for _ in range(steps):
         busy = [device for device in cluster.devices.values() if device.queue]
         if rng.random() < drafts:
-            cluster.draft(rng.choice(KINDS))
+            cluster.draft(rng.choice(kinds))
         elif busy and (rng.random() < 0.5 or not cluster.flights):
             rng.choice(busy).run(rng.randrange(1000))
         elif cluster.flights:
@@ -131,6 +136,27 @@ def test_any_drafts_over_honest_links_change_nothing_and_cost_no_second_session(
     while not cluster.finish and cluster.step(cluster.rng.randrange(1000)):
         pass  # no fresh start: the target goes on by itself
     assert cluster.finish
+    assert cluster.session == cluster.lease * 1000 + 1
+    cluster.settle()
+    check(cluster)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(10, 40),
+    st.sampled_from(["A", "AB", "ABC"]),
+    st.sampled_from([0.2, 0.4]),
+    st.integers(0, 2**32),
+)
+def test_side_rows_that_are_right_cost_no_second_session(
+    new_tokens: int, devices: str, drafts: float, seed: int
+) -> None:
+    """Ids come that no chain has gone through the stages for, and misses on top of them."""
+    cluster = DraftedCluster([1, 2, 3, 4], 4 + new_tokens, 4, random.Random(seed))
+    cluster.replan(devices, len(devices), [1, 2])
+    while not cluster.finish:
+        run(cluster, 1, drafts, ("beside", "behind"))
+        cluster.step(cluster.rng.randrange(1000))
     assert cluster.session == cluster.lease * 1000 + 1
     cluster.settle()
     check(cluster)

@@ -12,15 +12,20 @@ from edge_runtime.engine.side_rows import SideRows
 from tests.support.stages import Pipeline, span
 
 
-def random_sides(rng: random.Random, base_row: int, count: int, most: int, vocab_size: int) -> SideRows:
-    """Up to `most` side rows beside the chain of rows base_row .. base_row + count - 1."""
-    ids: list[int] = []
-    parents: list[int] = []
-    for index in range(rng.randint(0, most)):
-        chain = rng.randrange(max(base_row - 1, 0), base_row + count)
-        parents.append(~rng.randrange(index) if index and rng.random() < 0.4 else chain)
-        ids.append(rng.randrange(vocab_size))
-    return SideRows(tuple(ids), tuple(parents))
+def random_sides(
+    rng: random.Random, base_row: int, count: int, most: int, vocab_size: int, chain: Sequence[int] = ()
+) -> SideRows:
+    """Up to `most` side rows beside the chain of rows base_row .. base_row + count - 1, none of them twice."""
+    nodes = {(base_row - 1 + index, token) for index, token in enumerate(chain)}
+    sides: list[tuple[int, int]] = []
+    for _ in range(rng.randint(0, most)):
+        left_at = rng.randrange(max(base_row - 1, 0), base_row + count)
+        parent = ~rng.randrange(len(sides)) if sides and rng.random() < 0.4 else left_at
+        token = rng.randrange(vocab_size)
+        if (parent, token) not in nodes:
+            nodes.add((parent, token))
+            sides.append((parent, token))
+    return SideRows(tuple(token for _, token in sides), tuple(parent for parent, _ in sides))
 
 
 def with_sides(one: Span, sides: SideRows) -> Span:
