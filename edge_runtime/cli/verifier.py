@@ -17,7 +17,7 @@ from edge_runtime.errors import UsageError
 if TYPE_CHECKING:
     from edge_runtime.sdk.async_verifier import VerifyOptions
     from edge_runtime.sdk.remote_verifier import RemoteVerifier
-    from edge_runtime.sdk.verifier_stream import Usage
+    from edge_runtime.sdk.verifier_windows import Usage
 
 
 def add_verifier_arguments(parser: ArgumentParser) -> None:

@@ -15,7 +15,8 @@ from edge_runtime.sdk.loop_thread import LoopThread
 from edge_runtime.sdk.results import Result, StreamToken
 from edge_runtime.sdk.verifier_check import AUTO, Server
 from edge_runtime.sdk.verifier_link import SILENCE_SECONDS
-from edge_runtime.sdk.verifier_stream import Usage, VerifiedStream
+from edge_runtime.sdk.verifier_stream import VerifiedStream
+from edge_runtime.sdk.verifier_windows import Usage
 
 
 class VerifiedTokens:

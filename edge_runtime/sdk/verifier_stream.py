@@ -16,6 +16,7 @@ from edge_runtime.errors import ConnectionClosed, ProtocolError
 from edge_runtime.sdk.results import Result, StreamToken, timings_of
 from edge_runtime.sdk.verifier_drafter import RemoteDrafter
 from edge_runtime.sdk.verifier_link import Pauses, VerifierLink
+from edge_runtime.sdk.verifier_windows import Answer, Usage, Windows
 from edge_runtime.speculative.verifiers.base import UNKNOWN, Decoded, Dialect, Window
 from edge_runtime.speculative.verifiers.completions import nameless
 from edge_runtime.speculative.verifiers.pace import Pace
@@ -24,18 +25,6 @@ from edge_runtime.text import Decoder, TextStream
 
 DRAFTING_SHARE = 0.25  # of the time of a stream
 SETTLE_TOKENS = 2  # one to see again, one to see whether another follows
-
-
-@dataclass(slots=True)
-class Usage:
-    """What one generation asked of the server. Prompt tokens: those sent, those it says it had cached."""
-
-    requests: int = 0
-    windows: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    accepted_drafts: int = 0
-    rejected_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +139,25 @@ class VerifiedStream:
 
     async def _generate(self, parts: Parts) -> AsyncGenerator[list[int], None]:
         """New ids, a step at a time, until the text ends."""
-        while not parts.progress.finish:
-            await self._draft(parts)
-            count = self._choose(parts, is_streaming=False)
-            if count:
-                yield await self._verify(parts, count)
-                continue
-            async with contextlib.aclosing(self._stream(parts)) as steps:
-                async for ids in steps:
-                    yield ids
+        windows = Windows(parts.link, parts.dialect, self.usage)
+        try:
+            while not parts.progress.finish:
+                window = await windows.next_for(parts.progress.ids) or await self._window(parts)
+                if window is not None:
+                    answer = await windows.ask(window, self._ahead(parts, window))
+                    yield await self._judged(parts, answer)
+                    continue
+                async with contextlib.aclosing(self._stream(parts)) as steps:
+                    async for ids in steps:
+                        yield ids
+        finally:
+            await windows.close()
+
+    async def _window(self, parts: Parts) -> Window | None:
+        """The drafts that are worth sending now; None where the server's stream is better."""
+        await self._draft(parts)
+        count = self._choose(parts, is_streaming=False)
+        return Window(tuple(parts.progress.ids), parts.drafter.drafts[:count]) if count else None
 
     async def _draft(self, parts: Parts) -> float:
         source = parts.drafter.proposal.source  # of the last drafts; a chooser may take another now
@@ -167,22 +166,26 @@ class VerifiedStream:
         return seconds
 
     def _choose(self, parts: Parts, *, is_streaming: bool) -> int:
-        """The last id that may come is the server's own, so that one draft less is of use."""
-        drafts = parts.drafter.drafts[: max(0, parts.progress.room - 1)]
-        useful = parts.progress.useful(drafts)
-        chances = parts.drafter.probabilities[:useful]
+        chances = parts.drafter.probabilities[: self._useful(parts)]
         return parts.pace.choose(parts.drafter.proposal.source, chances, is_streaming=is_streaming)
 
-    async def _verify(self, parts: Parts, count: int) -> list[int]:
-        window = Window(tuple(parts.progress.ids), parts.drafter.drafts[:count])
-        body = parts.dialect.verify_body(window)
-        began = time.perf_counter()
-        verdict = parts.dialect.read_verdict(window, await parts.link.post(parts.dialect.path, body))
-        parts.pace.verified(count, time.perf_counter() - began)
-        accepted = verdict.accepted(window)
-        self.usage.windows += 1
-        self.usage.prompt_tokens += parts.dialect.prompt_tokens(window)
-        self.usage.cached_tokens += verdict.cached_tokens or 0
+    def _useful(self, parts: Parts) -> int:
+        """Drafts at hand that can still come. The last id of all is the server's own: one draft less is of use."""
+        return parts.progress.useful(parts.drafter.drafts[: max(0, parts.progress.room - 1)])
+
+    def _ahead(self, parts: Parts, window: Window) -> Window | None:
+        """What to send behind `window`, as if its drafts stood and the draft after them were the server's own id."""
+        drafts, chances = parts.drafter.drafts, parts.drafter.probabilities
+        supposed = len(window.drafts) + 1
+        count = parts.pace.ahead(parts.drafter.proposal.source, chances[: self._useful(parts)], supposed)
+        if not count:
+            return None
+        return Window((*window.ids, *drafts[:supposed]), drafts[supposed : supposed + count])
+
+    async def _judged(self, parts: Parts, answer: Answer) -> list[int]:
+        window, verdict = answer.window, answer.verdict
+        count, accepted = len(window.drafts), verdict.accepted(window)
+        parts.pace.verified(count, answer.seconds)
         self.usage.accepted_drafts += accepted
         self.usage.rejected_drafts += count - accepted
         for index, chance in enumerate(parts.drafter.probabilities[: min(accepted + 1, count)]):
@@ -233,9 +236,8 @@ class VerifiedStream:
                     raise ProtocolError("the server generated nothing, and does not say why")
                 if piece.finished or progress.finish:
                     break
-                if drafting_seconds < DRAFTING_SHARE * (
-                    now - began
-                ):  # a slow drafter must not slow the stream
+                # A slow drafter must not slow the stream.
+                if drafting_seconds < DRAFTING_SHARE * (now - began):
                     drafting_seconds += await self._draft(parts)
                 if self._choose(parts, is_streaming=True):
                     break

@@ -230,7 +230,7 @@ class ModelServer:
         if body.get("stream"):
             return await self._stream(request, body, prompts[0], self._completion_event)
         before = self.brain.computed_rows
-        choices = [await self._choice(body, ids, index) for index, ids in enumerate(prompts)]
+        choices = await asyncio.gather(*(self._choice(body, ids, index) for index, ids in enumerate(prompts)))
         sent = sum(map(len, prompts))
         cached = max(0, sent - (self.brain.computed_rows - before))
         usage = {"prompt_tokens": sent, "prompt_tokens_details": {"cached_tokens": cached}}

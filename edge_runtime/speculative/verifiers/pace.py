@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from edge_runtime.speculative.estimates import Mean
 
 MAX_DRAFTS = 32
+LEAST_AHEAD = 0.6  # the chance that a second window is of use
 _BINS = (0.25, 0.5, 0.75, 0.9, 0.98)  # upper ends; the last bin goes to 1
 _PRIOR_CHANCE = 0.7
 _PRIOR_WEIGHT = 4  # verdicts that a drafter's own estimate counts for
@@ -121,7 +122,16 @@ class Pace:
             ids = sum(chance**depth for depth in range(count + 1))
             return ids / (self._round.at(count) + count * seconds)
 
-        return max(range(1, self.max_drafts + 1), key=rate)
+        best = max(range(1, self.max_drafts + 1), key=rate)
+        return best if best < self.max_drafts else 2 * best + 1  # for a second window, with an id between
+
+    def ahead(self, source: str, probabilities: Sequence[float], supposed: int) -> int:
+        """How many drafts to send in a second window, which is of use only if the first `supposed` come true."""
+        path = 1.0
+        for probability in probabilities[:supposed]:
+            path *= self.chances.of(source, probability)
+        left = min(self.max_drafts, len(probabilities) - supposed)
+        return left if left > 0 and path >= LEAST_AHEAD else 0
 
     def round_seconds(self, drafts: int) -> float:
         return self._round.at(drafts)

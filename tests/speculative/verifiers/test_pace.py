@@ -65,6 +65,12 @@ class TestChoose:
         assert pace.choose("s", SURE, is_streaming=False) > 0
         assert pace.choose("s", SURE, is_streaming=True) == 0
 
+    def test_a_second_window_needs_drafts_that_are_nearly_sure(self) -> None:
+        assert paced(0.1, 0.0, 0.05, 0.99).ahead("s", (0.8,) * 65, 33) == 32
+        assert paced(0.1, 0.0, 0.05, 0.99).ahead("s", (0.8,) * 33, 33) == 0
+        assert paced(0.1, 0.0, 0.05, 0.9).ahead("s", (0.8,) * 65, 33) == 0
+        assert paced(0.1, 0.0, 0.05, 0.9).ahead("s", (0.8,) * 10, 3) == 7
+
     def test_before_anything_is_known_good_drafts_are_tried(self) -> None:
         assert Pace().choose("s", (0.95,) * 16, is_streaming=False) > 0
         assert Pace().choose("s", (), is_streaming=False) == 0
@@ -83,7 +89,8 @@ class TestChoose:
             pace.verified(count, seconds + 1e-6)
         pace.streamed(10, token)
         assert 0 <= pace.choose("s", chances, is_streaming=streaming) <= min(len(chances), MAX_DRAFTS)
-        assert 1 <= pace.wanted("s") <= MAX_DRAFTS
+        assert 1 <= pace.wanted("s") <= 2 * MAX_DRAFTS + 1
+        assert 0 <= pace.ahead("s", chances, 5) <= min(max(0, len(chances) - 5), MAX_DRAFTS)
 
 
 class TestProgress:
