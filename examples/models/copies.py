@@ -48,7 +48,7 @@ class CopyMixture:
         document = self.window(rng, 0)
         while len(document) < tokens:
             piece = self.window(rng, span_tokens(rng, tokens // 2))
-            piece = rng.permutation(piece) if is_scrambled else piece
+            piece = scrambled(rng, piece) if is_scrambled else piece
             if len(document) and rng.random() < self.copy_share:
                 piece = self.copy(rng, document)
             document = np.concatenate([document, piece])
@@ -65,11 +65,19 @@ class CopyMixture:
         return np.array(self.tokenizer.encode(edited).ids, np.int64)
 
 
-def span_tokens(rng: np.random.Generator, most: int) -> int:
-    """Log-uniform between MIN_SPAN_TOKENS and `most` (or `most` where that is less)."""
-    if most <= MIN_SPAN_TOKENS:
+def scrambled(rng: np.random.Generator, piece: Ids) -> Ids:
+    """As many tokens without order: of all of them, or of so few that only long matches tell where a copy goes on."""
+    if rng.random() < 0.5:
+        return rng.permutation(piece)
+    alphabet = rng.choice(piece, span_tokens(rng, len(piece), least=4))
+    return rng.choice(alphabet, len(piece))
+
+
+def span_tokens(rng: np.random.Generator, most: int, least: int = MIN_SPAN_TOKENS) -> int:
+    """Log-uniform between `least` and `most` (or `most` where that is less)."""
+    if most <= least:
         return most
-    return int(np.exp(rng.uniform(np.log(MIN_SPAN_TOKENS), np.log(most))))
+    return int(np.exp(rng.uniform(np.log(least), np.log(most))))
 
 
 def edit(rng: np.random.Generator, text: str, elsewhere: str) -> str:
