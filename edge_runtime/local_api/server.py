@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
@@ -53,7 +53,7 @@ class LocalApiConfig:
     """`api_key` is used for callers who send none; "" leaves them to the coordinator, which refuses them."""
 
     url: str  # of the coordinator
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     draft: str | Path = "auto"
     offline: str = "never"
     host: str = "127.0.0.1"
