@@ -35,6 +35,7 @@ from edge_runtime.sdk.async_verifier import AsyncRemoteVerifier
 from edge_runtime.sdk.verifier_link import LinkOptions
 from edge_runtime.speculative.drafters.base import Proposal
 from edge_runtime.speculative.drafters.suffix import SuffixDrafter
+from edge_runtime.speculative.verifiers import pace
 from tests.sdk.test_sdk_drafts import drafter_threads
 from tests.support.model_server import DEMO, ModelServer, model_server
 
@@ -125,6 +126,7 @@ class TestSameIds:
             return replace(found, ids=ids)
 
         monkeypatch.setattr(SuffixDrafter, "propose", unreliable)
+        monkeypatch.setattr(pace, "LEAST_AHEAD", 0.0)  # a second window is sent, however unlikely
         server = await serve(owner)
         expected = (await plain(server, COPY, 200))[:60]
         async with verifier_of(server, dialect=dialect) as verifier:
@@ -135,6 +137,7 @@ class TestSameIds:
                 pass
         assert list(stream.result.token_ids) == expected
         assert stream.usage.rejected_drafts > 5
+        assert server.most_at_once == 2
 
     @pytest.mark.parametrize(("owner", "dialect"), WAYS)
     async def test_a_text_ends_where_the_server_would_end_it(
@@ -247,6 +250,19 @@ class TestWhatItCosts:
             async for _ in stream:
                 pass
         assert stream.usage.requests <= 4
+
+    async def test_while_drafts_are_right_the_next_window_is_on_its_way(self, serve: Serve) -> None:
+        server = await serve("sglang")
+        server.faults.seconds = 0.02
+        async with verifier_of(server) as verifier:
+            await verifier.server()
+            eager(verifier)
+            before = server.most_at_once
+            stream = verifier.stream(COPY, max_tokens=200)
+            async for _ in stream:
+                pass
+        assert list(stream.result.token_ids) == await plain(server, COPY, 200)
+        assert (before, server.most_at_once) == (1, 2)
 
     async def test_no_drafter_at_all_is_one_request(self, serve: Serve) -> None:
         server = await serve("sglang")

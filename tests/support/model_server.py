@@ -109,6 +109,8 @@ class ModelServer:
     tokenizer: Tokenizer = field(init=False)
     url: str = ""
     cancelled: int = 0
+    at_once: int = 0  # requests being answered
+    most_at_once: int = 0
 
     def __post_init__(self) -> None:
         self.brain = Brain(self.bundle)
@@ -188,14 +190,19 @@ class ModelServer:
         faults = self.faults
         if faults.silent:
             await asyncio.sleep(60)
-        await asyncio.sleep(faults.seconds)
         if faults.later > 0 and request.method == "POST":
             faults.later -= 1
             headers = {"Retry-After": faults.retry_after}
             return web.json_response(
                 {"error": {"message": "busy"}}, status=faults.later_status, headers=headers
             )
-        answer: web.StreamResponse = await handler(request)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            await asyncio.sleep(faults.seconds)
+            answer: web.StreamResponse = await handler(request)
+        finally:
+            self.at_once -= 1
         if faults.cut_answers > 0 and isinstance(answer, web.Response) and request.method == "POST":
             faults.cut_answers -= 1
             broken = web.StreamResponse(headers={"Content-Type": "application/json"})
