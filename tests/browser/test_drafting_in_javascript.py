@@ -49,8 +49,8 @@ DECODE = """return given.map(([vocabSize, all]) => {
   const decoder = new m.CommittedDecoder(vocabSize);
   return all.map((data) => {
     try {
-      const { position, ids, finish } = decoder.decode(Uint8Array.from(data));
-      return [position, ids, finish];
+      const { position, ids, finish, load } = decoder.decode(Uint8Array.from(data));
+      return [position, ids, finish, load];
     } catch (error) {
       if (error instanceof m.FrameError) return "refused";
       throw error;
@@ -65,7 +65,7 @@ async def test_golden_frames_are_what_the_page_makes_and_reads(modules: Page) ->
     assert await run(modules, "wire.js", ENCODE, drafts) == expected
     committed = [[v["vocabulary"], [list(bytes.fromhex(f[3])) for f in v["committed"]]] for v in VECTORS]
     assert await run(modules, "wire.js", DECODE, committed) == [
-        [frame[:3] for frame in v["committed"]] for v in VECTORS
+        [[*frame[:3], None] for frame in v["committed"]] for v in VECTORS
     ]
 
 
@@ -116,7 +116,8 @@ async def test_committed_ids_are_read_as_python_reads_them_and_damage_is_refused
             ids = tuple(rng.randrange(vocabulary) for _ in range(rng.choice((0, 1, 2, 30, 31, 32, 300))))
             data = encoder.encode(CommittedFrame(position, ids, rng.choice(("", "", "stop", "length"))))
             position += len(ids)
-            for variant in (damaged(data, rng), data):
+            load = encoder.encode(CommittedFrame(0, (), load=rng.random()))
+            for variant in (damaged(data, rng), data, load):
                 sent.append(list(variant))
                 read.append(decoded(decoder, variant))
         given.append((vocabulary, sent))
@@ -135,7 +136,7 @@ def decoded(decoder: CommittedDecoder, data: bytes) -> list[Any] | str:
         frame = decoder.decode(data)
     except ProtocolError:
         return "refused"
-    return [frame.position, list(frame.ids), frame.finish]
+    return [frame.position, list(frame.ids), frame.finish, frame.load]
 
 
 # ---------------------------------------------------------------- the drafter
@@ -260,9 +261,12 @@ async def test_the_page_decides_what_the_draft_loop_decided(modules: Page) -> No
     assert sent > 300
 
 
-async def test_the_window_follows_acceptance(modules: Page) -> None:
-    body = "return given.map((acceptance) => m.choosePace({ acceptance }));"
-    rare, even, often = await run(modules, "pace.js", body, [0.0, 0.7, 1.0])
-    assert rare == {"window": 1, "chunk": 1}
-    assert 4 < even["window"] < 12
-    assert often == {"window": 64, "chunk": 16}
+async def test_the_window_follows_acceptance_and_the_targets_load(modules: Page) -> None:
+    body = "return given.map(([acceptance, load]) => m.choosePace({ acceptance, load }).window);"
+    pairs = [(0.0, 0), (0.7, 0), (1.0, 0), (0.7, 0.5), (0.95, 1), (0.7, 1)]
+    rare, even, often, half, loaded, nothing = await run(modules, "pace.js", body, pairs)
+    assert (rare, often) == (1, 64)
+    assert 4 < even < 12
+    assert half == 2  # 0.7² is above 0.44
+    assert loaded == 2  # 0.95² is above 0.88
+    assert nothing == 0

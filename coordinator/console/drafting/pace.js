@@ -1,20 +1,17 @@
-// How far ahead a page drafts. A look-up costs next to nothing, so only the target's work counts: a draft is sent while
-// the chance that it is reached at all, acceptance to the power of the drafts before it, is above a least one. A loaded
-// target is sent what is nearly sure to be right, and else nothing.
-// Knows: acceptance, load. Does not know: time, frames, links.
+// How far ahead a page drafts. A look-up costs next to nothing, so only the target's work counts: a draft is sent while the
+// chance that it and all before it are right, a power of the acceptance, is not below a least one.
+// Knows: acceptance, the target's load. Does not know: time, frames, links.
 
 const MOST_IN_FLIGHT = 64;
 const MOST_IN_FRAME = 16;
-const LEAST_REACHED = 0.1; // below, a row of the target is better spent on others
+const LEAST_CHANCE = 0.1; // below, a row is hardly ever worth its bytes
+const LOADED_CHANCE = 0.88; // the least where the target is fully loaded: its rows are others', as controller.py has it
 
-const LOADED_CHANCE = 0.88; // of a draft for a fully loaded target
-
-// { window: drafts in flight, chunk: ids of a frame }. Below one only for load: a single draft a token finds out when text
-// repeats again.
-export function choosePace({ acceptance, load = 0 }) {
-  if (load * LOADED_CHANCE > acceptance) return { window: 0, chunk: 1 };
-  const least = Math.max(LEAST_REACHED, load * LOADED_CHANCE);
-  const reached = Math.floor(Math.log(least) / Math.log(Math.min(0.999, Math.max(0.01, acceptance))));
-  const window = Math.min(MOST_IN_FLIGHT, Math.max(1, reached));
+// { window: drafts in flight, chunk: ids of a frame }. `load`: 0, nobody else needs the target's rows, to 1. Where it has none,
+// a single draft a token finds out when text repeats again; else there may be none at all.
+export function choosePace({ acceptance, load }) {
+  const least = Math.max(LEAST_CHANCE, load * LOADED_CHANCE);
+  const likely = Math.floor(Math.log(least) / Math.log(Math.min(0.999, Math.max(0.01, acceptance))));
+  const window = Math.min(MOST_IN_FLIGHT, Math.max(load > 0 ? 0 : 1, likely));
   return { window, chunk: Math.max(1, Math.min(MOST_IN_FRAME, window >> 1)) };
 }
