@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 20  # as the coordinator
 REQUEST_HEADER_SECONDS = 30
 SHUTDOWN_SECONDS = 2.0
+MAX_DRAFTED = 4  # requests at a time, each with a drafter of its own; the others are passed on
 _PASSED_ON = (
     ("GET", "/v1/models/{model:.+}"),
     ("POST", "/v1/embeddings"),
@@ -70,6 +71,7 @@ class LocalApi:
         """Raises UsageError: no such drafter, no draft model for offline answers."""
         self._config = config
         self._users = Users(self._user)
+        self._drafted_now = 0
         self._pass_through = PassThrough(config.url, config.timeout_seconds)
         self._offline: OfflineModel | None = (
             offline_model(config.draft) if is_allowed(config.offline) else None
@@ -120,7 +122,7 @@ class LocalApi:
             return await self._pass_through.send(request, data, authorization)
         async with self._users.of(key) as user:
             offline = self._may_stand_in(key)
-            if user.drafting.is_missing:
+            if user.drafting.is_missing or self._drafted_now >= MAX_DRAFTED:
                 try:
                     return await self._pass_through.send(request, data, authorization)
                 except TransportError:
@@ -156,10 +158,12 @@ class LocalApi:
         if offline is not None:
             stream = OfflineTokenStream(user.http, asked, offline, Question(wanted.path, body))
         offline_id = f"{'chatcmpl' if wanted.is_chat else 'cmpl'}-offline-{secrets.token_hex(12)}"
+        self._drafted_now += 1
         answering = Answering(wanted, asked, stream, created=int(time.time()), offline_id=offline_id)
         try:
             return await answering.answer(request)
         finally:
+            self._drafted_now -= 1
             user.was_accepted = user.was_accepted or bool(asked.request_id)
 
     def _may_stand_in(self, key: str) -> OfflineModel | None:

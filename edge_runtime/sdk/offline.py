@@ -9,6 +9,7 @@ Knows: one bundle on this device, requests as ids. Does not know: why nobody els
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from edge_runtime.text import TextStream
 NEVER, DRAFT = "never", "draft"
 OFFLINE_CHOICES = (NEVER, DRAFT)
 _AT_ONCE = 4  # ids drawn before they are given out: fewer trips between threads
+MAX_ANSWERS = 2  # under way at a time, each with a model of its own; others wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class OfflineModel:
         self._opened: OpenedDraft | None = None
         self._opening = asyncio.Lock()
         self._pool = DrafterPool(self._make)
+        self._room = asyncio.Semaphore(MAX_ANSWERS)
 
     def _make(self) -> Drafter:
         assert self._opened is not None
@@ -66,6 +69,11 @@ class OfflineModel:
 
     async def draw(self, ending: Ending, before: Sequence[int]) -> AsyncGenerator[Drawn, None]:
         """Ids after the prompt and `before`, which `ending` has seen, to the end. Raises EngineError."""
+        async with self._room, contextlib.aclosing(self._draw(ending, before)) as drawn:
+            async for each in drawn:
+                yield each
+
+    async def _draw(self, ending: Ending, before: Sequence[int]) -> AsyncGenerator[Drawn, None]:
         thread = await self._pool.take()
         is_sound = True
         try:

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from edge_runtime.errors import CapacityError, RequestFailed, UsageError
-from edge_runtime.local_api.server import LocalApiConfig, serve
+from edge_runtime.local_api.server import MAX_DRAFTED, LocalApiConfig, serve
 from edge_runtime.sdk.sse import ServerEvent, SseParser
 from tests.sdk.test_sdk_client import BreakingProxy
 from tests.sdk.test_sdk_drafts import REPEATED, drafter_threads
@@ -216,6 +216,25 @@ async def test_this_device_drafts_and_keys_share_no_memory(url: str, service: Fa
         assert await ask(near, "1", OTHER_KEY) == 0
         assert await ask(near, "3", ADMIN_KEY) == 0
         assert await ask(near, "2", USER_KEY) > 0
+    assert not drafter_threads()
+
+
+async def test_more_at_once_than_this_device_drafts_for_are_passed_on(url: str, service: FakeService) -> None:
+    service.hold = asyncio.Event()
+    async with local(url) as near:
+        asking = [
+            asyncio.create_task(
+                post(near, "/v1/completions", COMPLETION | {"prompt": REPEATED, "max_tokens": 9})
+            )
+            for _ in range(7)
+        ]
+        await service.all_running(7)
+        await until(lambda: len({request for request, _, _ in service.drafts}) == MAX_DRAFTED)
+        service.hold.set()
+        answers = [await each for each in asking]
+    assert {status for status, _, _ in answers} == {200}
+    assert len({body["choices"][0]["text"] for _, _, body in answers}) == 1
+    assert len({request for request, _, _ in service.drafts}) == MAX_DRAFTED
     assert not drafter_threads()
 
 

@@ -215,6 +215,30 @@ async def test_a_coordinator_without_a_plan_is_stood_in_for(
         assert (await client.generate(PROMPT, **OPTIONS)).answered_by == "draft"
 
 
+async def test_an_unknown_name_and_a_silent_server_are_stood_in_for(draft: Path) -> None:
+    left = asyncio.Event()
+
+    async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await left.wait()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    silent = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    reasons = []
+    for url in ("http://nobody.invalid:1", silent):
+        async with AsyncClient(url, draft=draft, offline="draft", timeout_seconds=0.3) as client:
+            answers = await asyncio.gather(*(client.generate(PROMPT, **OPTIONS) for _ in range(5)))
+        assert len({each.token_ids for each in answers}) == 1
+        assert {each.answered_by for each in answers} == {"draft"}
+        reasons.append(answers[0].offline_reason)
+    left.set()
+    server.close()
+    await server.wait_closed()
+    assert "nobody.invalid" in reasons[0]
+    assert "broke" in reasons[1]
+    assert not drafter_threads()
+
+
 async def test_an_answer_is_upgraded_when_the_link_is_back(draft: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
