@@ -35,6 +35,7 @@ ROUNDING = 0.999  # of a least chance: what was computed in another order must n
 ID_BYTES = 2  # of frames on the device's link; the header beside them, and what a restart adds to it
 HEAD_BYTES = 1
 RESTART_BYTES = 2
+SIDE_BYTES = 3
 
 REVIEW_VERDICTS = 16  # a choice holds for so many verdicts,
 REVIEW_IDS = 32  # or so many committed ids
@@ -48,7 +49,7 @@ LONGEST_BACKOFF_IDS = 512
 @dataclass(frozen=True, slots=True)
 class Limits:
     max_window: int = 64  # drafts in flight
-    max_width: int = 1  # side rows are for targets that run trees
+    max_width: int = 1  # guesses for a position: more make side rows
     max_chunk: int = 32
 
 
@@ -73,13 +74,15 @@ DEFAULT_PRICES = Prices()
 class Choice:
     """`window`: drafts in flight, 0 for none at all. `chunk`: ids of a frame. `width`: guesses per position.
 
-    `least_chance`: of a draft and all in flight before it being right, for it to be sent.
+    `least_chance`: of a draft and all in flight before it being right, for it to be sent; `side_chance`: likewise of a
+    guess beside a draft.
     """
 
     window: int
     chunk: int
     width: int
     least_chance: float = 0.0
+    side_chance: float = 0.0
 
 
 NOTHING = Choice(0, 1, 1, NEVER)
@@ -116,9 +119,9 @@ def utility(one: Cycle, load: float, prices: Prices) -> float:
 def choose(
     measured: Measured, limits: Limits, *, load: float = 0.0, prices: Prices = DEFAULT_PRICES
 ) -> Choice:
-    """The chunk and the window of the best utility; the least chance is that of the window's last draft.
+    """The chunk and the window of the best utility, the window as a least chance: that of its last draft.
 
-    The window itself then fills the loop: drafts that are likelier than most may run further ahead.
+    The window that is returned fills the loop: drafts that are likelier than most may run further ahead.
     """
 
     def worth(chunk: int, window: int) -> float:
@@ -131,8 +134,23 @@ def choose(
     chunk = max(chunks, key=lambda c: (worth(c, window), -c))
     if worth(chunk, window) <= utility(without_drafts(measured), load, prices):
         return NOTHING
-    least = max(survival(measured, window) * ROUNDING, load * prices.loaded_chance)
-    return Choice(_filling(measured, chunk, limits), chunk, limits.max_width, least)
+    least = max(_least_chance(measured, window), load * prices.loaded_chance)
+    return Choice(_filling(measured, chunk, limits), chunk, limits.max_width, least, side_price(load, prices))
+
+
+def side_price(load: float, prices: Prices) -> float:
+    """A side row that is right with this chance pays for itself: it brings one id."""
+    return prices.row + load * prices.loaded_row + prices.byte * SIDE_BYTES
+
+
+def _least_chance(measured: Measured, window: int) -> float:
+    """Of the last draft of the best window, and a quarter more: acceptance goes up and down between two choices.
+
+    Windows that fill the loop anyway need none: it would only cut off what is sent when luck was bad.
+    """
+    if window * sending_seconds(measured) >= measured.loop_seconds:
+        return 0.0
+    return survival(measured, window + window // 4) * ROUNDING
 
 
 def _filling(measured: Measured, chunk: int, limits: Limits) -> int:
