@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.support.goodness_of_fit import chi_square, total_variation
+
 F64 = NDArray[np.float64]
 GOLDEN = json.loads(Path(__file__).with_name("noise_golden.json").read_text())
 
@@ -160,23 +162,11 @@ def distribution(temperature: float, kept: NDArray[np.bool_] | None = None) -> F
     return p / p.sum()
 
 
-def chi_square(counts: NDArray[np.int64], p: F64) -> float:
-    """Statistic minus its degrees of freedom, in standard deviations; rare ids pooled."""
-    expected = p * counts.sum()
-    rare = expected < 10
-    groups = [*zip(counts[~rare], expected[~rare], strict=True)]
-    if expected[rare].sum() > 0:
-        groups.append((counts[rare].sum(), expected[rare].sum()))
-    statistic = sum((float(c) - e) ** 2 / e for c, e in groups)
-    freedom = len(groups) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
-
-
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_samples_follow_the_distribution(temperature: float) -> None:
     counts, p = draw(temperature), distribution(temperature)
     assert chi_square(counts, p) < 6
-    assert np.abs(counts / DRAWS - p).sum() / 2 < 0.02  # total variation
+    assert total_variation(counts, p) < 0.02
 
 
 def test_the_distribution_test_rejects_a_biased_sampler() -> None:
