@@ -84,7 +84,7 @@ class DraftingDevice:
         self._is_drafting = True
         proposal = self._drafter.propose(asked.count, asked.width)
         began = self._clock.now_seconds
-        seconds = self._draft_seconds * max(1, len(proposal.ids))
+        seconds = self._draft_seconds * max(1, proposal.chain_length)
         self._clock.after(seconds, lambda: self._drafted(asked.ticket, proposal, began))
 
     def _drafted(self, ticket: int, proposal: Proposal, began: float) -> None:

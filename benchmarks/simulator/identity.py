@@ -32,7 +32,13 @@ FAULTS = {
     "all at once": ALL_AT_ONCE,
 }
 DRAFTERS = ("right", "wrong", "mixed", "suffix")
-LIMITS = (Limits(), Limits(max_window=3), Limits(max_window=16, max_chunk=1))
+LIMITS = (
+    Limits(),
+    Limits(max_window=3),
+    Limits(max_width=3),
+    Limits(max_window=16, max_chunk=1),
+    Limits(max_window=6, max_width=2),
+)
 
 
 @dataclass(frozen=True, slots=True)

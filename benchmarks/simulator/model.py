@@ -67,8 +67,12 @@ class DialDrafter:
     Knows the target, but not its penalties: with those it is right less often.
     """
 
-    def __init__(self, acceptance: float, sampling: SamplingParams, luck: int = 0) -> None:
+    def __init__(
+        self, acceptance: float, sampling: SamplingParams, luck: int = 0, rescue: float = 0.4
+    ) -> None:
+        """`rescue`: chance that the right id stands beside a wrong one, where there are side nodes."""
         self._acceptance = acceptance
+        self._rescue = rescue
         self._luck = luck
         self._sampler = Sampler(
             SamplingParams(temperature=sampling.temperature, seed=sampling.seed), VOCABULARY
@@ -92,13 +96,22 @@ class DialDrafter:
 
     def propose(self, count: int, width: int = 1) -> Proposal:
         states, ids = self._states[-1], []
-        for position in range(len(self._states) - 1, len(self._states) - 1 + count):
+        sides: list[tuple[int, int]] = []  # parent, id
+        for index in range(count):
+            position = len(self._states) - 1 + index
             token, _ = self._sampler.sample(logits_of(states[-1]), position)
-            if _chance(states[-1], self._luck + position) >= self._acceptance:
-                token = (token + 1) % VOCABULARY
+            is_right = _chance(states[-1], self._luck + position) < self._acceptance
+            is_rescued = not is_right and _chance(states[-1], self._luck - 1 - position) < self._rescue
+            first = token if is_rescued else (token + 2) % VOCABULARY
+            sides += [(index - 1, (first + 3 * side) % VOCABULARY) for side in range(width - 1)]
+            token = token if is_right else (token + 1) % VOCABULARY
             ids.append(token)
             states = advance(states, token)
-        return Proposal(tuple(ids), tuple(range(-1, count - 1)), (self._acceptance,) * count, self.source)
+        chances = [self._acceptance] * count + [
+            (1 - self._acceptance) * self._rescue / max(1, width - 1)
+        ] * len(sides)
+        parents = (*range(-1, count - 1), *(parent for parent, _ in sides))
+        return Proposal((*ids, *(token for _, token in sides)), parents, tuple(chances), self.source)
 
     def end(self, *, learn: bool = True) -> None:
         """It learns nothing."""

@@ -65,6 +65,7 @@ class Setting:
     stages: int = 4
     draft_seconds: float | None = 0.004  # None: nobody drafts
     acceptance: float = 0.85
+    rescue: float = 0.4  # of misses, where there are side rows
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
     limits: Limits = field(default_factory=Limits)
     faults: Faults = field(default_factory=Faults)
@@ -102,7 +103,7 @@ class World:
                 len(setting.prompt), setting.max_rows, self.vocab_size, Controller(setting.limits)
             )
             guesses: Drafter = drafter or DialDrafter(
-                setting.acceptance, setting.sampling, setting.faults.seed
+                setting.acceptance, setting.sampling, setting.faults.seed, setting.rescue
             )
             self.device = DraftingDevice(
                 self.clock,

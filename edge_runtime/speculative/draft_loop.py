@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_runtime.errors import ProtocolError
 from edge_runtime.speculative.controller import Choice, Controller
@@ -27,7 +27,7 @@ from edge_runtime.speculative.drafters.base import Proposal
 from edge_runtime.speculative.estimates import Estimates, depth_bucket
 from edge_runtime.speculative.round_trips import RoundTrips
 from edge_runtime.speculative.stream_model import frame_size
-from edge_runtime.speculative.wire import DraftFrame, chain_frame
+from edge_runtime.speculative.wire import DraftFrame, chain_frame, tree_frame
 
 LOOPS_BEFORE_RESEND = 1.5
 LONGEST_RESEND_SECONDS = 30.0
@@ -77,8 +77,13 @@ class Counts:
     accepted: int = 0
     wasted: int = 0  # sent, and then behind a miss or the miss itself
     misses: int = 0
+    sides: int = 0  # side rows sent
+    rescued: int = 0  # misses that a side row had right
     resent_frames: int = 0
     held: int = 0  # drafts that were made, not sent, and compared with what the target said
+
+
+Beside = tuple[tuple[int, float], ...]  # ids that stand beside a draft, and the chance of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,11 @@ class _Guess:
     score: float | None  # the drafter's own estimate that it is right,
     odds: float  # and what that says against its source's others
     depth: int  # drafts in flight before it when it was made
+    beside: Beside = ()
+
+    def with_sides(self, least_chance: float) -> _Guess:
+        """Only those beside it that are as likely as this."""
+        return replace(self, beside=tuple(side for side in self.beside if side[1] >= least_chance))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +258,12 @@ class DraftLoop:
 
     def _miss(self, position: int, ids: tuple[int, ...]) -> list[Action]:
         """The draft at `position` was wrong; `ids` are right, from there on."""
-        self._judge(self._window[0].guess, False)
+        wrong = self._window[0].guess
+        self._judge(wrong, False)
+        is_rescued = any(token == ids[0] for token, _ in wrong.beside)
+        if wrong.beside:
+            self.estimates.rescued(is_rescued)
+        self.counts.rescued += is_rescued
         self.counts.misses += 1
         self.counts.wasted += len(self._window)
         self.turn = position
@@ -256,7 +271,7 @@ class DraftLoop:
         self._held.clear()
         self._asked = None
         self._since.clear()
-        self._times.missed()
+        self._times.missed(rescue_follows=is_rescued and len(ids) == 1)
         return [Rewind(position), Extend(ids)]
 
     # ------------------------------------------------------------ what is proposed
@@ -265,7 +280,7 @@ class DraftLoop:
         self, ticket: int, proposal: Proposal, began_seconds: float, ended_seconds: float
     ) -> list[Action]:
         """What the drafter answered to Propose(ticket), and when it was at it."""
-        self.estimates.drafted(proposal.source, len(proposal.ids), ended_seconds - began_seconds)
+        self.estimates.drafted(proposal.source, proposal.chain_length, ended_seconds - began_seconds)
         asked, self._asked = self._asked, None
         if asked is None or asked.ticket != ticket:
             self._asked = asked
@@ -280,12 +295,15 @@ class DraftLoop:
         if self._linked and not self.finish:
             scores = proposal.probabilities[len(since) :] or (None,) * len(rest)
             self._held = [
-                self._guess(token, proposal.source, score) for token, score in zip(rest, scores, strict=False)
+                self._guess(token, proposal.source, score, proposal.beside(len(since) + index))
+                for index, (token, score) in enumerate(zip(rest, scores, strict=False))
             ]
         return self._go_on(ended_seconds)
 
-    def _guess(self, token: int, source: str, score: float | None) -> _Guess:
-        return _Guess(token, source, score, self.estimates.odds(source, score), len(self._window))
+    def _guess(self, token: int, source: str, score: float | None, beside: Beside) -> _Guess:
+        beside = tuple((side, chance) for side, chance in beside if self._worth_sending((side,)))
+        odds = self.estimates.odds(source, score)
+        return _Guess(token, source, score, odds, len(self._window), beside)
 
     def _worth_sending(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Nothing follows a stop id, and the target has no other ids than its vocabulary's."""
@@ -304,31 +322,39 @@ class DraftLoop:
         return [*self._send(choice, now), *self._ask(choice)]
 
     def _send(self, choice: Choice, now: float) -> list[Action]:
-        count = min(self._likely(choice.least_chance), max(0, choice.window - len(self._window)))
+        if not self._held:
+            return []
+        chances = self._chances()
+        is_unlikely = [chance < choice.least_chance for chance in chances[1:]]
+        likely = is_unlikely.index(True) if any(is_unlikely) else len(self._held)
+        count = min(likely, max(0, choice.window - len(self._window)))
         if not count:
             return []
         if not self._window:
             self._progress_seconds = now
         base = self.length + len(self._window)
-        sent, self._held = self._held[:count], self._held[count:]
+        held, self._held = self._held[:count], self._held[count:]
+        sent = [
+            guess.with_sides(choice.side_chance / max(before, 1e-9))
+            for guess, before in zip(held, chances, strict=False)
+        ]
         ids = tuple(guess.id for guess in sent)
         self._window.extend(_InFlight(guess, now) for guess in sent)
         self.counts.drafted += count
-        return [SendDrafts(chain_frame(self.turn, base, ids)), Extend(ids)]
+        beside = [[token for token, _ in guess.beside] for guess in sent]
+        self.counts.sides += sum(map(len, beside))
+        return [SendDrafts(tree_frame(self.turn, base, ids, beside)), Extend(ids)]
 
-    def _likely(self, least_chance: float) -> int:
-        """How many of those held are right, with all in flight before them, with at least this chance."""
-        if not self._held:
-            return 0
+    def _chances(self) -> list[float]:
+        """That all in flight are right, and then each more of those held, too: one more than are held."""
         acceptance: dict[str, tuple[float, ...]] = {}
-        chance, guesses = 1.0, [*(draft.guess for draft in self._window), *self._held]
-        for index, guess in enumerate(guesses):
+        chances, guesses = [1.0], [*(draft.guess for draft in self._window), *self._held]
+        for guess in guesses:
             if guess.source not in acceptance:
                 acceptance[guess.source] = self.estimates.acceptance(guess.source)
-            chance *= min(1.0, acceptance[guess.source][depth_bucket(guess.depth)] * guess.odds)
-            if chance < least_chance and index >= len(self._window):
-                return index - len(self._window)
-        return len(self._held)
+            right = min(1.0, acceptance[guess.source][depth_bucket(guess.depth)] * guess.odds)
+            chances.append(chances[-1] * right)
+        return chances[len(self._window) :]
 
     def _ask(self, choice: Choice) -> list[Action]:
         if self._asked or self._stuck or self._held or not choice.window:

@@ -45,9 +45,9 @@ class RoundTrips:
         self._is_turn = before < 0
         self.last_commit_seconds = now_seconds
 
-    def missed(self) -> None:
-        """Among the ids that arrived last was one that a draft had wrong."""
-        self._is_turn = True
+    def missed(self, *, rescue_follows: bool = False) -> None:
+        """Among the ids that arrived last was one that a draft had wrong; the next id may be a side row's."""
+        self._is_turn = not rescue_follows
 
     def _serve(self, sent: float, waited: float, rows: int) -> None:
         if sent >= 0 and self._judged_row_seconds >= 0:

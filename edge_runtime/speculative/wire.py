@@ -19,6 +19,7 @@ Knows: frames as values, their bytes, and the last frame of its direction. Does 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_runtime.errors import ProtocolError
@@ -68,6 +69,18 @@ class CommittedFrame:
 def chain_frame(turn: int, base_row: int, ids: tuple[int, ...]) -> DraftFrame:
     """A frame without side rows."""
     return DraftFrame(turn, base_row, ids, tuple(range(base_row - 1, base_row - 1 + len(ids))))
+
+
+def tree_frame(turn: int, base_row: int, ids: tuple[int, ...], beside: Sequence[Sequence[int]]) -> DraftFrame:
+    """A frame with side rows: `beside[i]` are other guesses for the position of ids[i]."""
+    chain = chain_frame(turn, base_row, ids)
+    sides = [(base_row - 1 + index, token) for index, tokens in enumerate(beside) for token in tokens]
+    return DraftFrame(
+        turn,
+        base_row,
+        ids + tuple(token for _, token in sides),
+        chain.parents + tuple(parent for parent, _ in sides),
+    )
 
 
 class DraftEncoder:

@@ -32,6 +32,14 @@ class Proposal:
         """Leading nodes that each continue the one before."""
         return next((i for i, parent in enumerate(self.parents) if parent != i - 1), len(self.parents))
 
+    def beside(self, index: int) -> tuple[tuple[int, float], ...]:
+        """(id, probability) of side nodes that guess the same position as node `index` of the chain."""
+        return tuple(
+            (self.ids[side], self.probabilities[side])
+            for side in range(self.chain_length, len(self.ids))
+            if self.parents[side] == index - 1
+        )
+
     @property
     def expected_accepted(self) -> float:
         """Ids of the chain that are right, by the drafter's own estimate: each needs all before it."""
