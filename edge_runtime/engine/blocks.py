@@ -46,6 +46,10 @@ class LoadedBlock:
         forget_pages(bundle, [key for key in block.slices if key not in on_flash])
 
     @property
+    def steps(self) -> Sequence[SegmentStep | CutStep]:
+        return self._steps
+
+    @property
     def experts_steps(self) -> list[ExpertsStep]:
         """For whoever wants to watch or replace what runs the experts."""
         return [step for step in self._steps if isinstance(step, ExpertsStep)]

@@ -19,6 +19,7 @@ from edge_runtime.engine.blocks import LoadedBlock, run_context
 from edge_runtime.engine.cut_operations import RopeTables
 from edge_runtime.engine.executors import AUTO, chosen_executor, numeric_class_of
 from edge_runtime.engine.kv_cache import KvCache, KvShape
+from edge_runtime.engine.layer_chain import Runner, can_chain, chained
 from edge_runtime.engine.numeric_class import early_class
 from edge_runtime.engine.page_table import PAGE_TOKENS
 from edge_runtime.engine.resident import return_free_memory
@@ -69,6 +70,13 @@ class CpuStage:
         self._wire = formats.wire
         self._rounds_after = self._shape.boundaries if formats.wire != FP32 else frozenset()
         self.ropes = _ropes(bundle, cache)
+        self._apart: list[Runner] = list(blocks.values())
+        # A format that rounds between layers needs them one by one.
+        self._chained = (
+            self._apart
+            if self._rounds_after
+            else chained(blocks, executor, self.ropes, manifest.model.hidden_size)
+        )
         self._closed = False
         self._running_lock = threading.Lock()  # of the two below
         self._running: SessionId | None = None  # whose batch runs now, where it is one session's
@@ -198,6 +206,7 @@ class CpuStage:
                 experts.close()
         self._cache.close()
         self._blocks = {}
+        self._apart = self._chained = []
         self._closed = True
 
     def release_blocks(self, digest: str, executor: str, threads: int) -> dict[str, LoadedBlock]:
@@ -237,10 +246,10 @@ class CpuStage:
         wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
         hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
         kv_layer = 0
-        for name, block in self._blocks.items():
+        for block in self._chained if can_chain(context) else self._apart:
             if self._given_up:
                 raise Cancelled("the session has gone")
-            if name == "head" and wants_logits:
+            if block.name == "head" and wants_logits:
                 hidden = hidden[
                     context.layout.logit_rows
                 ]  # the head is the costliest block: only rows asked for
@@ -248,7 +257,7 @@ class CpuStage:
                     return np.zeros((0, self._shape.model.vocab_size), np.float32)
             hidden = block.run(hidden, context, kv_layer)
             kv_layer += block.attention_count
-            if name in self._rounds_after:
+            if block.name in self._rounds_after:
                 hidden = rounded(hidden, self._wire)
         return hidden
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from edge_kernels.attention import Pool, RaggedRows, append_kv, paged_attention, prepare_qk
+from edge_kernels.chain import AttentionPart
 from edge_kernels.experts import route
 from numpy.typing import NDArray
 
@@ -120,6 +121,28 @@ class AttentionStep:
             threads=self._threads,
         )
         return [attended]
+
+    def part(self, kv_layer: int, ropes: RopeTables) -> AttentionPart:
+        """The same, of a chain. `kv_layer` is the block's first layer in the pool."""
+        cos, sin = ropes[self._rope] if self._rope else (None, None)
+        q, k, v = self.inputs
+        return AttentionPart(
+            (q, k, v),
+            self.outputs[0],
+            kv_layer + self._kv_index,
+            self._heads,
+            self._kv_heads,
+            self._head_dim,
+            self._scale,
+            window=self._window,
+            softcap=self._softcap,
+            causal=self._causal,
+            cos=cos,
+            sin=sin,
+            q_norm=self._q_norm,
+            k_norm=self._k_norm,
+            norm_epsilon=self._epsilon,
+        )
 
     @staticmethod
     def _append(context: RunContext, layer: int, k: Float32, v: Float32) -> None:

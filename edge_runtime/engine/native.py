@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from edge_kernels.chain import ProgramPart
 from edge_kernels.linear import PackedMatrix, pack, pack_fp32
 from edge_kernels.program import Step, compile_program
 from numpy.typing import NDArray
@@ -37,6 +38,10 @@ class NativeSegment:
 
     def run(self, values: Sequence[Float32]) -> list[Float32]:
         return self._program.run(values, threads=self._threads)
+
+    def part(self) -> ProgramPart:
+        """The same, of a chain."""
+        return ProgramPart(self._program, self.inputs, self.outputs)
 
 
 def _step(bundle: Bundle, operation: Operation, threads: int) -> Step:
