@@ -265,8 +265,36 @@ async def test_the_window_follows_acceptance_and_the_targets_load(modules: Page)
     body = "return given.map(([acceptance, load]) => m.choosePace({ acceptance, load }).window);"
     pairs = [(0.0, 0), (0.7, 0), (1.0, 0), (0.7, 0.5), (0.95, 1), (0.7, 1)]
     rare, even, often, half, loaded, nothing = await run(modules, "pace.js", body, pairs)
-    assert (rare, often) == (1, 64)
+    assert (rare, often) == (0, 64)
     assert 4 < even < 12
     assert half == 2  # 0.7² is above 0.44
     assert loaded == 2  # 0.95² is above 0.88
     assert nothing == 0
+
+
+HOLD = """const { Estimates } = await import("/console/drafting/estimates.js");
+let window = 0;
+const choosePace = () => ({ window, chunk: 4 });
+const estimates = new Estimates(), head = { promptLength: 3, maxRows: 90, vocabSize: 50, stopIds: [] };
+const loop = new m.DraftLoop({ ...head, choosePace, estimates });
+const judged = [], said = [];
+estimates.judged = (right) => judged.push(right);
+const take = (actions) => said.push(actions.map((action) => action.do));
+take(loop.start(0));
+take(loop.committed(3, [7], 1));
+take(loop.proposed(1, [8], 1));
+take(loop.committed(4, [8], 2));
+take(loop.proposed(2, [9], 2));
+take(loop.committed(5, [10, 11], 3));
+window = 4;
+take(loop.proposed(3, [12], 3));
+take(loop.committed(7, [12], 4));
+return [said, judged, loop.counts];"""
+
+
+async def test_drafts_that_are_not_worth_sending_are_judged_all_the_same(modules: Page) -> None:
+    said, judged, counts = await run(modules, "draft_loop.js", HOLD, None)
+    assert said[:6] == [[], ["extend", "propose"], [], ["extend", "propose"], [], ["extend", "propose"]]
+    assert said[6][:2] == ["send", "extend"]  # it is worth it again
+    assert judged == [True, False, True]
+    assert (counts["drafted"], counts["accepted"], counts["misses"]) == (1, 1, 0)

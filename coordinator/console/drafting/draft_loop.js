@@ -14,6 +14,7 @@ export class DraftLoop {
   #window = []; // { id, sentSeconds }: sent and not judged; negative: sent more than once, its loop can't be told
   #tickets = 0;
   #asked = null; // { ticket, base }: base is the position of its first id
+  #held = null; // a draft for position `length` that was not worth sending: judged when the target says what is right
   #since = []; // committed while a proposal was being made for their positions
   #isStuck = false; // the drafter had nothing to say about this sequence
   #isLinked = false;
@@ -81,10 +82,16 @@ export class DraftLoop {
     const rest = fresh.slice(right);
     if (!rest.length) return [];
     if (!this.#window.length) { // the target is ahead of the drafter
+      this.#judgeHeld(rest[0]);
       if (this.#asked !== null) this.#since.push(...rest);
       return [{ do: "extend", ids: rest }];
     }
     return this.#miss(this.length - rest.length, rest);
+  }
+
+  #judgeHeld(id) {
+    if (this.#held !== null) this.estimates.judged(this.#held === id);
+    this.#held = null;
   }
 
   // Takes drafts that were right out of the window.
@@ -134,6 +141,10 @@ export class DraftLoop {
     const ids = this.#worthSending(rest).slice(0, Math.max(0, this.lastRow + 1 - base));
     this.#isStuck = !chain.length || (rest.length > 0 && !ids.length);
     if (!ids.length || !this.#isLinked || this.finish) return this.#ask();
+    if (!this.choosePace(this.estimates).window) {
+      if (base === this.length) [this.#held] = ids;
+      return [];
+    }
     return [...this.#send(base, ids, now), ...this.#ask()];
   }
 
@@ -145,6 +156,7 @@ export class DraftLoop {
 
   #send(baseRow, ids, now) {
     if (!this.#window.length) this.#progressSeconds = now;
+    this.#held = null; // what is sent is judged as such
     for (const id of ids) this.#window.push({ id, sentSeconds: now });
     this.counts.drafted += ids.length;
     return [{ do: "send", turn: this.turn, baseRow, ids }, { do: "extend", ids }];
@@ -153,10 +165,11 @@ export class DraftLoop {
   #ask() {
     if (this.#asked || this.#isStuck || this.finish || !this.#isLinked || this.length === this.first) return [];
     const pace = this.choosePace(this.estimates);
+    if (!pace.window && (this.#window.length || this.#held !== null)) return [];
     const inFlight = this.#window.length, base = this.length + inFlight;
     const chunk = Math.min(pace.chunk, Math.max(1, inFlight)); // the first after a miss goes alone, at once
     const count = Math.min(chunk, this.lastRow + 1 - base);
-    if (!pace.window || count < 1 || pace.window - inFlight < Math.min(chunk, pace.window)) return [];
+    if (count < 1 || pace.window - inFlight < Math.min(chunk, pace.window)) return [];
     this.#tickets += 1;
     this.#asked = { ticket: this.#tickets, base };
     return [{ do: "propose", ticket: this.#tickets, count }];

@@ -1,10 +1,10 @@
-// What this page has measured of one request, as speculative/estimates.py does it: acceptance, loop and floor times.
+// What this page has measured of one request: acceptance, loop and floor times (speculative/estimates.py knows more).
 // Knows: samples and means. Does not know: where samples come from, or what follows from them.
 
 const NEW_SHARE = 0.1; // of a new sample in a mean
-const ACCEPTANCE_SHARE = 0.03; // verdicts are single bits, and need more of them
-const PRIOR_ACCEPTANCE = 0.7; // before the first verdict; worth PRIOR_VERDICTS of them
-const PRIOR_VERDICTS = 8;
+const ACCEPTANCE_SHARE = 0.06; // verdicts are single bits, and need more of them
+const PRIOR_ACCEPTANCE = 0.5; // before the first verdict; worth PRIOR_VERDICTS of them
+const PRIOR_VERDICTS = 4;
 const PRIOR_FLOOR_SECONDS = 0.2;
 const RECENT_LOOPS = 16;
 

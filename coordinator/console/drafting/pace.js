@@ -4,14 +4,15 @@
 
 const MOST_IN_FLIGHT = 64;
 const MOST_IN_FRAME = 16;
+const LEAST_ACCEPTANCE = 0.4; // below, steps that carry a draft cost more than right ones bring
 const LEAST_CHANCE = 0.1; // below, a row is hardly ever worth its bytes
 const LOADED_CHANCE = 0.88; // the least where the target is fully loaded: its rows are others', as controller.py has it
 
-// { window: drafts in flight, chunk: ids of a frame }. `load`: 0, nobody else needs the target's rows, to 1. Where it has none,
-// a single draft a token finds out when text repeats again; else there may be none at all.
+// { window: drafts in flight, chunk: ids of a frame }. `load`: 0, nobody else needs the target's rows, to 1. A window of 0:
+// drafts are made and judged, and none is sent, until they would be right again.
 export function choosePace({ acceptance, load }) {
   const least = Math.max(LEAST_CHANCE, load * LOADED_CHANCE);
   const likely = Math.floor(Math.log(least) / Math.log(Math.min(0.999, Math.max(0.01, acceptance))));
-  const window = Math.min(MOST_IN_FLIGHT, Math.max(load > 0 ? 0 : 1, likely));
+  const window = acceptance < LEAST_ACCEPTANCE ? 0 : Math.min(MOST_IN_FLIGHT, likely);
   return { window, chunk: Math.max(1, Math.min(MOST_IN_FRAME, window >> 1)) };
 }
