@@ -141,6 +141,11 @@ class World:
         return count / (self.clock.now_seconds - self.first_token_seconds)
 
     @property
+    def sessions(self) -> int:
+        """Of this lease: a second one is opened where a stage was left without rows."""
+        return self._session % 1000
+
+    @property
     def rows_run(self) -> int:
         return sum(stage.rows_run for stage in self.stages.values())
 

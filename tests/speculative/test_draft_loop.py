@@ -10,6 +10,7 @@ from edge_runtime.errors import ProtocolError
 from edge_runtime.speculative.controller import NEVER, Choice, Controller
 from edge_runtime.speculative.draft_loop import Action, DraftLoop, Extend, Propose, Rewind, SendDrafts
 from edge_runtime.speculative.drafters.base import Proposal
+from edge_runtime.speculative.estimates import Measured
 from edge_runtime.speculative.wire import DraftFrame
 
 PROMPT = (1, 2, 3)
@@ -190,3 +191,99 @@ def test_a_target_that_is_loaded_hears_less_and_one_that_is_no_more_hears_all() 
     sent, *_ = loop.loaded(0.0, 0.02)
     assert isinstance(sent, SendDrafts)
     assert sent.frame.ids == (5,)
+
+
+class WideWorld(World):
+    """Beside each draft that is wrong stands the right id, and one more that is not."""
+
+    def answer(self) -> None:
+        if self.asked is None:
+            return
+        asked, self.asked = self.asked, None
+        first = len(self.ids)
+        rights = [self.guesses[at % len(self.guesses)] for at in range(first, first + asked.count)]
+        chain = [(truth(first + i) + (not right)) % VOCABULARY for i, right in enumerate(rights)]
+        sides = [
+            (i - 1, (truth(first + i) + more) % VOCABULARY) for i in range(asked.count) for more in (0, 2)
+        ]
+        sides = [(parent, token) for parent, token in sides if token != chain[parent + 1]]
+        parents = (*range(-1, asked.count - 1), *(parent for parent, _ in sides))
+        chances = (0.5,) * asked.count + (0.2,) * len(sides)
+        proposal = Proposal((*chain, *(token for _, token in sides)), parents, chances, "toy")
+        self.do(self.loop.proposed(asked.ticket, proposal, self.now, self.now + 0.01))
+
+
+class Wide(Controller):
+    """Always the same choice."""
+
+    def __init__(self, side_chance: float) -> None:
+        super().__init__()
+        self.side_chance = side_chance
+
+    def choose(self, measured: Measured, committed_ids: int, load: float = 0.0) -> Choice:
+        return Choice(8, 1, 3, 0.0, self.side_chance)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=9), st.lists(st.integers(0, 4), min_size=20, max_size=120)
+)
+def test_side_rows_stand_beside_drafts_and_the_chain_is_as_without(
+    guesses: list[bool], steps: list[int]
+) -> None:
+    wide, narrow = WideWorld(guesses), World(guesses)
+    wide.loop._controller = narrow.loop._controller = Wide(0.0)
+    for step in steps:
+        for world in (wide, narrow):
+            world.now += 0.02
+            if step == 0:
+                world.answer()
+            elif step == 4:
+                world.do(world.loop.passed(world.now))
+            else:
+                world.commit(step)
+    assert wide.ids == narrow.ids
+    assert len(wide.frames) == len(narrow.frames)
+    for frame, chain in zip(wide.frames, narrow.frames, strict=True):
+        count = frame.chain_length
+        assert (frame.turn, frame.base_row, frame.ids[:count]) == (chain.turn, chain.base_row, chain.ids)
+        beside = list(zip(frame.parents[count:], frame.ids[count:], strict=True))
+        assert all(frame.base_row - 1 <= parent < frame.base_row + count - 1 for parent, _ in beside)
+        assert all(token != frame.ids[parent + 1 - frame.base_row] for parent, token in beside)
+    assert wide.loop.counts.rescued <= wide.loop.counts.misses == narrow.loop.counts.misses
+
+
+def test_guesses_beside_drafts_are_sent_only_where_they_are_likely_enough() -> None:
+    """The chance counts all drafts before: those far ahead stand alone."""
+    counts = []
+    for side_chance in (0.0, 0.05, 0.3):
+        world = WideWorld([True])
+        world.loop._controller = Wide(side_chance)
+        world.commit(1)
+        for _ in range(8):
+            world.answer()
+        counts.append([len(frame.ids) - frame.chain_length for frame in world.frames])
+    every, some, none = counts
+    assert set(every) == {1}
+    assert some[0] == 1
+    assert some[-1] == 0
+    assert set(none) == {0}
+
+
+def test_a_miss_that_was_among_the_side_rows_is_counted_and_no_turn_is_measured_from_it() -> None:
+    """The id after it comes from the side row: sooner than the target makes one by itself."""
+    world = WideWorld([False])
+    world.loop._controller = Wide(0.0)
+    world.commit(1)
+    world.now = 1.0
+    world.commit(1)
+    assert world.loop.estimates.measured().floor_seconds == 1.0
+    world.answer()  # asked for before the last id was known
+    world.answer()
+    world.now = 2.0
+    world.commit(1)
+    world.now = 2.1
+    world.commit(1)
+    assert (world.loop.counts.misses, world.loop.counts.rescued) == (1, 1)
+    assert world.loop.estimates.measured().rescue == 1.0
+    assert world.loop.estimates.measured().floor_seconds == 1.0

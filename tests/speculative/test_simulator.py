@@ -12,6 +12,7 @@ from benchmarks.simulator.baselines import Costs, best, synchronous
 from benchmarks.simulator.model import plain_loop
 from benchmarks.simulator.rates import limit, measure
 from benchmarks.simulator.world import Setting, World
+from edge_runtime.speculative.controller import Limits
 
 CASES = dict(identity.cases(50))
 
@@ -43,6 +44,20 @@ def test_drafting_commits_what_the_formula_says_and_more_than_other_schemes(topo
     assert rate.ours >= 4 * rate.loop
     assert rate.ours > max(rate.plain, rate.synchronous, rate.pearl)
     assert rate.late_fraction <= 0.02
+
+
+def test_side_rows_save_misses_and_nothing_is_fed_again() -> None:
+    """Ids that side rows give are known before their rows have come through: no stage may be left without them."""
+    rates = []
+    for width in (1, 2):
+        setting = Setting(new_tokens=300, acceptance=0.74, rescue=1.0, limits=Limits(max_width=width))
+        world = World(setting).run()
+        assert world.ids == plain_loop(setting.prompt, setting.max_rows, setting.sampling)
+        assert world.sessions == 1
+        assert world.device is not None
+        assert (world.device.loop.counts.rescued > 0) == (width > 1)
+        rates.append(world.tokens_per_second)
+    assert rates[1] > 1.05 * rates[0]
 
 
 def test_the_limit_and_drafting_in_turns_are_those_of_the_published_table() -> None:
