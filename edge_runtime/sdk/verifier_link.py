@@ -216,7 +216,7 @@ def refusal(status: int, body: object, place: str) -> errors.EdgeRuntimeError:
 def _parsed(text: str) -> Json:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise errors.ProtocolError(
             "the server did not answer with JSON", hint="is it a model server?"
         ) from None
@@ -235,7 +235,7 @@ async def _limited(answer: aiohttp.ClientResponse) -> bytes:
 
 
 async def _object_or_none(answer: aiohttp.ClientResponse) -> object:
-    with contextlib.suppress(ValueError, aiohttp.ClientError, TimeoutError):
+    with contextlib.suppress(ValueError, RecursionError, aiohttp.ClientError, TimeoutError):
         async with asyncio.timeout(CONNECT_SECONDS):
             return json.loads(await _limited(answer))
     return None

@@ -15,6 +15,8 @@ from edge_runtime.errors import ProtocolError
 
 Json = dict[str, Any]
 
+MAX_IDS = 1 << 31
+_MOST_DIGITS = 12
 UNKNOWN = -1  # the server prefers another id, and does not say which in a way that can be read
 NO_PROMPT_LOGPROBS = "no_prompt_logprobs"
 INCONSISTENT = "inconsistent_logprobs"
@@ -127,9 +129,10 @@ def object_at(value: Any, *path: str | int) -> Json:
 
 def as_id(value: Any) -> int:
     """A token id, as a number or as the text of one (keys of JSON objects are text)."""
-    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdecimal():
-        raise ProtocolError(f"the server's answer names a token {value!r}, which is no id")
-    return int(value)
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) >= MAX_IDS:
+        raise ProtocolError(f"the server's answer names a token {text[:40]!r}, which is no id")
+    return int(text)
 
 
 def _spelled(path: tuple[str | int, ...]) -> str:

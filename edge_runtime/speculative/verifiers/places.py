@@ -55,7 +55,7 @@ def logprob_of(value: Any) -> float:
         return _LEAST
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise ProtocolError(f"the server gave {value!r} as a log-probability")
-    return max(float(value), _LEAST)
+    return float(min(max(value, _LEAST), -_LEAST))
 
 
 def _contradiction(position: int, what: str) -> ProtocolError:

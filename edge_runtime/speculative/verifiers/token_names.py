@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from edge_runtime.speculative.verifiers.base import UNKNOWN
+from edge_runtime.speculative.verifiers.base import UNKNOWN, as_id
 
 _PREFIX = "token_id:"
 
@@ -29,8 +29,8 @@ class TokenNames:
 
     def id_of(self, name: str) -> int:
         number = name.removeprefix(_PREFIX)
-        if number != name and number.isdecimal():
-            return int(number)
+        if number != name:
+            return as_id(number)
         if self._by_text is None:
             self._by_text = self._read()
         return self._by_text.get(name, UNKNOWN)

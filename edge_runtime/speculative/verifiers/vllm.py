@@ -53,7 +53,10 @@ class VllmPrompt(Completions):
         return self.body(text, 1, prompt_logprobs=0, add_special_tokens=False)
 
     def read_text_ids(self, answer: Json) -> tuple[int, ...]:
-        return tuple(as_id(next(iter(place))) for place in _places(answer, None)[1:] if place)
+        places = _places(answer, None)[1:]
+        if not all(isinstance(place, dict) and place for place in places):
+            raise ProtocolError("the server left out the log-probabilities of a place")
+        return tuple(as_id(next(iter(place))) for place in places)
 
     def prompt_tokens(self, window: Window) -> int:
         return len(window.prompt)

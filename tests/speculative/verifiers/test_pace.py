@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import CapacityError
@@ -75,6 +75,7 @@ class TestChoose:
         assert Pace().choose("s", (0.95,) * 16, is_streaming=False) > 0
         assert Pace().choose("s", (), is_streaming=False) == 0
 
+    @settings(max_examples=30, deadline=None)
     @given(
         st.lists(st.floats(0, 1), max_size=50),
         st.lists(st.tuples(st.integers(0, 40), st.floats(0, 10)), max_size=20),
