@@ -48,6 +48,23 @@ async def test_ids_come_down_as_frames_and_drafts_go_to_the_service(server: Serv
     assert end["usage"]["completion_tokens"] == 6
 
 
+async def test_a_device_is_told_once_how_loaded_the_target_is(server: Server) -> None:
+    server.service.loads = (0.0, 0.6)
+    server.service.hold = asyncio.Event()
+    decoder, frames = CommittedDecoder(256), []
+    async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:
+        await socket.send_json({**BODY, "max_tokens": 60})
+        await socket.receive_json()
+        frames.append(decoder.decode(await socket.receive_bytes()))
+        server.service.hold.set()
+        while not frames[-1].finish:
+            frames.append(decoder.decode(await socket.receive_bytes()))
+    assert frames[0].ids == (ord("d"),)
+    loads = [frame.load for frame in frames if frame.load is not None]
+    assert loads == [pytest.approx(0.6, abs=0.01)]
+    assert sum(len(frame.ids) for frame in frames) == 60
+
+
 async def test_a_broken_socket_is_taken_up_again_after_what_the_device_has(server: Server) -> None:
     server.service.hold = asyncio.Event()
     async with server.http.ws_connect(f"{server.url}/v1/drafting") as socket:

@@ -78,6 +78,7 @@ class FakeService:
     revoked: list[str] = field(default_factory=list)
     links: int = 0
     drafts: list[tuple[RequestId, Draft, str]] = field(default_factory=list)
+    loads: tuple[float, ...] = (0.0,)  # of the first token, the second, ..; the last one of all that follow
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -118,7 +119,8 @@ class FakeService:
             finish = "stop" if piece.is_stop else "length" if index == request.max_tokens - 1 else ""
             self.generated += 1
             cached = 0 if index else self.cached_tokens
-            yield TokenEvent(index, token, piece.text, _logprob(request, token), finish, cached)
+            load = self.loads[min(index, len(self.loads) - 1)]
+            yield TokenEvent(index, token, piece.text, _logprob(request, token), finish, cached, load=load)
             if finish:
                 return
 
