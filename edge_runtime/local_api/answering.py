@@ -50,6 +50,7 @@ class Answering:
         self._stream = stream
         self._created = created
         self._offline_id = offline_id
+        self._said: Json = {}  # of who answers
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Raises NotAnswered where the target told no error and nothing was answered."""
@@ -115,12 +116,12 @@ class Answering:
         return self._asked.usage or plain_usage(len(result.prompt_token_ids), len(result.token_ids))
 
     def _mark(self) -> Json:
-        """Only where the answer is not the target's."""
-        result = self._stream.result
-        if result.answered_by != DRAFT:
-            return {}
-        said = {"answered_by": DRAFT, "target_tokens": result.target_tokens, "model": result.model}
-        return {"edge_runtime": said | {"reason": result.offline_reason}}
+        """Only where the answer is not the target's; the same from then on."""
+        if not self._said and self._stream.answered_by == DRAFT:
+            result = self._stream.result
+            said = {"answered_by": DRAFT, "target_tokens": result.target_tokens, "model": result.model}
+            self._said = {"edge_runtime": said | {"reason": result.offline_reason}}
+        return self._said
 
     def _mark_header(self) -> dict[str, str]:
         return {ANSWERED_BY_HEADER: DRAFT} if self._stream.answered_by == DRAFT else {}

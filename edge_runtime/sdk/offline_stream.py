@@ -18,7 +18,7 @@ from edge_runtime.errors import EdgeRuntimeError, TransportError, UsageError
 from edge_runtime.sdk.http import HttpSession
 from edge_runtime.sdk.local_request import read_request
 from edge_runtime.sdk.offline import Drawn, Ending, OfflineModel, OpenedDraft
-from edge_runtime.sdk.results import DRAFT, Question, Result, StreamToken, timings_of
+from edge_runtime.sdk.results import DRAFT, TARGET, Question, Result, StreamToken, timings_of
 from edge_runtime.sdk.token_stream import AsyncTokenStream
 from edge_runtime.sdk.unreachable import UNREACHABLE, is_unreachable
 
@@ -42,11 +42,16 @@ class OfflineTokenStream(AsyncTokenStream):
         self.cause: EdgeRuntimeError | None = None  # why the draft model answers
 
     @property
+    def answered_by(self) -> str:
+        told = self._told
+        return DRAFT if told is not None and (self._drawn or not told.token_ids) else TARGET
+
+    @property
     def result(self) -> Result:
         told, ending = self._told, self._ending
         if told is None or ending is None:
             return self._inner.result
-        by_draft = bool(self._drawn) or not told.token_ids
+        by_draft = self.answered_by == DRAFT
         ids = (*told.token_ids, *(drawn.id for drawn in self._drawn))
         return dataclasses.replace(
             told,
@@ -57,7 +62,7 @@ class OfflineTokenStream(AsyncTokenStream):
             prompt_token_ids=ending.prompt_ids,
             seed=ending.request.sampling.seed,
             model=self._draft_name if by_draft else told.model,
-            answered_by=DRAFT if by_draft else told.answered_by,
+            answered_by=self.answered_by,
             target_tokens=len(told.token_ids),
             offline_reason=self.cause.message if by_draft and self.cause is not None else "",
             question=self._question if by_draft else None,

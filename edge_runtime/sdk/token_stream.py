@@ -18,7 +18,7 @@ import aiohttp
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
 from edge_runtime.sdk.http import HttpSession, Json, closed, error_of
-from edge_runtime.sdk.results import Result, StreamToken, timings_of
+from edge_runtime.sdk.results import TARGET, Result, StreamToken, timings_of
 from edge_runtime.sdk.sse import ServerEvent, SseParser
 
 RESUME_SECONDS = 30.0  # of failed attempts in a row before a broken stream is given up
@@ -101,7 +101,7 @@ class AsyncTokenStream:
     @property
     def answered_by(self) -> str:
         """ "target", or "draft" from the moment this device's draft model answers."""
-        return self.result.answered_by
+        return TARGET
 
     # ------------------------------------------------------------ the connection
 
