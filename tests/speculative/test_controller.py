@@ -23,7 +23,7 @@ from edge_runtime.speculative.estimates import Measured
 from edge_runtime.speculative.stream_model import cycle, survival
 
 LAPTOP = Measured((0.85,) * 6, 0.1406, 0.14, 0.004, 0.010, 0.00005)
-HOPELESS = replace(LAPTOP, acceptance=(0.01,) * 6)
+HOPELESS = replace(LAPTOP, acceptance=(0.01,) * 6, verdicts=50)
 
 
 def test_the_rate_is_that_of_the_published_table() -> None:
@@ -78,7 +78,8 @@ def test_a_loaded_target_gets_only_what_is_nearly_sure() -> None:
 
 def test_drafts_that_do_not_pay_are_not_made() -> None:
     assert choose(HOPELESS, Limits()) == NOTHING
-    far = replace(LAPTOP, acceptance=(0.5,) * 6, loop_seconds=0.4, floor_seconds=0.03)
+    assert choose(replace(HOPELESS, verdicts=0), Limits()) != NOTHING
+    far = replace(HOPELESS, acceptance=(0.5,) * 6, loop_seconds=0.4, floor_seconds=0.03)
     assert choose(far, Limits()) == NOTHING  # the target is past them when they arrive
 
 
