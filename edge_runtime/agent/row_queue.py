@@ -35,6 +35,12 @@ class RowQueue:
         heads = (works[0] for works in self._works.values())
         return min(MAX_DECODE_ROWS, sum(work.row_count for work in heads if work.is_decode))
 
+    @property
+    def decode_sessions(self) -> int | None:
+        """That wait with one decode row each; None where one has several."""
+        works = [works[0] for works in self._works.values() if works[0].is_decode]
+        return len(works) if all(work.row_count == 1 for work in works) else None
+
     def add(self, work: Work) -> None:
         """Guessed rows that follow each other wait as one work: many rows cost little more than one."""
         works = self._works.setdefault(work.session, deque())
@@ -52,13 +58,16 @@ class RowQueue:
         else:
             self.drop(order.session)
 
-    def take(self, prompt_rows: int | None = None) -> list[Work]:
-        """`prompt_rows`: no more than so many, for which chunks are cut; None: whole chunks, at least one."""
+    def take(self, prompt_rows: int | None = None, sessions: int | None = None) -> list[Work]:
+        """`prompt_rows`: no more than so many, for which chunks are cut; None: whole chunks, at least one.
+
+        `sessions`: no more than so many decode; None: as many as fit.
+        """
         heads = [works[0] for works in self._works.values()]
         if not self.shared:
             chosen = heads[:1]
         else:
-            decode = _within([work for work in heads if work.is_decode], MAX_DECODE_ROWS)
+            decode = _within([work for work in heads if work.is_decode][:sessions], MAX_DECODE_ROWS)
             prompts = [work for work in heads if not work.is_decode]
             chosen = decode + (
                 self._chunks(prompts) if prompt_rows is None else self._cut(prompts, prompt_rows)

@@ -74,7 +74,8 @@ class StageWorker:
         self._deliver = deliver
         self._clock = clock
         self._decode_came_at: float | None = None  # the first decode row since the last step with any began
-        self._lock = threading.Lock()  # of the two below: whoever puts the first command asks for a turn
+        self._lock = threading.Lock()  # of the three below: whoever puts the first command asks for a turn
+        self._came_at: dict[SessionId, float] = {}  # decode rows in the inbox
         self._inbox: deque[Command] = deque()
         self._turn_asked = False
         self._loop = asyncio.new_event_loop()
@@ -108,8 +109,9 @@ class StageWorker:
         if isinstance(command, DropRows) and not command.page_names:  # else its pages are to be kept
             self._give_up(command)
         with self._lock:
-            if isinstance(command, RunRows) and command.work.is_decode and self._decode_came_at is None:
-                self._decode_came_at = self._clock()
+            if isinstance(command, RunRows) and command.work.is_decode:
+                now = self._came_at[command.work.session] = self._clock()
+                self._decode_came_at = now if self._decode_came_at is None else self._decode_came_at
             self._inbox.append(command)
             if self._turn_asked:
                 return
@@ -246,7 +248,8 @@ class StageWorker:
             return None
         if not loaded.queue.shared:
             return 0.0
-        return loaded.pace.pause_seconds(loaded.queue.decode_rows, self._clock())
+        queue = loaded.queue
+        return loaded.pace.pause_seconds(queue.decode_rows, self._clock(), queue.decode_sessions)
 
     def _measure(self) -> None:
         loaded = self._loaded
@@ -268,7 +271,7 @@ class StageWorker:
                 if work.session in loaded.open:
                     loaded.queue.add(work)
                     if work.is_decode:
-                        loaded.pace.came(work.session)
+                        loaded.pace.came(work.session, self._came_at.pop(work.session, None))
             case CancelRows():
                 loaded.queue.cancel(command)
             case DropRows():
@@ -297,6 +300,7 @@ class StageWorker:
     def _drop(self, loaded: LoadedStage, session: SessionId) -> None:
         loaded.queue.drop(session)
         loaded.pace.left(session)
+        self._came_at.pop(session, None)
         loaded.tails.pop(session, None)
         if session in loaded.open:
             loaded.open.discard(session)
@@ -318,9 +322,9 @@ class StageWorker:
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
         now = self._clock()
         decode_rows = sum(work.row_count for work in works if work.is_decode)
-        loaded.pace.ended(
-            decode_rows, sum(work.row_count for work in works) - decode_rows, now - began_at, now
-        )
+        rows = sum(work.row_count for work in works)
+        sessions = [work.session for work in works if work.is_decode and work.row_count == 1]
+        loaded.pace.ended(decode_rows, rows - decode_rows, now - began_at, now, sessions)
         self.steps += 1
         return events
 
@@ -332,7 +336,8 @@ class StageWorker:
         if decode_rows:
             came_at, self._decode_came_at = self._decode_came_at, None
             pace.began(decode_rows, now if came_at is None else came_at)
-        return queue.take(pace.prompt_rows(decode_rows, now))
+        sessions = pace.groups.most() if queue.decode_sessions is not None else None
+        return queue.take(pace.prompt_rows(decode_rows, now), sessions)
 
     def _run_apart(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
         """All in one batch; where that is refused, one by one, so that the guilty session fails alone."""

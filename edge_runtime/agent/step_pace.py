@@ -9,6 +9,9 @@ Knows: how long steps took and when decode rows went and came. Does not know: cl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from edge_runtime.agent.decode_groups import DecodeGroups
 from edge_runtime.core import SessionId
 
 STRETCH = 1.7  # promised is 2 at the 99th percentile: the rest is for what measuring misses
@@ -32,15 +35,19 @@ class StepPace:
         self._fill_began = self._fill_ended = float("-inf")  # the last step without any
         self._since_refresh = 0  # steps with prompt rows since one without
         self._decoding: set[SessionId] = set()
+        self.groups = DecodeGroups()
 
     # ------------------------------------------------------------ what happened
 
-    def came(self, session: SessionId) -> None:
-        """With a decode row."""
+    def came(self, session: SessionId, now: float | None = None) -> None:
+        """With a decode row, at `now` if that is known."""
         self._decoding.add(session)
+        if now is not None:
+            self.groups.came(session, now)
 
     def left(self, session: SessionId) -> None:
         self._decoding.discard(session)
+        self.groups.left(session)
 
     def began(self, decode_rows: int, came_at: float) -> None:
         """A step with decode rows begins; the first of them came at `came_at`."""
@@ -51,7 +58,18 @@ class StepPace:
             self._least_away += (QUICK if away < self._least_away else SLOW) * (away - self._least_away)
             self._most_away += (QUICK if away > self._most_away else SLOW) * (away - self._most_away)
 
-    def ended(self, decode_rows: int, prompt_rows: int, seconds: float, now: float) -> None:
+    def ended(
+        self,
+        decode_rows: int,
+        prompt_rows: int,
+        seconds: float,
+        now: float,
+        sessions: Sequence[SessionId] = (),
+    ) -> None:
+        """`sessions`: whose decode rows took part, where each had one."""
+        if sessions:
+            is_plain = len(sessions) == decode_rows and not prompt_rows
+            self.groups.ended(sessions, seconds if is_plain else 0.0, now)
         if decode_rows:
             self._decoded_at, self._decode_rows = now, decode_rows
         else:
@@ -69,8 +87,13 @@ class StepPace:
 
     # ------------------------------------------------------------ what to do
 
-    def pause_seconds(self, decode_rows: int, now: float) -> float:
-        """How long to wait for decode rows before a step without any. 0: go."""
+    def pause_seconds(self, decode_rows: int, now: float, sessions: int | None = None) -> float:
+        """How long to wait for decode rows before a step without any, or for company of those there are. 0: go.
+
+        `sessions`: that wait with one decode row each; None: some have more.
+        """
+        if decode_rows and sessions is not None:
+            return self.groups.company_seconds(sessions, now)
         if decode_rows or not self._others_decode(now) or self._rows_while_away(now):
             return 0.0
         margin = self._alone_seconds(self._decode_rows) or 0.0  # other stages take prompt rows along, too

@@ -1,0 +1,109 @@
+"""How many sessions decode together in one step of a stage, so that the other stages of its pipeline work meanwhile.
+
+If all sessions go round as one group, every stage but one stands still. More groups keep more stages at work, but a
+step of few rows costs nearly what a step of many does. A round of g groups takes as long as g steps here, and at least
+one step here and everywhere else. Rows that once share a step come back together: a row that waits for company pays
+once, and gains for as long as both decode.
+
+Knows: how long steps take, when sessions' rows went and came. Does not know: queues, clocks, other stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from edge_runtime.core import SessionId
+
+MOST_GROUPS = 8
+GAIN = 0.95  # of the time of a round, below which one more group is worth its trouble
+COMPANY_STEPS = 1.2  # that a row waits for company, at most
+ALONE_STEPS = 32  # without such waiting, after one that was in vain
+PATIENCE_SECONDS = 5.0  # away for longer: stuck, and nothing is learnt from it
+WEIGHT = 0.2  # of the latest step
+QUICK, SLOW = 0.1, 0.005  # towards the least time away (nobody else was in the way), and back from it
+
+
+def group_size(sessions: int, step_seconds: Callable[[int], float], elsewhere: float) -> int:
+    """Sessions of one step where so many decode, one row each.
+
+    `step_seconds(n)`: of a step of n rows here. `elsewhere`: the time a group spends between two of its steps here, in
+    steps of its own size: near 0 for a device alone, near 1 for one of two equal stages.
+    """
+    best, best_seconds = sessions, float("inf")
+    for groups in range(1, min(sessions, MOST_GROUPS) + 1):
+        size = -(-sessions // groups)
+        step = step_seconds(size)
+        seconds = max(-(-sessions // size) * step, (1 + elsewhere) * step)
+        if seconds < GAIN * best_seconds:
+            best, best_seconds = size, seconds
+    return best
+
+
+def least_size(sessions: int, size: int) -> int:
+    """Of the groups of `size` that so many sessions make, the one that is left with what remains."""
+    return sessions - size * (-(-sessions // size) - 1)
+
+
+class DecodeGroups:
+    """The sessions that decode here, how long their steps take, and how long they are away between two."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # of a step by its number of sessions
+        self._sessions: set[SessionId] = set()
+        self._ended: dict[SessionId, tuple[float, float]] = {}  # end and length of each one's last step
+        self._elsewhere: float | None = None  # the least time away, in steps
+        self._waiting_since: float | None = None  # for company
+        self._alone_left = 0  # of ALONE_STEPS
+
+    def came(self, session: SessionId, now: float) -> None:
+        """With a decode row."""
+        self._sessions.add(session)
+        ended_at, seconds = self._ended.pop(session, (now, 0.0))
+        if seconds > 0 and now - ended_at < PATIENCE_SECONDS:
+            steps = max(0.0, now - ended_at) / seconds
+            before = steps if self._elsewhere is None else self._elsewhere
+            self._elsewhere = before + (QUICK if steps < before else SLOW) * (steps - before)
+
+    def left(self, session: SessionId) -> None:
+        self._sessions.discard(session)
+        self._ended.pop(session, None)
+
+    def ended(self, sessions: Sequence[SessionId], seconds: float, now: float) -> None:
+        """A step in which these decoded, one row each. `seconds`: its length; 0 where other rows took part."""
+        if seconds > 0:
+            before = self._seconds.get(len(sessions), seconds)
+            self._seconds[len(sessions)] = before + WEIGHT * (seconds - before)
+        self._ended.update((session, (now, seconds)) for session in sessions if session in self._sessions)
+        if self._waiting_since is not None and len(sessions) < self._least():
+            self._alone_left = ALONE_STEPS
+        elif self._alone_left:
+            self._alone_left -= 1
+        self._waiting_since = None
+
+    def most(self) -> int | None:
+        """Sessions of one step. None: all that are there."""
+        if len(self._sessions) < 2 or self._elsewhere is None:
+            return None
+        return group_size(len(self._sessions), self._step_seconds, self._elsewhere)
+
+    def company_seconds(self, waiting: int, now: float) -> float:
+        """How long so many sessions that wait with a row wait for more. 0: they go."""
+        if self._alone_left or waiting >= self._least():
+            return 0.0
+        if self._waiting_since is None:
+            self._waiting_since = now
+        limit_seconds = COMPANY_STEPS * self._step_seconds(waiting)
+        return max(0.0, self._waiting_since + limit_seconds - now)
+
+    def _step_seconds(self, sessions: int) -> float:
+        """Between measured sizes on a straight line; beyond them as if more rows were free: then they are tried."""
+        less = max((size for size in self._seconds if size <= sessions), default=0)
+        more = min((size for size in self._seconds if size >= sessions), default=0)
+        if not less or not more:
+            return self._seconds.get(less or more, 0.0)
+        share = (sessions - less) / max(1, more - less)
+        return self._seconds[less] + share * (self._seconds[more] - self._seconds[less])
+
+    def _least(self) -> int:
+        size = self.most()
+        return 1 if size is None else least_size(len(self._sessions), size)

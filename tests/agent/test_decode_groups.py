@@ -1,0 +1,43 @@
+"""Groups: one on a device alone, as many as keep the stages at work in a pipeline."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.agent.decode_groups import group_size
+
+MEASURED = {1: 27.0, 2: 27.0, 3: 35.0, 4: 42.0, 5: 49.0, 6: 56.0, 7: 63.0, 8: 70.0}
+
+
+def linear(rows: int) -> float:
+    return 50.0 + rows
+
+
+@pytest.mark.parametrize(
+    ("sessions", "elsewhere", "size"),
+    [
+        (4, 0.0, 4),  # a device alone: two halves would take 54, not 42
+        (4, 1.0, 2),  # two equal stages: 54 a round instead of 84
+        (4, 2.0, 2),  # three: 81 instead of 126, and four groups of one are no better
+        (1, 3.0, 1),
+        (8, 1.0, 4),  # 84 instead of 140
+        (8, 3.0, 2),  # 108 instead of 168 with two groups
+    ],
+)
+def test_measured_steps(sessions: int, elsewhere: float, size: int) -> None:
+    assert group_size(sessions, MEASURED.__getitem__, elsewhere) == size
+
+
+@given(sessions=st.integers(1, 64), elsewhere=st.floats(0, 20))
+def test_a_round_is_never_longer_than_with_everybody_in_one_group(sessions: int, elsewhere: float) -> None:
+    size = group_size(sessions, linear, elsewhere)
+    assert 1 <= size <= sessions
+    groups = -(-sessions // size)
+    one = (1 + elsewhere) * linear(sessions)
+    assert max(groups * linear(size), (1 + elsewhere) * linear(size)) <= one
+
+
+def test_what_was_never_measured_does_not_divide() -> None:
+    assert group_size(5, lambda _: 0.0, 1.0) == 5
