@@ -271,8 +271,9 @@ class FrameRows:
 
     `parents[i]` is the row that row `base_row + i` continues; a chain names the row before. Of guessed rows, side rows
     may follow the chain: run once, never held (docs/speculative.md); `ids` and rows have them last. A frame that
-    continues a row below those a stage holds drops the rows after it: committing is choosing a parent. `seq` is issued by stage 1
-    alone, `lease` by the coordinator alone, `turn` is the position of the last wrong guess; older ones are dropped.
+    continues a row below those a stage holds drops the rows after it: committing is choosing a parent. `seq` is issued
+    by stage 1 alone, `lease` by the coordinator alone, `turn` is the position of the last wrong guess; older ones are
+    dropped.
     """
 
     session: int
