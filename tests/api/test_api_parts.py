@@ -17,7 +17,6 @@ from coordinator.api.openai import chat, completions, embeddings
 from coordinator.api.openai.generation import fit
 from coordinator.api.openai.logprobs import LOWEST, CompletionLogprobs, TokenText, chat_entry
 from coordinator.api.openai.parameters import Table
-from coordinator.api.openai.seeds import choice_seed
 from coordinator.api.openai.ticket import Ticket, choice_id, read_ticket
 from edge_runtime import errors
 from edge_runtime.core import TokenLogprob
@@ -62,18 +61,6 @@ def test_no_other_text_is_an_id(ticket, data):
 @given(st.text(max_size=80))
 def test_any_text_can_be_asked_for(text):
     assert read_ticket(text, "lab") is None
-
-
-def test_golden_choice_seeds():
-    assert [choice_seed(7, index) for index in range(3)] == GOLDEN_SEEDS
-    assert choice_seed(2**64 - 1, 0) == 2**64 - 1
-    assert len({choice_seed(seed, index) for seed in range(50) for index in range(1, 50)}) == 50 * 49
-    for seed, choice in ((-1, 0), (2**64, 0), (0, -1)):
-        with pytest.raises(ValueError, match="unsigned"):
-            choice_seed(seed, choice)
-
-
-GOLDEN_SEEDS = [7, 17978799925119932818, 18290988940002302398]
 
 
 def test_what_fits_and_what_does_not():

@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from edge_kernels.sampling import choice_seed
+
 from coordinator.api.context import Api
 from coordinator.api.openai.answer import Answer
 from coordinator.api.openai.chat import ChatDialect
@@ -17,7 +19,6 @@ from coordinator.api.openai.choices import Choice, Source
 from coordinator.api.openai.completions import CompletionDialect
 from coordinator.api.openai.generation import Options
 from coordinator.api.openai.logprobs import TokenText
-from coordinator.api.openai.seeds import choice_seed
 from coordinator.api.openai.ticket import RANDOM_BYTES, Ticket, choice_id
 from coordinator.service import GenerateRequest, Service
 
