@@ -8,18 +8,28 @@ from pathlib import Path
 
 import pytest
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "models" / "moe"
+MODELS = Path(__file__).parents[2] / "examples" / "models"
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundle") / "moe"
+    return exported("moe", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def demo_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The draft model of the demo."""
+    return exported("draft", tmp_path_factory)
+
+
+def exported(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / model
     command = [
         sys.executable,
         "-m",
         "edge_runtime.cli",
         "export",
-        str(CHECKPOINT),
+        str(MODELS / model),
         str(path),
         "--weights",
         "int8",

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import DeviceSpec, LocalCluster
+from edge_runtime.sdk import draft_stream
+from edge_runtime.speculative.controller import Controller, Limits, Prices
+from edge_runtime.speculative.draft_loop import DraftLoop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 LINE = '    parser.add_argument("--name", type=str, default="")\n'
 PROMPT = "import argparse\n\n\ndef main():\n" + LINE * 6
+NOVEL = "import os\n\n\ndef read_lines(path):\n"
 OPTIONS = {"max_tokens": 160, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, **OPTIONS}
 SAMPLED = {"temperature": 0.7, "seed": 7, **OPTIONS}
@@ -40,6 +44,28 @@ def test_drafts_change_no_id_and_some_are_right(three: LocalCluster, options) ->
     assert drafted.finish_reason == plain.finish_reason == "length"
     assert drafted.accepted_draft_tokens > 0
     assert again.accepted_draft_tokens > 0
+
+
+def test_side_rows_change_no_id_and_save_misses(
+    three: LocalCluster, demo_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses beside the draft model's drafts, wherever it names any."""
+    loops: list[DraftLoop] = []
+
+    def loop_of(*given: object, **named: object) -> DraftLoop:
+        loops.append(DraftLoop(*given, **named))
+        return loops[-1]
+
+    free = Prices(row=0.0, byte=0.0)
+    monkeypatch.setattr(draft_stream, "Controller", lambda: Controller(Limits(max_width=3), free))
+    monkeypatch.setattr(draft_stream, "DraftLoop", loop_of)
+    for options in (GREEDY, SAMPLED):
+        plain = three.client().generate(NOVEL, **options)
+        with three.client(draft=demo_draft) as client:
+            drafted = client.generate(NOVEL, **options)
+        assert drafted.token_ids == plain.token_ids
+    assert sum(loop.counts.sides for loop in loops) > 0
+    assert sum(loop.counts.rescued for loop in loops) > 0
 
 
 @CHOICES
