@@ -40,6 +40,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.parametrize("name", SOME)
 def test_ids_are_those_of_one_model_alone_whatever_is_drafted_and_lost(bundle: Bundle, name: str) -> None:
     case = CASES[name]
+    if (
+        case.faults == "replanned"
+    ):  # sooner than in the benchmark: so few ids are made in less than its first second
+        faults = replace(case.setting.faults, replan_seconds=0.3)
+        case = replace(case, setting=replace(case.setting, faults=faults))
     compared = compare(case, bundle, plain_ids(bundle, case.setting))
     assert (compared.tokens, compared.differing) == (TOKENS, 0)
     if case.drafter in ("mixed", "right"):
