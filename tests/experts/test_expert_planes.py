@@ -90,7 +90,7 @@ def start_at_2_bits(bundle: Bundle, slots: int = ALL_SLOTS, **options: object) -
     batches=st.lists(st.integers(1, 20), min_size=1, max_size=6),
     seed=st.integers(0, 50),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whole_experts_give_the_same_bits_always(
     bundle: Bundle, policy: str, slots: int, lanes: int, batches: list[int], seed: int
 ) -> None:
@@ -109,7 +109,7 @@ def test_whole_experts_give_the_same_bits_always(
 
 
 @given(seed=st.integers(0, 1000), slots=st.integers(LAYERS * TOP_K, ALL_SLOTS))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_same_bits_under_read_errors(bundle: Bundle, seed: int, slots: int) -> None:
     chance, lock = random.Random(seed), threading.Lock()
 
@@ -169,7 +169,7 @@ def test_an_expert_used_early_has_the_bits_of_its_first_plane_and_then_of_both(b
     batches=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_while_planes_come_every_expert_has_the_bits_of_some_of_its_planes(
     bundle: Bundle, slots: int, lanes: int, batches: list[int], seed: int
 ) -> None:
