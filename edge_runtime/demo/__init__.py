@@ -1,1 +1,1 @@
-"""The bundle that `edge-runtime demo` runs, made from `examples/models/moe` at int8."""
+"""The bundle that `edge-runtime demo` runs and its draft, made from `examples/models` at int8."""

@@ -132,7 +132,9 @@ def choose(
     window = max(windows, key=lambda w: (worth(1, w), -w))
     chunks = [c for c in CHUNKS if c <= min(limits.max_chunk, max(1, window // CHUNKS_OF_WINDOW))]
     chunk = max(chunks, key=lambda c: (worth(c, window), -c))
-    is_known = measured.verdicts >= PROBE_VERDICTS  # before that drafts are tried, whatever is believed of them
+    is_known = (
+        measured.verdicts >= PROBE_VERDICTS
+    )  # before that drafts are tried, whatever is believed of them
     if is_known and worth(chunk, window) <= utility(without_drafts(measured), load, prices):
         return NOTHING
     least = max(_least_chance(measured, window), load * prices.loaded_chance)

@@ -338,7 +338,9 @@ def test_a_gap_is_told_once_with_the_row_wanted(tail: PipelineState) -> None:
 
 
 @pytest.mark.parametrize("parents", [(-1, -1), (-1, 5), (0, 1), (-1, 0, 0)])
-def test_rows_that_are_no_chain_are_refused_where_rows_are_given(tail: PipelineState, parents: tuple[int, ...]) -> None:
+def test_rows_that_are_no_chain_are_refused_where_rows_are_given(
+    tail: PipelineState, parents: tuple[int, ...]
+) -> None:
     ((_, message),) = messages(tail.handle(arrives(frame(0, (4, 5), parents=parents))))
     assert isinstance(message, SessionFailed)
     assert message.code == "protocol"

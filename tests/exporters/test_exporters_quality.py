@@ -61,7 +61,7 @@ def held_out() -> tuple[Sequences, Scores]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "agreement"), [("fp32", 0.9995), ("int8", 0.985), ("int4", 0.94), ("nested4", 0.94)]
+    ("weights", "agreement"), [("fp32", 0.9995), ("int8", 0.985), ("int4", 0.93), ("nested4", 0.93)]
 )
 def test_the_demo_model_keeps_its_tokens_on_held_out_text(
     held_out: tuple[Sequences, Scores], tmp_path: Path, weights: str, agreement: float

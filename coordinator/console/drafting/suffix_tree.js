@@ -62,8 +62,8 @@ export class SuffixTree {
   }
 
   // { matchTokens, count, places } for each length at which the end of `tail` matches, longest first. `count`: places where so
-  // many match; `places`: those of them where no more do. `isOwnEnd`: the text ends with `tail`, a place that is counted and
-  // has nothing after it.
+  // many match; `places`: those of them where no more do. `isOwnEnd`: the text ends with `tail`; that place says
+  // nothing about what follows, and is not counted.
   #find(tail, isOwnEnd) {
     let places = (tail.length && this.places.get(tail[tail.length - 1]))?.slice(-MOST_PLACES) ?? [];
     if (isOwnEnd) places = places.filter((place) => place < this.length - 1);
@@ -73,7 +73,7 @@ export class SuffixTree {
       if (byLength.has(length)) byLength.get(length).push(place);
       else byLength.set(length, [place]);
     }
-    let count = isOwnEnd ? 1 : 0;
+    let count = 0;
     return [...byLength].sort(([a], [b]) => b - a).map(([matchTokens, ending]) => {
       count += ending.length;
       return { matchTokens, count, places: ending.filter((place) => place < this.length - 1) }; // after a text's last id there is none

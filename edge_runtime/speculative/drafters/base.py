@@ -26,6 +26,9 @@ class Proposal:
     parents: tuple[int, ...]
     probabilities: tuple[float, ...]
     source: str  # which drafter: acceptance is estimated by source and depth
+    match_tokens: int = (
+        0  # ids before the first node that were found elsewhere; 0 where a guess rests on none
+    )
 
     @property
     def chain_length(self) -> int:
@@ -38,6 +41,24 @@ class Proposal:
             (self.ids[side], self.probabilities[side])
             for side in range(self.chain_length, len(self.ids))
             if self.parents[side] == index - 1
+        )
+
+    def first(self, count: int) -> Proposal:
+        """Of the chain only `count` ids, and what stands beside them."""
+        if count >= self.chain_length:
+            return self
+        kept = list(range(count))
+        place = {ROOT: ROOT, **{index: index for index in kept}}
+        for side in range(self.chain_length, len(self.ids)):
+            if self.parents[side] in place and self.parents[side] != count - 1:
+                place[side] = len(kept)
+                kept.append(side)
+        return Proposal(
+            ids=tuple(self.ids[index] for index in kept),
+            parents=tuple(place[self.parents[index]] for index in kept),
+            probabilities=tuple(self.probabilities[index] for index in kept),
+            source=self.source,
+            match_tokens=self.match_tokens,
         )
 
     @property

@@ -12,6 +12,7 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.engine.executors import AUTO as AUTO_EXECUTOR
 from edge_runtime.errors import UsageError
 from edge_runtime.speculative.drafters.base import Drafter
+from edge_runtime.speculative.drafters.calibrated import Calibrated
 from edge_runtime.speculative.drafters.chooser import Chooser
 from edge_runtime.speculative.drafters.model import ModelDrafter
 from edge_runtime.speculative.drafters.none import NoDrafter
@@ -62,7 +63,7 @@ def make_drafter(
     if spec == NONE:
         return NoDrafter()
     if spec == SUFFIX or (spec == AUTO and bundle is None):
-        return SuffixDrafter(memory, request_index_bytes=budget.request_index_bytes)
+        return Calibrated(SuffixDrafter(memory, request_index_bytes=budget.request_index_bytes))
     if bundle is None:
         raise UsageError(
             "drafting with a model needs the model", hint='name its bundle, or use draft="suffix"'
@@ -76,7 +77,8 @@ def make_drafter(
     model = ModelDrafter(opened, kv_bytes=budget.kv_bytes, executor=executor, threads=threads)
     if spec == MODEL:
         return model
-    return Chooser(model, SuffixDrafter(memory, request_index_bytes=budget.request_index_bytes))
+    suffix = SuffixDrafter(memory, request_index_bytes=budget.request_index_bytes)
+    return Chooser(model, Calibrated(suffix))
 
 
 def tokenizer_digest(bundle: Bundle) -> str:

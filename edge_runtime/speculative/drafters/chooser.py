@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from edge_runtime.core import SamplingParams
 from edge_runtime.speculative.drafters.base import Drafter, Proposal
 
+LOOK_AHEAD = 8  # ids: what goes on for long is worth following even where its first id is not the likeliest
 FIRST_GUESS = 0.6  # of the model's acceptance, before anything was seen
 _FIRST_WEIGHT = 8.0  # drafts that the first guess counts for
 _MEMORY = 0.98  # per judged draft: some fifty count
@@ -84,10 +85,12 @@ class Chooser:
 
     def propose(self, count: int, width: int = 1) -> Proposal:
         """`source` of the proposal is that of the drafter that made it."""
-        found = self._suffix.propose(count, width)
+        ahead = max(count, LOOK_AHEAD)
+        found = self._suffix.propose(ahead, width)
         model = self._acceptance[self._model.source]
-        if not found.ids or found.expected_accepted < model.expected_of(count):
+        if not found.ids or found.expected_accepted < model.expected_of(ahead):
             found = self._model.propose(count, width)
+        found = found.first(count)
         self._last = found
         return found
 

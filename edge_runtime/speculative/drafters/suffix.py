@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -128,7 +128,7 @@ class SuffixDrafter:
         if self._memory is not None:
             found.append(self._memory.best(tail, choose))
         return [
-            Proposal(best.ids, best.parents, best.probabilities, self.source)
+            Proposal(best.ids, best.parents, best.probabilities, self.source, best.match_tokens)
             for best in found
             if best is not None and best.ids
         ]
@@ -141,7 +141,8 @@ class SuffixDrafter:
         if found is None:
             return None
         path, node = found
-        return self._with_sides(tree, node, path, width) if width > 1 else path
+        wide = self._with_sides(tree, node, path, width) if width > 1 else path
+        return replace(wide, match_tokens=node.match_tokens)
 
     def _with_sides(self, tree: SuffixTree, node: Node, chain: Continuation, width: int) -> Continuation:
         """The chain, then the most probable nodes beside it, at most `width` - 1 for each position of the chain."""

@@ -34,7 +34,7 @@ _LIST_BYTES = 240  # of an id's list, its entry and its key
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Of a run of ids that was found. `count`: places where it ends, one more than `places` where the text ends so."""
+    """Of a run of ids that was found. `count`: places where it ends; of a memory's last text the end is among them."""
 
     match_tokens: int
     count: int
@@ -49,6 +49,7 @@ class Continuation:
     ids: tuple[int, ...]
     parents: tuple[int, ...]
     probabilities: tuple[float, ...]
+    match_tokens: int = 0  # of the node
 
     @property
     def score(self) -> float:
@@ -120,7 +121,7 @@ class SuffixTree:
         """Nodes of the last m ids of `tail`, longest first, one for each different set of places.
 
         Of the m with the same places only the largest is there: it allows the longest drafts. `is_own_end`: the text
-        ends with `tail`, a place that is counted and has nothing after it.
+        ends with `tail`; that place says nothing about what follows, and is not counted.
         """
         places = self._latest(int(tail[-1])) if len(tail) else np.empty(0, np.int64)
         if is_own_end:
@@ -128,18 +129,14 @@ class SuffixTree:
         self.places_looked_at += len(places)
         lengths = self._common_lengths(places, tail[-DEPTH:][::-1])
         ends_here = places == self._length - 1  # the memory's last text: nothing follows
-        return (
-            self._node(int(tokens), places, lengths, ends_here, is_own_end)
-            for tokens in np.unique(lengths)[::-1]
-        )
+        return (self._node(int(tokens), places, lengths, ends_here) for tokens in np.unique(lengths)[::-1])
 
     @staticmethod
-    def _node(
-        tokens: int, places: Places, lengths: Places, ends_here: NDArray[np.bool_], is_own_end: bool
-    ) -> Node:
+    def _node(tokens: int, places: Places, lengths: Places, ends_here: NDArray[np.bool_]) -> Node:
         matched = lengths >= tokens
-        count = int(matched.sum()) + is_own_end
-        return Node(tokens, count, places[matched & ~ends_here], places[(lengths == tokens) & ~ends_here])
+        return Node(
+            tokens, int(matched.sum()), places[matched & ~ends_here], places[(lengths == tokens) & ~ends_here]
+        )
 
     def _latest(self, token: int) -> Places:
         places = self._places.get(token)
