@@ -14,9 +14,9 @@ from edge_runtime import DeviceSpec, LocalCluster
 from edge_runtime.sdk.cluster import demo_bundle
 from tests.support.api_server import ADMIN_KEY, Server
 from tests.support.chromium import watch
+from tests.support.copied_code import COPIED_CODE
 
-LINE = '    parser.add_argument("--name", type=str, default="")\n'
-REPETITIVE = "import argparse\n\n\ndef main():\n" + LINE * 6
+REPETITIVE = COPIED_CODE
 KEPT_SOCKETS = """const Plain = WebSocket; window.sockets = [];
 window.WebSocket = class extends Plain { constructor(...given) { super(...given); window.sockets.push(this); } };"""
 

@@ -11,13 +11,14 @@ import pytest
 
 from edge_runtime import DeviceSpec, LocalCluster
 from edge_runtime.sdk import draft_stream
-from edge_runtime.speculative.controller import Controller, Limits, Prices
+from edge_runtime.speculative.controller import Choice, Controller
 from edge_runtime.speculative.draft_loop import DraftLoop
+from edge_runtime.speculative.estimates import Measured
+from tests.support.copied_code import COPIED_CODE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
-LINE = '    parser.add_argument("--name", type=str, default="")\n'
-PROMPT = "import argparse\n\n\ndef main():\n" + LINE * 6
+PROMPT = COPIED_CODE
 NOVEL = "import os\n\n\ndef read_lines(path):\n"
 OPTIONS = {"max_tokens": 160, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, **OPTIONS}
@@ -46,6 +47,13 @@ def test_drafts_change_no_id_and_some_are_right(three: LocalCluster, options) ->
     assert again.accepted_draft_tokens > 0
 
 
+class AlwaysWide(Controller):
+    """Drafts whether it pays or not: next to a target on the same machine it hardly ever does."""
+
+    def choose(self, measured: Measured, committed_ids: int, load: float = 0.0) -> Choice:
+        return Choice(window=8, chunk=2, width=3)
+
+
 def test_side_rows_change_no_id_and_save_misses(
     three: LocalCluster, demo_draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,8 +64,7 @@ def test_side_rows_change_no_id_and_save_misses(
         loops.append(DraftLoop(*given, **named))
         return loops[-1]
 
-    free = Prices(row=0.0, byte=0.0)
-    monkeypatch.setattr(draft_stream, "Controller", lambda: Controller(Limits(max_width=3), free))
+    monkeypatch.setattr(draft_stream, "Controller", AlwaysWide)
     monkeypatch.setattr(draft_stream, "DraftLoop", loop_of)
     for options in (GREEDY, SAMPLED):
         plain = three.client().generate(NOVEL, **options)

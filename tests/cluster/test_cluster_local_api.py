@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from edge_runtime import Client, DeviceSpec, LocalCluster
+from tests.support.copied_code import COPIED_CODE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 DEMO = Path(__file__).parents[2] / "edge_runtime" / "demo" / "bundle"
-LINE = '    parser.add_argument("--name", type=str, default="")\n'
-PROMPT = "import argparse\n\n\ndef main():\n" + LINE * 6
+PROMPT = COPIED_CODE
 GREEDY = {"temperature": 0.0, "max_tokens": 160, "ignore_eos": True}
 SAMPLED = {"temperature": 0.7, "seed": 7, "max_tokens": 160, "ignore_eos": True}
 

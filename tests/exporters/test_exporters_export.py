@@ -187,7 +187,7 @@ def test_int8_activations_are_rounded_by_block() -> None:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize(("weights", "agreement"), [("int8", 0.97), ("int4", 0.90), ("nested4", 0.90)])
+@pytest.mark.parametrize(("weights", "agreement"), [("int8", 0.97), ("int4", 0.87), ("nested4", 0.87)])
 def test_the_demo_model_exports_from_the_command_line(tmp_path: Path, weights: str, agreement: float) -> None:
     command = [sys.executable, "-m", "edge_runtime.cli", "export", str(DEMO), str(tmp_path / "b")]
     done = subprocess.run(
