@@ -23,6 +23,7 @@ NOVEL = "import os\n\n\ndef read_lines(path):\n"
 OPTIONS = {"max_tokens": 160, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, **OPTIONS}
 SAMPLED = {"temperature": 0.7, "seed": 7, **OPTIONS}
+WARM = {**SAMPLED, "temperature": 1.0}
 CHOICES = pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 
 
@@ -54,10 +55,8 @@ class AlwaysWide(Controller):
         return Choice(window=8, chunk=2, width=3)
 
 
-def test_side_rows_change_no_id_and_save_misses(
-    three: LocalCluster, demo_draft: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guesses beside the draft model's drafts, wherever it names any."""
+def test_side_rows_change_no_id_and_save_misses(three: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses beside the drafts of the model that ships, wherever it names any."""
     loops: list[DraftLoop] = []
 
     def loop_of(*given: object, **named: object) -> DraftLoop:
@@ -66,9 +65,9 @@ def test_side_rows_change_no_id_and_save_misses(
 
     monkeypatch.setattr(draft_stream, "Controller", AlwaysWide)
     monkeypatch.setattr(draft_stream, "DraftLoop", loop_of)
-    for options in (GREEDY, SAMPLED):
+    for options in (GREEDY, SAMPLED, WARM, {**WARM, "seed": 8}):
         plain = three.client().generate(NOVEL, **options)
-        with three.client(draft=demo_draft) as client:
+        with three.client(draft="model") as client:
             drafted = client.generate(NOVEL, **options)
         assert drafted.token_ids == plain.token_ids
     assert sum(loop.counts.sides for loop in loops) > 0
