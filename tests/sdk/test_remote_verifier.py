@@ -239,7 +239,7 @@ class TestWhatItCosts:
                 assert stream.usage.cached_tokens > 0.5 * stream.usage.prompt_tokens
         assert computed["sglang"] < 3
         assert computed["prefixes"] < 8
-        assert computed["vllm"] > 10
+        assert computed["vllm"] > 6
 
     async def test_drafts_that_bring_nothing_leave_the_server_s_own_stream(self, serve: Serve) -> None:
         """k = 0: a fast server far away."""
@@ -253,7 +253,7 @@ class TestWhatItCosts:
 
     async def test_while_drafts_are_right_the_next_window_is_on_its_way(self, serve: Serve) -> None:
         server = await serve("sglang")
-        server.faults.seconds = 0.02
+        server.faults.seconds = 0.15
         async with verifier_of(server) as verifier:
             await verifier.server()
             eager(verifier)
