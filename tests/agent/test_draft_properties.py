@@ -1,6 +1,6 @@
 """Whatever is guessed, and whatever the links do to the guesses, the ids are those of decoding without drafts.
 
-The cluster of `test_pipeline_state_properties`, with somebody who drafts: rightly, wrongly, late, twice, for positions
+The cluster of `tests/support/pipeline_world.py`, with somebody who drafts: rightly, wrongly, late, twice, for positions
 that do not exist, with turns that never were.
 """
 
@@ -23,7 +23,8 @@ from edge_runtime.protocol.messages import (
     Tokens,
     UnloadStage,
 )
-from tests.agent.test_pipeline_state_properties import VOCAB, Cluster, Flight, plain_loop, plans, prompts
+from tests.support.pipeline_world import Cluster, Flight, plans, prompts
+from tests.support.toy_stage import VOCAB, plain_loop
 
 KINDS = ("right", "right", "right", "wrong", "late", "ahead", "turn", "tree", "junk", "beside", "beside")
 

@@ -1,16 +1,19 @@
-"""Every test here leaves no descriptor and no task behind."""
+"""Links of every kind; and every test here leaves no descriptor and no task behind."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
 from edge_runtime.transport import zeromq
+from edge_runtime.transport.base import Connection
 from edge_runtime.trust.admission import Admission
 from edge_runtime.trust.identity import KeyPair
+from tests.support.carriers import Carrier, Inproc, Network, Pair, Relayed, Websocket
 
 SETTLE_SECONDS = 4.0  # libzmq closes sockets on a thread of its own, after lingering
 
@@ -59,3 +62,17 @@ async def _settle(condition: Callable[[], bool], seconds: float) -> None:
         if condition():
             return
         await asyncio.sleep(0.01)
+
+
+@pytest.fixture(params=[Inproc, Network, Websocket, Relayed], ids=["inproc", "zeromq", "websocket", "relay"])
+async def carrier(request: pytest.FixtureRequest) -> AsyncIterator[Carrier]:
+    carrier: Carrier = request.param()
+    async with asyncio.timeout(30):
+        yield carrier
+        await carrier.close()
+
+
+@pytest.fixture
+async def links(carrier: Carrier) -> AsyncIterator[tuple[Connection, Connection]]:
+    async with AsyncExitStack() as stack:
+        yield await Pair(carrier, await carrier.listen()).open(stack)
