@@ -1,4 +1,4 @@
-"""Several devices as one: `python -m benchmarks.pipeline [--json] [--model tiny] [--no-peers]`.
+"""Several devices as one: `python -m benchmarks.pipeline [--json] [--model tiny] [--no-peers] [--only PART …]`.
 
 Two 1-thread agents on loopback (real processes, CURVE, HTTP) against one 1-thread device, against llama.cpp's RPC
 backend with two 1-thread servers, with four sessions at once, and over a link of 20 ms; then what the planner
@@ -10,10 +10,11 @@ one's, both directions; the larger of the two medians is reported.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from benchmarks.peers.environment import PeerProcess, peers_python
 from benchmarks.plans import PlanResult, measure_plans, plan_errors
 from benchmarks.samples import Measure, Samples, in_turns, listed, percentile
 from benchmarks.shaping_proxy import Shape
-from benchmarks.steps import Step, ring_hops, row_hops
+from benchmarks.steps import Step, described, ring_hops, row_hops
 from benchmarks.streams import Prompts, stream, together, total_tokens_per_second
 
 SOLO, PAIR, FOUR, WAN, RPC = (
@@ -35,6 +36,8 @@ SOLO, PAIR, FOUR, WAN, RPC = (
     "two devices, 20 ms apart",
     "llama.cpp RPC, two servers",
 )
+PARTS = {"pair": PAIR, "four": FOUR, "wan": WAN, "rpc": RPC, "plans": None}  # and the arm of each
+ON_THE_PAIR = frozenset(("pair", "four"))
 RTT_SECONDS = 0.020
 SESSIONS = 4
 MIB = 1 << 20
@@ -84,36 +87,37 @@ def within(steps: Sequence[Step], windows: Sequence[tuple[float, float]]) -> lis
 
 
 async def compare(
-    bench: Bench, rounds: int, patience: Patience, *, peers: bool
-) -> tuple[Samples, list[PlanResult], Running]:
-    """All arms in turns; the plans among them; the pair, with its notes read."""
+    bench: Bench, rounds: int, patience: Patience, parts: Collection[str]
+) -> tuple[Samples, list[PlanResult], Running | None]:
+    """The arms of these parts and one device, in turns; what was planned for them; the pair, with its notes read."""
     model = bench.model
+    pair: Running | None = None
+    arms: dict[str, Measure] = {}
     async with AsyncExitStack() as stack:
         solo = await stack.enter_async_context(running(model, [device(model, "solo", 1)]))
-        devices = [device(model, "front", 1), device(model, "back", 1)]
-        pair = await stack.enter_async_context(running(model, devices, split=model.balanced))
-        far = [device(model, "near", 1), device(model, "far", 1)]
-        wan = await stack.enter_async_context(
-            running(model, far, split=model.balanced, shape=Shape(RTT_SECONDS / 2))
-        )
-        arms: dict[str, Measure] = {
-            SOLO: bench.one(solo),
-            PAIR: bench.one(pair),
-            FOUR: bench.four(pair),
-            WAN: bench.one(wan),
-        }
-        if peers:
-            command = (str(model.gguf()), "--threads", "1", "--rpc", "2")
-            arms[RPC] = rpc(
-                await stack.enter_async_context(PeerProcess(peers_python(), "llamacpp.py", *command)), model
+        arms[SOLO] = bench.one(solo)
+        if ON_THE_PAIR.intersection(parts):
+            devices = [device(model, "front", 1), device(model, "back", 1)]
+            pair = await stack.enter_async_context(running(model, devices, split=model.balanced))
+            on_the_pair = {PAIR: bench.one(pair), FOUR: bench.four(pair)}
+            arms.update((name, arm) for name, arm in on_the_pair.items() if name in map(PARTS.get, parts))
+        if "wan" in parts:
+            far = [device(model, "near", 1), device(model, "far", 1)]
+            shape = Shape(RTT_SECONDS / 2)
+            arms[WAN] = bench.one(
+                await stack.enter_async_context(running(model, far, split=model.balanced, shape=shape))
             )
+        if "rpc" in parts:
+            command = (str(model.gguf()), "--threads", "1", "--rpc", "2")
+            peer = await stack.enter_async_context(PeerProcess(peers_python(), "llamacpp.py", *command))
+            arms[RPC] = rpc(peer, model)
         for arm in arms.values():
             await arm()  # warm
         found = await in_turns(arms, rounds, patience)
-        plans = [
-            PlanResult("one device, 1 thread", await predicted(solo), found.median(SOLO) or 0.0),
-            PlanResult(f"two devices, {model.balanced}", await predicted(pair), found.median(PAIR) or 0.0),
-        ]
+        plans = [PlanResult("one device, 1 thread", await predicted(solo), found.median(SOLO) or 0.0)]
+        if pair is not None and PAIR in arms:
+            plan = f"two devices, {model.balanced}"
+            plans.append(PlanResult(plan, await predicted(pair), found.median(PAIR) or 0.0))
     return found, plans, pair
 
 
@@ -121,20 +125,61 @@ async def predicted(cluster: Running) -> float:
     return float((await cluster.plan())["predicted_tokens_per_second"])
 
 
-def agent_overhead_mib(bench: Bench, pair: Running) -> float:
+def agent_overhead_mib(bench: Bench, pair: Running) -> float | None:
     """Resident memory beyond weights and the KV committed at that moment, the most of any agent."""
-    most = 0.0
+    found = []
     for name, notes in bench.overhead_bytes.items():
         steps = pair.steps[name]
         for when, size_bytes in notes:
             before = [step.kv_committed_bytes for step in steps if step.end <= when]
-            most = max(most, (size_bytes - (before[-1] if before else 0)) / MIB)
-    return most
+            found.append((size_bytes - (before[-1] if before else 0)) / MIB)
+    return max(found, default=None)
+
+
+def pair_figures(
+    bench: Bench, found: Samples, pair: Running, line: Callable[[str], None]
+) -> dict[str, object]:
+    """What the pair's notes say: hops with one session, steps with four, memory."""
+    figures: dict[str, object] = {}
+    steps = [pair.steps[name] for name in ("front", "back")]
+    if found.values(PAIR):
+        stages = [within(each, found.windows(PAIR)) for each in steps]
+        rows, ring = 1e3 * statistics.median(row_hops(stages)), 1e3 * statistics.median(ring_hops(stages))
+        for name, hops in (
+            ("rows to the next stage", row_hops(stages)),
+            ("ids back to stage 1", ring_hops(stages)),
+        ):
+            p50, p99 = 1e3 * statistics.median(hops), 1e3 * percentile(hops, 0.99)
+            line(f"hop, {name:28} p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+        figures = {"hop_ms_p50": max(rows, ring), "hop_rows_ms_p50": rows, "hop_ids_ms_p50": ring}
+    for arm in (PAIR, FOUR):
+        for name, each in zip(("front", "back"), steps, strict=True):
+            if found.values(arm):
+                line(f"{arm}, {name}: {described(within(each, found.windows(arm)))}")
+    return {**figures, "agent_overhead_mib": agent_overhead_mib(bench, pair)}
+
+
+def wan_efficiency(found: Samples, line: Callable[[str], None]) -> float | None:
+    speed, solo_speed = found.median(WAN), found.median(SOLO)
+    if speed is None or solo_speed is None:
+        return None
+    limit = 1 / (1 / solo_speed + RTT_SECONDS)
+    line(f"20 ms apart: {speed:.2f} of {limit:.2f} tokens/s")
+    return speed / limit
+
+
+def flags() -> argparse.Namespace:
+    parser = report.arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART")
+    found = parser.parse_args()
+    if found.no_peers:
+        found.only = tuple(part for part in found.only if part != "rpc")
+    return found
 
 
 async def main() -> None:
-    arguments = report.arguments(__doc__).parse_args()
-    model = MODELS[arguments.model]
+    arguments = flags()
+    model, parts = MODELS[arguments.model], arguments.only
     rounds = arguments.rounds or model.rounds
     page = report.Report(
         "pipelines of 1-thread devices, tokens/s after the first token",
@@ -146,37 +191,27 @@ async def main() -> None:
         temperature=0,
         split=str(model.balanced),
         far_link=f"{1e3 * RTT_SECONDS:.0f} ms round trip",
+        parts=" ".join(parts),
     )
     bench, patience = Bench(model, Prompts(model.shape.vocab_size)), Patience(arguments.patience)
-    found, plans, pair = await compare(bench, rounds, patience, peers=not arguments.no_peers)
+    found, plans, pair = await compare(bench, rounds, patience, parts)
     for name in found.by_arm:
         page.line(f"{name:28} {listed(found.values(name), 2)}")
-    stages = [within(pair.steps[name], found.windows(PAIR)) for name in ("front", "back")]
-    rows, ring = row_hops(stages), ring_hops(stages)
-    for name, hops in (("rows to the next stage", rows), ("ids back to stage 1", ring)):
-        page.line(
-            f"hop, {name:28} p50 {1e3 * statistics.median(hops):.3f} ms, p99 {1e3 * percentile(hops, 0.99):.3f} ms"
-        )
-    plans += await measure_plans(bench.model, bench.prompts, patience)
+    figures = pair_figures(bench, found, pair, page.line) if pair is not None else {}
+    if "plans" in parts:
+        plans += await measure_plans(bench.model, bench.prompts, patience)
     for plan in plans:
         page.line(str(plan))
-    solo_seconds = 1 / (found.median(SOLO) or 1.0)
-    wan_speed = found.median(WAN) or 0.0
-    wan_limit = 1 / (solo_seconds + RTT_SECONDS)
-    page.line(f"20 ms apart: {wan_speed:.2f} of {wan_limit:.2f} tokens/s")
     page.end(
         {
             "pipeline_vs_solo": found.ratio(PAIR, SOLO),
             "pipeline_vs_llamacpp_rpc": found.ratio(PAIR, RPC),
             "four_sessions_vs_solo": found.ratio(FOUR, SOLO),
-            "hop_ms_p50": 1e3 * max(statistics.median(rows), statistics.median(ring)),
-            "hop_rows_ms_p50": 1e3 * statistics.median(rows),
-            "hop_ids_ms_p50": 1e3 * statistics.median(ring),
-            "wan_efficiency": wan_speed / wan_limit,
+            **figures,
+            "wan_efficiency": wan_efficiency(found, page.line),
             "plan_error_max": max(plan_errors(plans)),
             "plan_error_median": statistics.median(plan_errors(plans)),
             "plans": len(plans),
-            "agent_overhead_mib": agent_overhead_mib(bench, pair),
             **{f"tokens_per_second {name}": found.median(name) for name in found.by_arm},
             "other_cores": found.other_cores,
         }

@@ -8,6 +8,7 @@ how they were taken (`timed_agent.py`).
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,3 +68,21 @@ def compute_seconds_per_token(stages: Sequence[Sequence[Step]]) -> float:
     by_row = [decode_steps(steps) for steps in stages]
     rows = set.intersection(*(set(each) for each in by_row))
     return sum(each[row].seconds for each in by_row for row in rows) / max(1, len(rows))
+
+
+def busy_share(steps: Sequence[Step]) -> float:
+    """Of the time from the first step to the last, gaps of a second and more (between requests) left out."""
+    gaps = [max(0.0, after.begin - before.end) for before, after in itertools.pairwise(steps)]
+    busy = sum(step.seconds for step in steps)
+    return busy / max(1e-9, busy + sum(gap for gap in gaps if gap < 1.0))
+
+
+def described(steps: Sequence[Step]) -> str:
+    """How many steps of each size, and their median length; how busy the stage was."""
+    sizes = sorted({step.rows for step in steps})
+    by_size = {rows: [step.seconds for step in steps if step.rows == rows] for rows in sizes}
+    listed = [
+        f"{len(seconds)} of {rows} ({1e3 * statistics.median(seconds):.1f} ms)"
+        for rows, seconds in by_size.items()
+    ]
+    return f"busy {busy_share(steps):.0%}; steps and their rows: {', '.join(listed)}"
