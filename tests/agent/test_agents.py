@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,16 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
-from edge_runtime.agent.daemon import Agent
-from edge_runtime.agent.memory import MemoryBudget, resident_bytes
-from edge_runtime.agent.status import Connected, Paired, Serving, Status
+from edge_runtime.agent.config import NO_DATA_PORT
+from edge_runtime.agent.status import Connected, Paired, Serving
 from edge_runtime.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.page_table import PAGE_TOKENS
-from edge_runtime.engine.sampler import Sampler
-from edge_runtime.errors import ConfigError, TrustError, VersionError
 from edge_runtime.protocol.messages import (
     PAGE_NAME_BYTES,
     CloseSession,
@@ -30,103 +23,23 @@ from edge_runtime.protocol.messages import (
     Pooled,
     ProfileReport,
     ProfileRequest,
-    Refused,
     RowsHeld,
     SessionFailed,
     StageFailed,
     UnloadStage,
 )
+from tests.support.agents import NAMES, PROMPT, cluster_of, one_device_loop
 from tests.support.mini_coordinator import MiniCoordinator
 from tests.support.stages import Pipeline, span
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
-PROMPT = [5, 17, 42, 99, 3, 7, 150, 11, 60]
-NAMES = ("phone", "laptop", "box")
 SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=7, repetition_penalty=1.2, presence_penalty=0.3)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build_tiny_bundle(tmp_path_factory.mktemp("agents") / "bundle", TinyModel(layers=3))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     model = TinyModel(layers=3, kind="encoder", qk_norm=False)
     return build_tiny_bundle(tmp_path_factory.mktemp("agents") / "encoder", model)
-
-
-def make_config(directory: Path, name: str, join: str, **changes: object) -> AgentConfig:
-    config = AgentConfig(name, directory / name, 4 << 30, 1, join=join)
-    return replace(config, **changes)
-
-
-class Cluster:
-    """Agents as tasks of this process."""
-
-    def __init__(self, coordinator: MiniCoordinator, directory: Path, tasks: asyncio.TaskGroup) -> None:
-        self.coordinator = coordinator
-        self.directory = directory
-        self.tasks = tasks
-        self.running: dict[str, asyncio.Task[None]] = {}
-        self.statuses: dict[str, list[Status]] = {}
-
-    async def start(self, *names: str, **changes: object) -> None:
-        for name in names:
-            config = make_config(self.directory, name, self.coordinator.join_link(), **changes)
-            told = self.statuses.setdefault(name, [])
-            self.running[name] = self.tasks.create_task(Agent(config, on_status=told.append).run())
-        await self.coordinator.wait_for(*names)
-
-    async def stop(self, *names: str) -> None:
-        tasks = [self.running.pop(name) for name in names]
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-
-    async def serve(self, names: Sequence[str], edges: Sequence[int]) -> int:
-        lease = await self.coordinator.load(names, edges)
-        for name in names:
-            await self.coordinator.links[name].ready(lease)
-        return lease
-
-
-@asynccontextmanager
-async def cluster_of(bundle: Bundle, directory: Path) -> AsyncIterator[Cluster]:
-    """Every task, thread and socket that was made is gone at the end."""
-    threads = set(threading.enumerate())
-    async with MiniCoordinator(bundle).running() as coordinator, asyncio.TaskGroup() as tasks:
-        cluster = Cluster(coordinator, directory, tasks)
-        try:
-            yield cluster
-        finally:
-            await cluster.stop(*cluster.running)
-    left = {thread.name for thread in set(threading.enumerate()) - threads}
-    assert not {name for name in left if name.startswith(("stage", "disk"))}
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-def one_device_loop(bundle: Bundle, ids: Sequence[int], max_rows: int, sampling: SamplingParams) -> list[int]:
-    """The same model in one stage, one row after the other, without any of the agent's machinery."""
-
-    def make(bundle: Bundle, layers: LayerRange) -> CpuStage:
-        return CpuStage.load(bundle, layers, threads=1, kv_budget_bytes=64 << 20)
-
-    pipeline = Pipeline.load(bundle, make)
-    pipeline.open(1, max_rows)
-    sampler = Sampler(sampling, bundle.manifest.model.vocab_size)
-    sampler.observe(ids, generated=False)
-    ids = list(ids)
-    logits = pipeline.run(span(1, 0, ids, 1))
-    generated: list[int] = []
-    while True:
-        token, _ = sampler.sample(logits[-1], len(ids))
-        generated.append(token)
-        ids.append(token)
-        if token in bundle.manifest.model.eos_ids or len(ids) == max_rows:
-            return generated
-        sampler.observe([token], generated=True)
-        logits = pipeline.run(span(1, len(ids) - 1, [token], 1))
 
 
 @pytest.mark.parametrize(("names", "edges"), [(NAMES[:1], []), (NAMES[:2], [1]), (NAMES, [1, 2])])
@@ -368,65 +281,3 @@ async def test_sessions_cancelled_while_they_are_prefilled_leave_no_page(
         for name in names:
             beat = await coordinator.links[name].beat(lambda beat: beat.sessions == 0)
             assert (beat.sessions, beat.kv_tokens) == (0, 0)
-
-
-# ---------------------------------------------------------------- refusals
-
-
-async def refused(bundle: Bundle, directory: Path, answer: Refused) -> None:
-    async with MiniCoordinator(bundle).running() as coordinator:
-        coordinator.refuse = lambda hello: answer
-        await Agent(make_config(directory, "phone", coordinator.join_link())).run()
-
-
-async def test_another_version_ends_the_agent(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(ExceptionGroup) as caught:
-        await refused(bundle, tmp_path, Refused("protocol_version", "you are old", "update"))
-    assert caught.group_contains(VersionError, match="you are old")
-
-
-async def test_a_revoked_device_ends(bundle: Bundle, tmp_path: Path) -> None:
-    async with MiniCoordinator(bundle).running() as coordinator:
-        agent = Agent(make_config(tmp_path, "phone", coordinator.join_link()))
-        task = asyncio.ensure_future(agent.run())
-        await coordinator.wait_for("phone")
-        (key,) = coordinator.keys.values()
-        coordinator.admission.revoke(key)
-        async with asyncio.timeout(20):
-            with pytest.raises(TrustError, match="does not admit"):
-                await task
-
-
-async def test_a_used_token_is_refused_with_a_reason(bundle: Bundle, tmp_path: Path) -> None:
-    async with MiniCoordinator(bundle).running() as coordinator:
-        link = coordinator.join_link()
-        coordinator.invitations.clear()
-        with pytest.raises(TrustError, match="not known"):
-            await Agent(make_config(tmp_path, "phone", link)).run()
-
-
-async def test_an_agent_without_a_pairing_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not paired") as caught:
-        await Agent(make_config(tmp_path, "phone", "")).run()
-    assert "--join" in caught.value.hint
-
-
-async def test_a_paired_device_does_not_move_to_another_coordinator(bundle: Bundle, tmp_path: Path) -> None:
-    async with cluster_of(bundle, tmp_path) as cluster:
-        await cluster.start("phone")
-    async with MiniCoordinator(bundle).running() as other:
-        with pytest.raises(TrustError, match="another coordinator"):
-            await Agent(make_config(tmp_path, "phone", other.join_link())).run()
-
-
-# ---------------------------------------------------------------- memory
-
-
-def test_kv_gets_what_the_weights_leave(bundle: Bundle) -> None:
-    manifest = bundle.manifest
-    overhead = resident_bytes()
-    small = MemoryBudget(overhead + (64 << 20), overhead)
-    kv = small.kv_bytes(manifest, 0, 2)
-    assert kv + manifest.stage_weight_bytes(0, 2) <= small.free_bytes
-    large = MemoryBudget(1 << 50, overhead)
-    assert large.kv_bytes(manifest, 0, 0) < 1 << 40  # bounded all the same

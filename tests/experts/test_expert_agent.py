@@ -22,7 +22,7 @@ from edge_runtime.experts.flash_store import expert_bytes, expert_layers, token_
 from edge_runtime.experts.start_bits import parse_start_bits
 from edge_runtime.protocol.messages import StageFailed
 from edge_runtime.sdk.device_spec import DeviceSpec
-from tests.agent.test_agents import cluster_of, one_device_loop
+from tests.support.agents import cluster_of, one_device_loop
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 LAYERS = 3

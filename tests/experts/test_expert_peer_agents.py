@@ -14,7 +14,7 @@ from edge_runtime.bundle.hashing import digest_hex
 from edge_runtime.core import SamplingParams
 from edge_runtime.experts.flash_store import expert_layers
 from edge_runtime.protocol.messages import SessionFailed, StageFailed, Tokens
-from tests.agent.test_agents import cluster_of, one_device_loop
+from tests.support.agents import cluster_of, one_device_loop
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 LAYERS, EXPERTS = 3, 16

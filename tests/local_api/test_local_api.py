@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import logging
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +15,22 @@ import pytest
 
 from edge_runtime.errors import CapacityError, RequestFailed, UsageError
 from edge_runtime.local_api.server import MAX_DRAFTED, LocalApiConfig, serve
-from edge_runtime.sdk.sse import ServerEvent, SseParser
 from tests.sdk.test_sdk_client import BreakingProxy
 from tests.sdk.test_sdk_drafts import REPEATED, drafter_threads
-from tests.support.api_server import ADMIN_KEY, OTHER_KEY, USER_KEY, serving
+from tests.support.api_server import ADMIN_KEY, OTHER_KEY, USER_KEY
 from tests.support.coordinator_world import until
-from tests.support.fake_service import TOKENIZER_JSON, FakeService
-from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
-
-COMPLETION = {"model": "tiny", "prompt": "abc", "max_tokens": 5, "seed": 3}
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "seed": 3}
-STREAM = {"stream": True}
-USAGE = {"stream": True, "stream_options": {"include_usage": True}}
-IDS = {"return_token_ids": True}
-
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-async def url(service: FakeService) -> AsyncIterator[str]:
-    async with serving(service) as server:
-        yield server.url
-
-
-@asynccontextmanager
-async def local(url: str, **settings: Any) -> AsyncIterator[str]:
-    runner, port = await serve(LocalApiConfig(url, **{"draft": "suffix", **settings}))
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        await runner.cleanup()
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("draft") / "bundle"
-    model = TinyModel(layers=2, vocab=256, max_context=128)
-    build_tiny_bundle(path, model, TOKENIZER_JSON, "{{ messages[0].content }}").close()
-    return path
-
-
-@pytest.fixture
-def nobody(unused_tcp_port: int) -> str:
-    return f"http://127.0.0.1:{unused_tcp_port}"
-
-
-async def post(url: str, path: str, body: Any, key: str = USER_KEY, **headers: str) -> tuple[int, Any, Any]:
-    """(status, headers, JSON or events)."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json", **headers}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    async with (
-        aiohttp.ClientSession() as http,
-        http.post(url + path, data=data, headers=headers) as answer,
-    ):
-        raw = await answer.read()
-        if answer.content_type == "text/event-stream":
-            assert raw.startswith(b": keep-alive\n\n")
-            return answer.status, answer.headers, list(SseParser().feed(raw))
-        return answer.status, answer.headers, json.loads(raw)
-
-
-def without_names(value: Any) -> Any:
-    """An answer without what differs from one asking to the next: ids, times."""
-    if isinstance(value, ServerEvent):
-        data = value.data if value.data == "[DONE]" else without_names(json.loads(value.data))
-        return data, value.id.rpartition("/")[2], value.name
-    if isinstance(value, list):
-        return [without_names(each) for each in value]
-    if isinstance(value, dict):
-        return {name: each for name, each in value.items() if name not in ("id", "created")}
-    return value
-
-
-def all_headers(headers: Any) -> dict[str, str]:
-    kept = ("Content-Type", "Retry-After", "WWW-Authenticate", "X-Accel-Buffering")
-    return {name: headers[name] for name in kept if name in headers}
+from tests.support.fake_service import FakeService
+from tests.support.local_api import (
+    CHAT,
+    COMPLETION,
+    IDS,
+    STREAM,
+    USAGE,
+    all_headers,
+    local,
+    post,
+    without_names,
+)
 
 
 @pytest.mark.parametrize("more", [{}, STREAM, USAGE, IDS, STREAM | IDS, USAGE | IDS], ids=str)
@@ -126,6 +60,8 @@ PASSED_ON = [
     {"logprobs": 0, "stream": True},
     {"n": 2, "stream": True},
 ]
+
+
 WRONG = [
     {"model": "huge"},
     {"temperature": 9},
@@ -332,59 +268,6 @@ async def test_only_the_model_s_routes_are_here(url: str) -> None:
         assert (await http.get(near + "/v1/completions")).status == 405
         large = await http.post(near + "/v1/completions", data=io.BytesIO(b"x" * ((1 << 20) + 1)))
         assert (large.status, (await large.json())["error"]["code"]) == (413, "request_too_large")
-
-
-class TestOffline:
-    async def test_without_leave_it_is_unavailable(self, nobody: str) -> None:
-        async with local(nobody) as near:
-            for body in (COMPLETION, COMPLETION | STREAM, COMPLETION | {"n": 2}):
-                status, headers, answer = await post(near, "/v1/completions", body)
-                assert (status, answer["error"]["code"]) == (503, "unreachable")
-                assert headers["Retry-After"] == "2"
-
-    async def test_the_draft_model_s_answers_carry_a_mark(self, nobody: str, draft: Path) -> None:
-        async with local(nobody, draft=draft, offline="draft") as near:
-            status, headers, body = await post(near, "/v1/completions", COMPLETION | IDS)
-            assert (status, headers["X-Edge-Runtime-Answered-By"]) == (200, "draft")
-            assert body["edge_runtime"]["answered_by"] == "draft"
-            assert "nothing answers" in body["edge_runtime"]["reason"]
-            assert (body["usage"]["completion_tokens"], body["seed"]) == (5, 3)
-            _, headers, events = await post(near, "/v1/chat/completions", CHAT | STREAM | IDS)
-            assert headers["X-Edge-Runtime-Answered-By"] == "draft"
-            chunks = [json.loads(event.data) for event in events[:-1]]
-            assert all(chunk["edge_runtime"]["answered_by"] == "draft" for chunk in chunks)
-            assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-            async with openai.AsyncOpenAI(base_url=near + "/v1", api_key="none") as client:
-                assert [model.id async for model in client.models.list()] == ["tiny"]
-                answer = await client.chat.completions.create(
-                    model="tiny", messages=CHAT["messages"], max_tokens=3
-                )  # type: ignore[arg-type]
-                assert answer.model_extra is not None
-                assert answer.model_extra["edge_runtime"]["answered_by"] == "draft"
-            status, _, answer = await post(near, "/v1/completions", COMPLETION | {"surprise": 1})
-            assert (status, answer["error"]["code"]) == (503, "unreachable")
-            assert "surprise" in answer["error"]["message"]
-
-    async def test_a_stream_that_breaks_for_good_is_marked_from_there_on(
-        self, url: str, service: FakeService, draft: Path
-    ) -> None:
-        proxy = BreakingProxy(int(url.rpartition(":")[2]))
-        async with proxy as broken, local(broken, draft=draft, offline="draft", resume_seconds=0.2) as near:
-            await post(near, "/v1/completions", COMPLETION)
-            service.hold = asyncio.Event()
-            asked = COMPLETION | STREAM | IDS | {"ignore_eos": True}
-            asking = asyncio.create_task(post(near, "/v1/completions", asked))
-            await service.all_running(1)
-            await asyncio.sleep(0.3)  # the first id is here
-            await proxy.__aexit__()
-            _, headers, events = await asking
-        chunks = [json.loads(event.data) for event in events[:-1]]
-        ids = [each for chunk in chunks for each in chunk["choices"][0].get("token_ids", ())]
-        assert "X-Edge-Runtime-Answered-By" not in headers
-        assert len(ids) == 5
-        assert ids[0] == ord("a") + 3
-        assert "edge_runtime" not in chunks[1]
-        assert {chunk["edge_runtime"]["target_tokens"] for chunk in chunks[2:]} == {1}
 
 
 async def test_a_drafter_that_does_not_fit_is_given_up_and_the_request_is_not(
