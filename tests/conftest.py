@@ -13,6 +13,8 @@ import pytest
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite("tests.support")  # so that a failure there shows its values
+
 TinyCheckpoint = Callable[[str], Path]
 
 

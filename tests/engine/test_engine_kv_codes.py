@@ -16,7 +16,7 @@ from edge_runtime.engine.kv_cache import KvCache, KvShape
 from edge_runtime.engine.probe import probe
 from edge_runtime.errors import EngineError
 from edge_runtime.sdk.cluster import demo_bundle
-from tests.support.stages import Pipeline, logits_alone, span
+from tests.support.stages import Pipeline, logits_alone, span, ticking
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 IDS = [5, 17, 42, 99, 3, 7, 150, 11, 60, 33, 34, 35] * 4
@@ -54,7 +54,7 @@ def test_cuts_chunks_and_company_change_no_bit(bundle: Bundle) -> None:
 def test_the_class_says_so_and_the_probe_agrees(bundle: Bundle) -> None:
     stage = load(bundle, LayerRange(0, 2))
     assert "/kv:int8/" in stage.numeric_class
-    assert probe(stage, budget_seconds=0.5).row_invariant
+    assert probe(stage, clock=ticking(1e-3)).row_invariant
     plain = load(bundle, LayerRange(0, 2), "fp32")
     assert stage.kv_capacity_tokens > 3 * plain.kv_capacity_tokens  # 16 + 4 bytes a head instead of 64
     with pytest.raises(EngineError, match="KV format"):

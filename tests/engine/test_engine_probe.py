@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from edge_runtime.engine.base import Batch
 from edge_runtime.engine.blocks import LoadedBlock
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.numeric_class import native_class, onnx_class, processor_features
-from edge_runtime.engine.probe import BATCH_SIZES, probe
-from tests.support.stages import span
+from edge_runtime.engine.probe import BATCH_SIZES, CHUNK_ROWS, probe
+from tests.support.stages import span, ticking
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 
@@ -29,17 +28,18 @@ def load(bundle: Bundle, first: int, last: int) -> CpuStage:
 
 
 def test_a_good_stage_is_invariant_and_timed(bundle: Bundle) -> None:
-    result = probe(load(bundle, 0, 2), budget_seconds=0.5)
+    result = probe(load(bundle, 0, 2), clock=ticking(1e-3))
     assert result.row_invariant, result.why_not
     assert result.checked_rows == max(BATCH_SIZES)
-    assert 0 < result.layer_prefill_row_seconds < result.layer_decode_seconds < 1
-    assert 0 < result.head_seconds < 1
+    assert result.layer_decode_seconds == pytest.approx(1e-3)  # whatever is timed takes one tick
+    assert result.layer_prefill_row_seconds == pytest.approx(1e-3 / CHUNK_ROWS)
+    assert result.head_seconds == pytest.approx(1e-3)
     assert result.numeric_class == native_class("int4")
     assert "/w:int4/kv:fp32/wire:fp32/k:" in result.numeric_class
 
 
 def test_an_inner_layer_is_enough(bundle: Bundle) -> None:
-    result = probe(load(bundle, 1, 1), budget_seconds=0.2)
+    result = probe(load(bundle, 1, 1), clock=ticking(1e-3))
     assert result.row_invariant
     assert result.head_seconds == 0
 
@@ -55,7 +55,7 @@ def test_rows_that_depend_on_their_number_are_found(
         return result * np.float32(1.0000001) if self.name == block and len(hidden) == 16 else result
 
     monkeypatch.setattr(LoadedBlock, "run", dependent)
-    result = probe(load(bundle, 0, 2), budget_seconds=0.5)
+    result = probe(load(bundle, 0, 2), clock=ticking(1e-3))
     assert not result.row_invariant
     assert "16 rows" in result.why_not
 
@@ -67,18 +67,17 @@ def test_open_sessions_are_not_disturbed(bundle: Bundle) -> None:
         stage.run(Batch((span(session, 0, range(10), 0),), None))
     before = stage.run(Batch((span(1, 10, [3]),), None))
     used = stage.kv_used_tokens
-    probe(stage, budget_seconds=0.1)
+    probe(stage, clock=ticking(1e-2))
     assert stage.kv_used_tokens == used
     assert np.array_equal(stage.run(Batch((span(2, 10, [3]),), None)), before)
 
 
 def test_a_slow_machine_stops_at_its_budget(bundle: Bundle) -> None:
     """Every look at the clock costs a tenth of a second here: far fewer runs, the same kind of answer."""
-    ticks = itertools.count()
-    result = probe(load(bundle, 0, 2), budget_seconds=2.0, clock=lambda: next(ticks) * 0.1)
+    result = probe(load(bundle, 0, 2), budget_seconds=2.0, clock=(clock := ticking(0.1)))
     assert result.row_invariant
     assert 2 <= result.checked_rows < max(BATCH_SIZES)
-    assert next(ticks) < 60
+    assert clock() < 6.0
 
 
 def test_an_encoder_is_probed_by_whole_sequences(tmp_path: Path) -> None:

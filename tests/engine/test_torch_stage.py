@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,30 +19,27 @@ from edge_runtime.engine.reference import ReferenceStage
 from edge_runtime.engine.torch_stage.arithmetic import Arithmetic, choose
 from edge_runtime.engine.torch_stage.blocks import TorchBlock
 from edge_runtime.engine.torch_stage.stage import TorchStage
-from edge_runtime.errors import CapacityError, EngineError
-from tests.support.stages import Pipeline, logits_alone, span
-from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
+from edge_runtime.errors import EngineError
+from tests.support import stage_contract
+from tests.support.stage_contract import (
+    KV_BYTES,
+    Load,
+    LoadBlock,
+    Pipelines,
+    StageContract,
+    check_random_batches,
+    pipelines_of,
+    pool_together_and_alone,
+)
+from tests.support.stages import Pipeline, logits_alone, span, ticking
 from tests.support.triton_device import DEVICE, products_in_order
 
-MODELS = {
-    "dense": TinyModel(),
-    "window-softcap": TinyModel(window=5, softcap=20.0, qk_norm=False),
-    "int8": TinyModel(format="int8"),
-    "int4": TinyModel(format="int4"),
-    "experts": TinyModel(experts=8),
-    "experts-int8": TinyModel(experts=8, format="int8", softmax_after=True),
-    "experts-int4": TinyModel(experts=8, format="int4"),
-}
-KV_BYTES = 8 << 20
+MODELS = [name for name in stage_contract.MODELS if name != "experts-nested4"]
 
 
-def on_cpu(bundle: Bundle, layers: LayerRange) -> TorchStage:
-    return TorchStage.load(
-        bundle,
-        layers,
-        kv_budget_bytes=KV_BYTES,
-        arithmetic=choose(bundle.manifest.model.weights, device="cpu"),
-    )
+def on_cpu(bundle: Bundle, layers: LayerRange, kv_budget_bytes: int = KV_BYTES, **more: Any) -> TorchStage:
+    arithmetic = choose(bundle.manifest.model.weights, device="cpu")
+    return TorchStage.load(bundle, layers, kv_budget_bytes=kv_budget_bytes, arithmetic=arithmetic, **more)
 
 
 def on_triton(type_name: str) -> Callable[[Bundle, LayerRange], TorchStage]:
@@ -59,22 +55,32 @@ def slow(value: object) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    root = tmp_path_factory.mktemp("bundles")
-    return {name: build_tiny_bundle(root / name, model) for name, model in MODELS.items()}
+def pipelines(bundles: dict[str, Bundle]) -> Pipelines:
+    return pipelines_of(on_cpu, bundles, ("window-softcap", "experts-int8"))
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = TinyModel(kind="encoder", qk_norm=False)
-    return build_tiny_bundle(tmp_path_factory.mktemp("encoder"), model)
+class TestContract(StageContract):
+    @pytest.fixture
+    def load(self) -> Load:
+        return on_cpu
+
+    @pytest.fixture
+    def load_block(self) -> LoadBlock:
+        return lambda bundle, block: TorchBlock(bundle, block, choose("fp32", device="cpu"), {})
 
 
-@pytest.fixture
-def stage(bundles: dict[str, Bundle]) -> Iterator[TorchStage]:
-    stage = on_cpu(bundles["dense"], LayerRange(0, 2))
-    yield stage
-    stage.close()
+@pytest.mark.parametrize("name", ["window-softcap", "experts-int8"])
+@given(data=st.data())
+@settings(max_examples=6, deadline=None)
+def test_cpu_rows_do_not_depend_on_batch_chunks_or_cuts(
+    pipelines: Pipelines, name: str, data: st.DataObject
+) -> None:
+    check_random_batches(pipelines, name, data, most_sessions=3, most_rows=36)
+
+
+@pytest.mark.export
+def test_an_encoder_pools_on_triton(encoder: Bundle) -> None:
+    pool_together_and_alone(on_triton("fp32"), encoder)
 
 
 def logits_in_two_pieces(bundle: Bundle, make: Callable[[Bundle, LayerRange], Stage], count: int) -> Rows:
@@ -131,57 +137,6 @@ def test_triton_rows_do_not_depend_on_batch_chunks_or_cuts(
     assert np.array_equal(then, np.concatenate([expected[2][1:], expected[1][4:]]))
 
 
-@pytest.fixture(scope="module")
-def pipelines(bundles: dict[str, Bundle]) -> dict[tuple[str, tuple[int, ...]], Pipeline]:
-    return {
-        (name, cuts): Pipeline.load(bundles[name], on_cpu, *cuts)
-        for name in ("window-softcap", "experts-int8")
-        for cuts in ((), (1,), (1, 2))
-    }
-
-
-@pytest.mark.parametrize("name", ["window-softcap", "experts-int8"])
-@given(data=st.data())
-@settings(max_examples=6, deadline=None)
-def test_cpu_rows_do_not_depend_on_batch_chunks_or_cuts(
-    pipelines: dict[tuple[str, tuple[int, ...]], Pipeline], name: str, data: st.DataObject
-) -> None:
-    """Random sessions, cut into random chunks, in random company, on 1 to 3 stages: the bits of one row at a time."""
-    lengths = data.draw(st.lists(st.integers(1, 36), min_size=1, max_size=3))
-    sessions = {s: np.random.default_rng(s).integers(0, 200, n).tolist() for s, n in enumerate(lengths)}
-    for pipeline in pipelines.values():
-        for s in range(3):
-            pipeline.drop(s)  # left open where an example ended early
-    expected = {s: logits_alone(pipelines[name, ()], s, ids) for s, ids in sessions.items()}
-    pipeline = pipelines[name, data.draw(st.sampled_from([(), (1,), (1, 2)]))]
-    for s, ids in sessions.items():
-        pipeline.open(s, len(ids))
-    fed = dict.fromkeys(sessions, 0)
-    while left := [s for s in sessions if fed[s] < len(sessions[s])]:
-        spans = []
-        for s in data.draw(st.lists(st.sampled_from(left), min_size=1, unique=True)):
-            count = min(data.draw(st.integers(1, 24)), len(sessions[s]) - fed[s])
-            spans.append(span(s, fed[s], sessions[s][fed[s] : fed[s] + count]))
-        logits = pipeline.run(*spans)
-        first = 0
-        for one in spans:
-            end = one.base_row + len(one.ids)
-            rows = logits[first : first + one.logit_rows]
-            first += one.logit_rows
-            assert np.array_equal(rows, expected[one.session][one.base_row : end])
-            fed[int(one.session)] = end
-
-
-def test_a_new_parent_replaces_the_rows_after_it(bundles: dict[str, Bundle]) -> None:
-    pipeline = Pipeline.load(bundles["experts"], on_cpu, 1)
-    wanted = logits_alone(pipeline, 1, [*range(40), *range(100, 110)])
-    pipeline.open(2, 60)
-    pipeline.run(span(2, 0, range(60)))
-    assert np.array_equal(pipeline.run(span(2, 40, range(100, 110))), wanted[40:])
-    pipeline.drop(2, from_row=35)
-    assert np.array_equal(pipeline.run(span(2, 35, [35, 36])), wanted[35:37])
-
-
 @pytest.mark.parametrize("make", [on_cpu, slow(on_triton("bf16"))], ids=["cpu", "triton"])
 def test_pages_are_shared_by_name_and_copied_on_write(
     bundles: dict[str, Bundle], make: Callable[[Bundle, LayerRange], TorchStage]
@@ -203,139 +158,10 @@ def test_pages_are_shared_by_name_and_copied_on_write(
     assert stage.kv_used_tokens == 64
 
 
-def test_prefill_chunks_skip_the_head(stage: TorchStage) -> None:
-    stage.open(SessionId(1), 10)
-    assert stage.run(Batch((span(1, 0, range(5), 0),), None)).shape == (0, 200)
-    assert stage.run(Batch((span(1, 5, range(5), 1),), None)).shape == (1, 200)
-
-
-def test_inner_stages_take_and_give_hidden_rows(bundles: dict[str, Bundle]) -> None:
-    inner = on_cpu(bundles["dense"], LayerRange(1, 1))
-    inner.open(SessionId(1), 10)
-    hidden = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    result = inner.run(Batch((span(1, 0, (1, 2, 3)),), hidden))
-    assert result.shape == (3, 64)
-    received = np.frombuffer(b"." + hidden.tobytes(), np.float32, offset=1).reshape(
-        3, 64
-    )  # read-only, unaligned
-    assert np.array_equal(inner.run(Batch((span(1, 0, (1, 2, 3)),), received)), result)
-    with pytest.raises(EngineError, match=r"float32 \(1, 64\) was announced"):
-        inner.run(Batch((span(1, 3, (4,)),), hidden))
-    with pytest.raises(EngineError, match="takes hidden rows"):
-        inner.run(Batch((span(1, 3, (4,)),), None))
-
-
-def test_a_bad_span_is_refused_and_harms_nobody(stage: TorchStage) -> None:
-    for session in (1, 2):
-        stage.open(SessionId(session), 10)
-        stage.run(Batch((span(session, 0, range(5)),), None))
-    with pytest.raises(CapacityError, match="reserved 10 rows and would hold 11"):
-        stage.run(Batch((span(2, 5, (7,)), span(1, 5, range(6))), None))
-    assert (stage.rows(SessionId(1)), stage.rows(SessionId(2))) == (5, 5)
-    again = stage.run(Batch((span(2, 5, (7,)),), None))
-    stage.open(SessionId(3), 10)
-    assert np.array_equal(again[0], stage.run(Batch((span(3, 0, [*range(5), 7]),), None))[5])
-
-
-def test_a_batch_that_fails_half_way_leaves_sessions_as_they_were(
-    stage: TorchStage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage.open(SessionId(1), 10)
-    stage.run(Batch((span(1, 0, range(5)),), None))
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "ropes", {})
-        with pytest.raises(EngineError, match="could not run a batch"):
-            stage.run(Batch((span(1, 5, (7,)),), None))
-    assert stage.rows(SessionId(1)) == 5
-    stage.run(Batch((span(1, 5, (7,)),), None))
-
-
-def test_sessions_too_long_for_the_model_or_the_memory_are_refused(bundles: dict[str, Bundle]) -> None:
-    layers = LayerRange(0, 2)
-    page = 3 * 2 * 32 * 2 * 16 * 4
-    stage = TorchStage.load(
-        bundles["dense"], layers, kv_budget_bytes=4 * page, arithmetic=choose("fp32", device="cpu")
-    )
-    assert stage.kv_capacity_tokens == 128
-    with pytest.raises(CapacityError, match="wants 513 tokens; tiny was made for at most 512"):
-        stage.open(SessionId(1), 513)
-    stage.open(SessionId(1), 90)
-    with pytest.raises(CapacityError, match="40 tokens; 32 of 128 are left"):
-        stage.open(SessionId(2), 40)
-    with pytest.raises(CapacityError, match=f"{page} bytes of KV memory; 100 are left"):
-        TorchStage.load(
-            bundles["dense"], layers, kv_budget_bytes=100, arithmetic=choose("fp32", device="cpu")
-        )
-
-
-def test_loading_another_range_keeps_the_blocks_both_have(bundles: dict[str, Bundle]) -> None:
-    arithmetic = choose("fp32", device="cpu")
-    first = on_cpu(bundles["dense"], LayerRange(0, 1))
-    kept = first.blocks["layers.1"]
-    second = TorchStage.load(
-        bundles["dense"], LayerRange(1, 2), kv_budget_bytes=1 << 20, arithmetic=arithmetic, reuse=first
-    )
-    assert second.blocks["layers.1"] is kept
-    assert list(second.blocks) == ["layers.1", "layers.2", "head"]
-    with pytest.raises(EngineError, match="closed"):
-        first.open(SessionId(1), 1)
-    pipeline = Pipeline([on_cpu(bundles["dense"], LayerRange(0, 0)), second])
-    whole = Pipeline.load(bundles["dense"], on_cpu)
-    assert np.array_equal(logits_alone(pipeline, 1, range(8)), logits_alone(whole, 1, range(8)))
-
-
 def test_a_tied_embedding_and_head_are_one_matrix(bundles: dict[str, Bundle]) -> None:
     stage = on_cpu(bundles["int8"], LayerRange(0, 2))
     assert sum(name == "embedding.weight" for name in stage._matrices) == 1
     assert {"embedding", "head"} <= {n for n, b in stage.blocks.items() if "embedding.weight" in b.matrices}
-
-
-def test_layers_the_model_does_not_have_are_refused(bundles: dict[str, Bundle]) -> None:
-    with pytest.raises(EngineError, match="not all in this model, which has 3"):
-        on_cpu(bundles["dense"], LayerRange(1, 3))
-
-
-def test_a_manifest_that_contradicts_itself_is_refused(bundles: dict[str, Bundle]) -> None:
-    bundle = bundles["dense"]
-    block = bundle.manifest.layers[0]
-    attention = next(o for o in block.operations if o.kind == "attention")
-    strange = replace(attention, attributes=attention.attributes | {"heads": "many"})
-    operations = tuple(strange if o is attention else o for o in block.operations)
-    with pytest.raises(EngineError, match=r"block layers\.0 can't be loaded"):
-        TorchBlock(bundle, replace(block, operations=operations), choose("fp32", device="cpu"), {})
-
-
-@pytest.mark.parametrize("name", ["dense", "experts-int8", "experts-int4"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-def test_a_session_with_broken_numbers_harms_nobody(
-    bundles: dict[str, Bundle], name: str, value: float
-) -> None:
-    stage = on_cpu(bundles[name], LayerRange(1, 2))
-    for session in (1, 2):
-        stage.open(SessionId(session), 10)
-    good = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    broken = np.full((3, 64), value, np.float32)
-    alone = stage.run(Batch((span(1, 0, range(4)),), good))
-    batch = Batch((span(2, 0, range(3)), span(1, 0, range(4))), np.concatenate([broken, good]))
-    assert np.array_equal(stage.run(batch)[3:], alone)
-
-
-@pytest.mark.parametrize("make", [on_cpu, slow(on_triton("fp32"))], ids=["cpu", "triton"])
-def test_an_encoder_pools_each_sequence_on_its_own(
-    encoder: Bundle, make: Callable[[Bundle, LayerRange], TorchStage]
-) -> None:
-    pipeline, reference = Pipeline.load(encoder, make, 1), Pipeline.load(encoder, ReferenceStage)
-    sequences = {1: range(7), 2: range(50, 84), 3: [5]}
-    for session, ids in sequences.items():
-        pipeline.open(session, len(ids))
-        reference.open(session, len(ids))
-    spans = [span(session, 0, ids) for session, ids in sequences.items()]
-    together = pipeline.run(*spans)
-    assert together.shape == (3, 64)
-    assert np.allclose(together, reference.run(*spans), atol=1e-5)
-    if make is on_cpu:
-        for row, one in zip(together, spans, strict=True):
-            assert np.array_equal(pipeline.run(one)[0], row)
 
 
 @pytest.mark.parametrize("wire", ["fp16", "int8"])
@@ -363,7 +189,7 @@ def test_kv_in_other_formats_is_refused(bundles: dict[str, Bundle]) -> None:
 
 
 def test_the_cpu_path_is_row_invariant_and_timed(bundles: dict[str, Bundle]) -> None:
-    result = probe(on_cpu(bundles["experts-int4"], LayerRange(0, 2)), budget_seconds=0.5)
+    result = probe(on_cpu(bundles["experts-int4"], LayerRange(0, 2)), clock=ticking(1e-3))
     assert result.row_invariant, result.why_not
     assert result.layer_decode_seconds > 0
     assert result.head_seconds > 0
@@ -380,7 +206,7 @@ def test_rows_that_depend_on_their_number_are_found(
         return result * 1.000001 if len(hidden) == 2 else result
 
     monkeypatch.setattr(TorchBlock, "run", dependent)
-    result = probe(on_cpu(bundles["int8"], LayerRange(1, 1)), budget_seconds=0.2)
+    result = probe(on_cpu(bundles["int8"], LayerRange(1, 1)), clock=ticking(1e-3))
     assert not result.row_invariant
     assert "2 rows" in result.why_not
 

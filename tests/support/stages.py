@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -63,3 +63,9 @@ def logits_alone(pipeline: Pipeline, session: int, ids: Sequence[int]) -> Rows:
 
 def without_logits(one: Span) -> Span:
     return replace(one, logit_rows=0)
+
+
+def ticking(step_seconds: float) -> Callable[[], float]:
+    """A clock that goes on by one step at every look, whatever the machine is doing."""
+    looks = count()
+    return lambda: next(looks) * step_seconds
