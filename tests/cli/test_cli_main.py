@@ -140,12 +140,14 @@ def test_the_frame_imports_nothing_heavy() -> None:
 
 
 def test_importing_the_frame_is_fast() -> None:
+    """Every `--help` waits for it. Counted in modules, since seconds depend on what else this machine does."""
     program = (
-        "import time; t = time.perf_counter(); import edge_runtime.cli.main; print(time.perf_counter() - t)"
+        "import sys; before = {*sys.modules}; import edge_runtime.cli.main; print(*{*sys.modules} - before)"
     )
-    command = [sys.executable, "-c", program]
-    seconds = min(float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(3))
-    assert seconds < 0.15
+    command = [sys.executable, "-I", "-c", program]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "edge_runtime.cli.main" in loaded
+    assert len(loaded) < 80
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
