@@ -6,8 +6,10 @@ Knows: bytes and JSON. Does not know: what the fields mean.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 
@@ -63,11 +65,16 @@ async def read_object(request: web.Request) -> dict[str, object]:
             code="unsupported_media_type",
             hint="send the header `Content-Type: application/json`",
         )
-    try:
-        async with asyncio.timeout(READ_SECONDS):
-            data = await request.read()
-    except TimeoutError:
-        raise ApiError(
-            f"The request body did not arrive within {READ_SECONDS:g} seconds.", code="request_timeout"
-        ) from None
+    async with arriving(READ_SECONDS, "The request body did not arrive"):
+        data = await request.read()
     return parse_object(data)
+
+
+@contextlib.asynccontextmanager
+async def arriving(seconds: float, otherwise: str) -> AsyncIterator[None]:
+    """What a client sends must be here in time; else an ApiError that begins with `otherwise`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise ApiError(f"{otherwise} within {seconds:g} seconds.", code="request_timeout") from None

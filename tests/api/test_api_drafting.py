@@ -20,7 +20,8 @@ BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 6, "seed": 3, "drafter":
 
 
 async def _committed(socket: aiohttp.ClientWebSocketResponse) -> tuple[list[int], str, dict[str, Any]]:
-    decoder, ids, finish = CommittedDecoder(256), [], ""
+    decoder, finish = CommittedDecoder(256), ""
+    ids: list[int] = []
     while not finish:
         frame = decoder.decode(await socket.receive_bytes())
         ids.extend(frame.ids)
@@ -178,8 +179,9 @@ async def test_a_device_without_a_tokenizer_gets_text_after_its_ids(server: Serv
 
 async def _ids_and_text(socket: aiohttp.ClientWebSocketResponse) -> tuple[bytes, str]:
     """Until the end; every text counts the tokens that came before it."""
-    decoder, ids, text = CommittedDecoder(256), [], ""
-    first = None
+    decoder, text = CommittedDecoder(256), ""
+    ids: list[int] = []
+    first: int | None = None
     while True:
         message = await socket.receive()
         if message.type is aiohttp.WSMsgType.BINARY:
@@ -191,4 +193,5 @@ async def _ids_and_text(socket: aiohttp.ClientWebSocketResponse) -> tuple[bytes,
         if "finish_reason" in said:
             return bytes(ids), text
         text += said["text"]
+        assert first is not None
         assert said["tokens"] == first + len(ids)

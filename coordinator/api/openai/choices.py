@@ -6,7 +6,8 @@ Knows: how several generations run side by side, end together, and are given up 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.api.metrics import GenerationMetrics
@@ -103,21 +104,33 @@ async def run_choices(
 
 
 async def _pump(index: int, source: Source, queue: _Queue) -> None:
+    try:
+        async with contextlib.aclosing(drained(source)) as events:
+            async for event in events:
+                await queue.put((index, event))
+        await queue.put((index, _End()))
+    except EdgeRuntimeError as error:
+        await queue.put((index, _End(error)))
+
+
+async def drained(source: Source) -> AsyncGenerator[TokenEvent, None]:
+    """The events up to the one that finishes, counted in the metrics. Closing this closes the source, which cancels.
+
+    Raises RequestFailed where the events end before that, and what the source raises.
+    """
     finish_reason, failure = "", "cancelled"
     try:
         async for event in source.events:
             if source.metrics is not None:
                 source.metrics.token(event.cached_tokens)
             finish_reason = event.finish_reason
-            await queue.put((index, event))
+            yield event
             if finish_reason:
-                break
-        if not finish_reason:
-            raise RequestFailed("The generation ended before it was finished.")
-        await queue.put((index, _End()))
+                return
+        raise RequestFailed("The generation ended before it was finished.")
     except EdgeRuntimeError as error:
         failure = error.code
-        await queue.put((index, _End(error)))
+        raise
     except Exception:
         failure = "internal_error"
         raise

@@ -12,21 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from coordinator.api.body import MAX_BODY_BYTES, parse_object
+from coordinator.api.body import MAX_BODY_BYTES, arriving, parse_object
 from coordinator.api.context import API
 from coordinator.api.errors import ApiError, error_body, kind_of
 from coordinator.api.guard import key_of
 from coordinator.api.openai.answer import Answer
+from coordinator.api.openai.choices import drained
 from coordinator.api.openai.drafting_opening import Opened, open_or_resume
 from coordinator.api.openai.frame_rate import FrameRate
 from coordinator.api.socket_key import PROTOCOL
 from coordinator.service import Service, TokenEvent
-from edge_runtime.errors import EdgeRuntimeError, RequestFailed
+from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.protocol.messages import Draft
 from edge_runtime.server_events import WRITE_SECONDS, encode_json
 from edge_runtime.speculative.wire import CommittedEncoder, CommittedFrame, DraftDecoder
@@ -63,13 +64,8 @@ async def draft(request: web.Request) -> web.StreamResponse:
 
 
 async def _first(socket: web.WebSocketResponse) -> dict[str, object]:
-    try:
-        async with asyncio.timeout(OPENING_SECONDS):
-            message = await socket.receive()
-    except TimeoutError:
-        raise ApiError(
-            f"Nothing was asked for within {OPENING_SECONDS:g} seconds.", code="request_timeout"
-        ) from None
+    async with arriving(OPENING_SECONDS, "Nothing was asked for"):
+        message = await socket.receive()
     if message.type is not WSMsgType.TEXT:
         raise ApiError("The first message must be JSON.", code="invalid_json")
     return parse_object(message.data.encode("utf-8", "surrogatepass"))
@@ -116,27 +112,10 @@ class _Drafting:
 
     async def _pump(self) -> None:
         """From the generation. Closing its events is what cancels it."""
-        source = self.opened.source
-        finish_reason, failure = "", "cancelled"
-        try:
-            async with contextlib.aclosing(_closable(source.events)) as events:
-                async for event in events:
-                    if source.metrics is not None:
-                        source.metrics.token(event.cached_tokens)
-                    finish_reason = event.finish_reason
-                    self.waiting.append(event)
-                    self.news.set()
-            if not finish_reason:
-                raise RequestFailed("The generation ended before it was finished.")
-        except EdgeRuntimeError as error:
-            failure = error.code
-            raise
-        finally:
-            if source.metrics is not None:
-                if finish_reason:
-                    source.metrics.finished(finish_reason)
-                else:
-                    source.metrics.failed(failure)
+        async with contextlib.aclosing(drained(self.opened.source)) as events:
+            async for event in events:
+                self.waiting.append(event)
+                self.news.set()
 
     async def _write(self) -> None:
         """All that waits in one frame: what a right draft brought at once costs one header."""
@@ -180,14 +159,3 @@ class _Drafting:
 
 def _end(answer: Answer, finish_reason: str) -> dict[str, object]:
     return {"finish_reason": finish_reason, "usage": answer.usage()}
-
-
-async def _closable(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[TokenEvent, None]:
-    """A generator over any iterator, so that it can be closed."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        close = getattr(events, "aclose", None)
-        if close is not None:
-            await close()
