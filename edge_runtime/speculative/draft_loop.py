@@ -25,11 +25,12 @@ from edge_runtime.errors import ProtocolError
 from edge_runtime.speculative.controller import Choice, Controller
 from edge_runtime.speculative.drafters.base import Proposal
 from edge_runtime.speculative.estimates import Estimates, depth_bucket
-from edge_runtime.speculative.round_trips import RoundTrips
+from edge_runtime.speculative.round_trips import RoundTrips, Sent
 from edge_runtime.speculative.stream_model import frame_size
 from edge_runtime.speculative.wire import DraftFrame, chain_frame, tree_frame
 
 LOOPS_BEFORE_RESEND = 1.5
+UNMEASURED_LOOPS_BEFORE_RESEND = 6.0  # while the loop is only guessed from the target's own pace
 LONGEST_RESEND_SECONDS = 30.0
 
 
@@ -103,7 +104,7 @@ class _Guess:
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     guess: _Guess
-    sent_seconds: float  # negative: sent more than once, its loop can't be told
+    sent: Sent
 
     @property
     def id(self) -> int:
@@ -151,8 +152,7 @@ class DraftLoop:
         self._stuck = False  # the drafter had nothing to say about this sequence
         self._linked = False
         self._times = RoundTrips(self.estimates)
-        self._progress_seconds = 0.0
-        self._resends = 0
+        self._resends = 0  # since the last id that was committed
 
     @property
     def in_flight(self) -> int:
@@ -161,16 +161,20 @@ class DraftLoop:
 
     @property
     def wake_at(self) -> float | None:
-        """When to call `passed`, in the driver's seconds; None: only when something happens."""
+        """When to call `passed`, in the driver's seconds; None: only when something happens.
+
+        It goes by the age of the oldest draft. Where drafts were lost, the target's own ids go on and move the window
+        along, and whatever is drafted beyond the gap comes too early for stage 1: it would be so for ever.
+        """
         if not self._window or not self._linked or self.finish:
             return None
-        wait = LOOPS_BEFORE_RESEND * self.estimates.loop_seconds * 2.0**self._resends
-        return self._progress_seconds + min(wait, LONGEST_RESEND_SECONDS)
+        loops = LOOPS_BEFORE_RESEND if self.estimates.is_loop_measured else UNMEASURED_LOOPS_BEFORE_RESEND
+        wait = loops * self.estimates.slow_loop_seconds * 2.0**self._resends
+        return self._window[0].sent.last_seconds + min(wait, LONGEST_RESEND_SECONDS)
 
     def start(self, now_seconds: float) -> list[Action]:
         """The link is up and the request admitted. Drafting begins with the first committed id."""
         self._linked = True
-        self._progress_seconds = now_seconds
         return []
 
     def link_lost(self, now_seconds: float) -> list[Action]:
@@ -215,7 +219,6 @@ class DraftLoop:
         actions = self._settle(new, now_seconds)
         self._stuck = False
         self._resends = 0
-        self._progress_seconds = now_seconds
         return [*actions, *self._go_on(now_seconds)]
 
     def _settle(self, new: tuple[int, ...], now: float) -> list[Action]:
@@ -240,7 +243,7 @@ class DraftLoop:
             draft = self._window.popleft()
             self._judge(draft.guess, True)
             right.append(draft)
-        self._times.arrived([draft.sent_seconds for draft in right], len(new), now)
+        self._times.arrived([draft.sent for draft in right], len(new), now, is_more=bool(self._window))
         self.counts.accepted += len(right)
         return len(right)
 
@@ -330,8 +333,6 @@ class DraftLoop:
         count = min(likely, max(0, choice.window - len(self._window)))
         if not count:
             return []
-        if not self._window:
-            self._progress_seconds = now
         base = self.length + len(self._window)
         held, self._held = self._held[:count], self._held[count:]
         sent = [
@@ -339,7 +340,7 @@ class DraftLoop:
             for guess, before in zip(held, chances, strict=False)
         ]
         ids = tuple(guess.id for guess in sent)
-        self._window.extend(_InFlight(guess, now) for guess in sent)
+        self._window.extend(_InFlight(guess, Sent(now, now)) for guess in sent)
         self.counts.drafted += count
         beside = [[token for token, _ in guess.beside] for guess in sent]
         self.counts.sides += sum(map(len, beside))
@@ -372,7 +373,7 @@ class DraftLoop:
     # ------------------------------------------------------------ time
 
     def passed(self, now_seconds: float) -> list[Action]:
-        """Sends again what is unanswered for 1.5 loops; each time in a row it waits twice as long."""
+        """Sends the window again once its oldest draft is unanswered for 1.5 loops; in a row, each time twice that."""
         due = self.wake_at
         if due is None or now_seconds < due:
             return []
@@ -382,7 +383,6 @@ class DraftLoop:
     def _resend(self, now: float) -> list[Action]:
         if not self._window:
             return []
-        self._window = deque(_InFlight(draft.guess, -1.0) for draft in self._window)
-        self._progress_seconds = now
+        self._window = deque(replace(draft, sent=draft.sent.again(now)) for draft in self._window)
         self.counts.resent_frames += 1
         return [SendDrafts(chain_frame(self.turn, self.length, tuple(draft.id for draft in self._window)))]

@@ -124,6 +124,7 @@ class Estimates:
     _acceptance: dict[str, list[Mean]] = field(default_factory=dict)
     _draft: dict[str, Mean] = field(default_factory=dict)
     _loops: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_LOOPS))
+    _waits: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_LOOPS))  # and bounds
     _floor: Mean = field(default_factory=Mean)
     _link: Mean = field(default_factory=Mean)
     _service: Line = field(default_factory=Line)
@@ -165,9 +166,14 @@ class Estimates:
         self.source = source
         self._draft.setdefault(source, Mean()).add(seconds / max(1, ids))
 
-    def looped(self, seconds: float) -> None:
-        """From sending a draft to the sample of its row; the draft was in time and nothing was queued before it."""
-        self._loops.append(seconds)
+    def looped(self, seconds: float, *, is_bound: bool = False) -> None:
+        """From sending a draft to the sample of its row; the draft was in time and nothing was queued before it.
+
+        `is_bound`: it was sent more than once, and took so long at most.
+        """
+        if not is_bound:
+            self._loops.append(seconds)
+        self._waits.append(seconds)
 
     def turned(self, seconds: float) -> None:
         """From a miss to the next id, which the target made by itself."""
@@ -192,6 +198,17 @@ class Estimates:
         if self._loops:
             return sorted(self._loops)[len(self._loops) // 4]
         return self._link.value + self.floor_seconds
+
+    @property
+    def is_loop_measured(self) -> bool:
+        return bool(self._waits)
+
+    @property
+    def slow_loop_seconds(self) -> float:
+        """The upper quartile, bounds among them: what takes much longer was lost."""
+        if self._waits:
+            return sorted(self._waits)[-1 - len(self._waits) // 4]
+        return self.loop_seconds
 
     @property
     def floor_seconds(self) -> float:

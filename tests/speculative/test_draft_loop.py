@@ -102,6 +102,26 @@ def test_what_is_unanswered_is_sent_again_whole_and_from_the_first_open_position
     assert (world.frames[-1].base_row, list(world.frames[-1].ids)) == (world.loop.length, sent)
 
 
+def test_drafts_that_were_lost_are_sent_again_though_the_target_goes_on_by_itself() -> None:
+    """Its ids fill the gap one by one, and the device would stay ahead of it for ever."""
+    world = World([True])
+    world.loop._controller = Given(Choice(20, 1, 1))
+    for _ in range(20):
+        world.now = round(world.now + 0.1, 6)
+        world.commit(1)  # at the target's own pace
+        for _ in range(2):
+            world.answer()
+        if (world.loop.wake_at or world.now + 1.0) <= world.now:
+            break
+    again = world.loop.passed(world.now)
+    assert [action.frame.base_row for action in again if isinstance(action, SendDrafts)] == [
+        world.loop.length
+    ]
+    due = world.loop.wake_at
+    assert due is not None
+    assert due > world.now  # not at once again
+
+
 def test_nothing_is_sent_over_a_broken_link_and_all_of_it_after() -> None:
     world = World([True])
     world.commit(1)
@@ -239,7 +259,7 @@ def test_side_rows_stand_beside_drafts_and_the_chain_is_as_without(
             if step == 0:
                 world.answer()
             elif step == 4:
-                world.do(world.loop.passed(world.now))
+                world.do(world.loop.link_resumed(world.now))  # sends again; when to by itself, times say
             else:
                 world.commit(step)
     assert wide.ids == narrow.ids

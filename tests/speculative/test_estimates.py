@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_runtime.speculative.estimates import Estimates, Line
-from edge_runtime.speculative.round_trips import RoundTrips
+from edge_runtime.speculative.round_trips import RoundTrips, Sent
 
 
 def test_depths_are_alike_until_they_have_verdicts_of_their_own() -> None:
@@ -51,11 +51,36 @@ def test_a_line_finds_what_a_frame_and_each_row_cost() -> None:
 def test_verdicts_that_come_slower_than_their_drafts_were_sent_are_the_targets_time() -> None:
     estimates = Estimates()
     times, now = RoundTrips(estimates), 1.0
-    times.arrived([], 1, now)
-    times.arrived([], 1, now + 0.2)  # the floor
+    times.arrived([], 1, now, is_more=False)
+    times.arrived([], 1, now + 0.2, is_more=True)  # the floor
     for index in range(20):  # drafts every 5 ms, verdicts every 30
-        times.arrived([0.005 * index], 1, now + 0.3 + 0.03 * index)
+        times.arrived([Sent(0.005 * index, 0.005 * index)], 1, now + 0.3 + 0.03 * index, is_more=True)
     assert estimates.measured().service_seconds == pytest.approx(0.03)
     for index in range(20, 60):  # and then no faster than they are sent
-        times.arrived([0.005 * index], 1, now + 0.9 + 0.005 * (index - 20))
+        times.arrived([Sent(0.005 * index, 0.005 * index)], 1, now + 0.9 + 0.005 * (index - 20), is_more=True)
     assert estimates.measured().service_seconds < 0.01
+
+
+def test_the_targets_own_pace_is_measured_for_as_long_as_nothing_is_drafted() -> None:
+    """Two ids that arrive together once must not say for ever that no draft is worth sending."""
+    estimates = Estimates()
+    times, now = RoundTrips(estimates), 1.0
+    times.arrived([], 1, now, is_more=False)
+    times.arrived([], 1, now + 0.002, is_more=False)
+    assert estimates.floor_seconds == pytest.approx(0.002)
+    for _ in range(16):
+        now += 0.04
+        times.arrived([], 1, now, is_more=False)
+    assert estimates.floor_seconds > 0.03
+    times.arrived([], 2, now + 0.08, is_more=False)  # at once, and each took half of it
+    assert estimates.floor_seconds == pytest.approx(0.04, rel=0.2)
+
+
+def test_an_id_that_a_draft_brought_is_not_the_targets_own_pace() -> None:
+    estimates = Estimates()
+    times = RoundTrips(estimates)
+    times.arrived([], 1, 1.0, is_more=False)
+    times.arrived([], 1, 1.1, is_more=True)
+    times.arrived([Sent(1.01, 1.01)], 1, 1.2, is_more=False)  # the last draft: its row is sampled next
+    times.arrived([], 1, 1.21, is_more=False)
+    assert estimates.floor_seconds == pytest.approx(0.1)

@@ -7,11 +7,12 @@
 import { FrameError } from "./wire.js";
 
 const LOOPS_BEFORE_RESEND = 1.5;
+const UNMEASURED_LOOPS_BEFORE_RESEND = 6; // while the loop is only guessed from the target's own pace
 const LONGEST_RESEND_SECONDS = 30;
 const IN_TIME = 0.5; // of a turn: ids that follow faster came from drafts, the target alone can't make them
 
 export class DraftLoop {
-  #window = []; // { id, sentSeconds }: sent and not judged; negative: sent more than once, its loop can't be told
+  #window = []; // { id, firstSeconds, lastSeconds }: when it was sent; not the same: more than once, its loop can't be told
   #tickets = 0;
   #asked = null; // { ticket, base }: base is the position of its first id
   #held = null; // a draft for position `length` that was not worth sending: judged when the target says what is right
@@ -19,9 +20,8 @@ export class DraftLoop {
   #isStuck = false; // the drafter had nothing to say about this sequence
   #isLinked = false;
   #afterVerdict = false; // the next id is the target's own: nothing was in flight
-  #lastRightSeconds = -1; // when the draft was sent whose row is sampled next
+  #lastRight = null; // the draft whose row is sampled next
   #lastCommitSeconds = -1;
-  #progressSeconds = 0;
   #resends = 0;
 
   // `promptLength`: position of the first id to come. `maxRows`: prompt and all that may follow. `choosePace(estimates)`.
@@ -38,17 +38,18 @@ export class DraftLoop {
     this.stopIds = new Set(stopIds);
   }
 
-  // When to call `passed`, in seconds of the caller's clock; null: only when something happens.
+  // When to call `passed`, in seconds of the caller's clock; null: only when something happens. By the age of the oldest
+  // draft: where drafts were lost, the target's own ids go on, and what is drafted beyond the gap comes too early for ever.
   get wakeAt() {
     if (!this.#window.length || !this.#isLinked || this.finish) return null;
-    const wait = LOOPS_BEFORE_RESEND * this.estimates.loopSeconds * 2 ** this.#resends;
-    return this.#progressSeconds + Math.min(wait, LONGEST_RESEND_SECONDS);
+    const loops = this.estimates.isLoopMeasured ? LOOPS_BEFORE_RESEND : UNMEASURED_LOOPS_BEFORE_RESEND;
+    const wait = loops * this.estimates.slowLoopSeconds * 2 ** this.#resends;
+    return this.#window[0].lastSeconds + Math.min(wait, LONGEST_RESEND_SECONDS);
   }
 
   // The link is up and the request admitted. Drafting begins with the first committed id.
   start(now) {
     this.#isLinked = true;
-    this.#progressSeconds = now;
     return [];
   }
 
@@ -72,7 +73,7 @@ export class DraftLoop {
     const actions = this.#settle(fresh, now);
     this.#isStuck = false;
     this.#resends = 0;
-    this.#progressSeconds = this.#lastCommitSeconds = now;
+    this.#lastCommitSeconds = now;
     return [...actions, ...this.#ask()];
   }
 
@@ -109,12 +110,13 @@ export class DraftLoop {
   // Loop and floor, from when ids arrive: the row of a right draft is sampled as the id after it.
   #time(right, fresh, now) {
     const before = this.#lastCommitSeconds, waited = now - before;
-    if (this.#afterVerdict && before >= 0) this.estimates.turned(waited);
+    if (this.#afterVerdict && before >= 0) this.estimates.turned(right.length ? waited : waited / fresh);
     const isInTime = before >= 0 && waited < IN_TIME * this.estimates.floorSeconds;
-    const sent = [isInTime ? this.#lastRightSeconds : -1, ...right.slice(0, fresh - 1).map((draft) => draft.sentSeconds)];
-    for (const seconds of sent) if (seconds >= 0) this.estimates.looped(now - seconds);
-    this.#afterVerdict = before < 0;
-    this.#lastRightSeconds = right.length === fresh ? right[right.length - 1].sentSeconds : -1;
+    for (const draft of [isInTime ? this.#lastRight : null, ...right.slice(0, fresh - 1)]) {
+      if (draft) this.estimates.looped(now - draft.firstSeconds, draft.lastSeconds > draft.firstSeconds);
+    }
+    this.#afterVerdict = !this.#window.length && right.length < fresh;
+    this.#lastRight = right.length === fresh ? right[right.length - 1] : null;
   }
 
   // The draft at `position` was wrong; `ids` are right, from there on.
@@ -155,9 +157,8 @@ export class DraftLoop {
   }
 
   #send(baseRow, ids, now) {
-    if (!this.#window.length) this.#progressSeconds = now;
     this.#held = null; // what is sent is judged as such
-    for (const id of ids) this.#window.push({ id, sentSeconds: now });
+    for (const id of ids) this.#window.push({ id, firstSeconds: now, lastSeconds: now });
     this.counts.drafted += ids.length;
     return [{ do: "send", turn: this.turn, baseRow, ids }, { do: "extend", ids }];
   }
@@ -175,7 +176,7 @@ export class DraftLoop {
     return [{ do: "propose", ticket: this.#tickets, count }];
   }
 
-  // Sends again what is unanswered for 1.5 loops; each time in a row it waits twice as long.
+  // Sends again what is in flight once the oldest of it is unanswered for 1.5 loops; each time in a row twice as long.
   passed(now) {
     if (this.wakeAt === null || now < this.wakeAt) return [];
     this.#resends += 1;
@@ -184,8 +185,7 @@ export class DraftLoop {
 
   #resend(now) {
     if (!this.#window.length) return [];
-    for (const draft of this.#window) draft.sentSeconds = -1;
-    this.#progressSeconds = now;
+    for (const draft of this.#window) draft.lastSeconds = now;
     this.counts.resentFrames += 1;
     return [{ do: "send", turn: this.turn, baseRow: this.length, ids: this.#window.map((draft) => draft.id) }];
   }

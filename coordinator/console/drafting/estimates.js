@@ -23,6 +23,7 @@ export class Estimates {
     this.verdicts = new Mean(ACCEPTANCE_SHARE, PRIOR_ACCEPTANCE, PRIOR_VERDICTS);
     this.load = 0; // of the target, as it says
     this.loops = [];
+    this.waits = []; // loops, and of drafts sent more than once how long they took at most
     this.floor = new Mean(NEW_SHARE);
   }
 
@@ -30,9 +31,11 @@ export class Estimates {
   judged(accepted) { this.verdicts.add(accepted ? 1 : 0); }
 
   // From sending a draft to the sample of its row; it was in time and nothing was queued before it.
-  looped(seconds) {
-    this.loops.push(seconds);
-    if (this.loops.length > RECENT_LOOPS) this.loops.shift();
+  looped(seconds, isBound = false) {
+    for (const times of isBound ? [this.waits] : [this.loops, this.waits]) {
+      times.push(seconds);
+      if (times.length > RECENT_LOOPS) times.shift();
+    }
   }
 
   // From a miss to the next id, which the target made by itself.
@@ -45,5 +48,13 @@ export class Estimates {
   get loopSeconds() {
     if (!this.loops.length) return this.floorSeconds;
     return [...this.loops].sort((a, b) => a - b)[Math.floor(this.loops.length / 2)];
+  }
+
+  get isLoopMeasured() { return this.waits.length > 0; }
+
+  // The upper quartile: what takes much longer was lost.
+  get slowLoopSeconds() {
+    if (!this.waits.length) return this.loopSeconds;
+    return [...this.waits].sort((a, b) => a - b)[this.waits.length - 1 - Math.floor(this.waits.length / 4)];
   }
 }
