@@ -19,13 +19,17 @@ RECORD = struct.Struct("<ddqqqq")  # begin, end, session, base row, rows in all,
 
 
 def watch(path: Path) -> None:
-    """Every stage this process loads from now on. Unbuffered: a process that is stopped twice has no time to flush."""
+    """Every stage this process loads from now on. Unbuffered: a process that is stopped twice has no time to flush.
+
+    Notes are written when the rows are on their way: writing them is not a part of what they measure.
+    """
     from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 
     notes = path.open("ab", buffering=0)
     rows = path.with_name(path.name + ".rows").open("ab", buffering=0)
-    construct, step = LoadedStage.__init__, StageWorker._run
+    construct, step, turn = LoadedStage.__init__, StageWorker._run, StageWorker._turn
     times = [0.0, 0.0]
+    steps: list[tuple[float, float, int, list[Any], list[Any]]] = []  # of this turn
 
     def timed(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def watched(batch: Any) -> Any:
@@ -43,14 +47,21 @@ def watch(path: Path) -> None:
     def stepped(worker: StageWorker, loaded: LoadedStage, works: list[Any]) -> list[Any]:
         events = step(worker, loaded, works)
         end = time.monotonic() if loaded.is_tail else times[1]
-        count = sum(len(work.ids) for work in works)
         kv_bytes = loaded.stage.kv_committed_bytes  # type: ignore[attr-defined]
-        notes.write(RECORD.pack(times[0], end, works[0].session, works[0].base_row, count, kv_bytes))
-        rows.write(row_note(times[0], end, works, events))
+        steps.append((times[0], end, kv_bytes, works, events))
         return events
+
+    def turned(worker: StageWorker) -> None:
+        turn(worker)
+        for begin, end, kv_bytes, works, events in steps:
+            count = sum(len(work.ids) for work in works)
+            notes.write(RECORD.pack(begin, end, works[0].session, works[0].base_row, count, kv_bytes))
+            rows.write(row_note(begin, end, works, events))
+        steps.clear()
 
     LoadedStage.__init__ = constructed  # type: ignore[method-assign, assignment]
     StageWorker._run = stepped  # type: ignore[method-assign, assignment]
+    StageWorker._turn = turned  # type: ignore[method-assign, assignment]
 
 
 def row_note(began: float, ended: float, works: list[Any], events: list[Any]) -> bytes:
