@@ -27,7 +27,7 @@ from edge_runtime.local_api.pass_through import PassThrough
 from edge_runtime.local_api.users import User, Users
 from edge_runtime.sdk.async_client import SEED_BITS
 from edge_runtime.sdk.draft_stream import DraftTokenStream
-from edge_runtime.sdk.drafting import Drafting
+from edge_runtime.sdk.drafting import MAX_DRAFTED, Drafting
 from edge_runtime.sdk.http import HttpSession, NoWebSocket
 from edge_runtime.sdk.offline import OfflineModel, is_allowed, offline_model
 from edge_runtime.sdk.offline_stream import OfflineTokenStream
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 20  # as the coordinator
 REQUEST_HEADER_SECONDS = 30
 SHUTDOWN_SECONDS = 2.0
-MAX_DRAFTED = 4  # requests at a time, each with a drafter of its own; the others are passed on
 _PASSED_ON = (
     ("GET", "/v1/models/{model:.+}"),
     ("POST", "/v1/embeddings"),

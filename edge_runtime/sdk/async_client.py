@@ -49,9 +49,12 @@ class AsyncClient:
     ) -> None:
         """`draft`: who guesses ahead on this device, "none", "suffix", "model", "auto" or a draft model's bundle.
 
-        Drafts change no id, only how fast they come. `offline="draft"`: where the target can't be reached, or a link
-        stays broken for `resume_seconds`, the draft model answers alone, and the result says so (`answered_by`);
-        `upgrade` asks the target later. Also an option of each call. Raises UsageError.
+        Drafts change no id, only how fast they come. Four requests of a client are drafted for at a time, each with
+        a drafter (and its model) of its own; more come without drafts.
+
+        `offline="draft"`: where the target can't be reached, or a link stays broken for `resume_seconds`, the draft
+        model answers alone, and the result says so (`answered_by`); `upgrade` asks the target later. Also an option of
+        each call. Raises UsageError.
         """
         settings = load(
             {"client.url": url, "client.api_key": api_key, "client.timeout_seconds": timeout_seconds}

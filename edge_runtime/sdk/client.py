@@ -5,54 +5,20 @@ Knows: how to wait for the other one. Does not know: HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Unpack
 
 from edge_runtime.sdk.async_client import NEVER_OFFLINE, NO_DRAFTS, AsyncClient, Vector
+from edge_runtime.sdk.blocking import Blocking, BlockingStream
 from edge_runtime.sdk.http import Json
-from edge_runtime.sdk.loop_thread import LoopThread
 from edge_runtime.sdk.options import GenerateOptions, Message
-from edge_runtime.sdk.results import Result, StreamToken, Upgrade
+from edge_runtime.sdk.results import Result, Upgrade
 from edge_runtime.sdk.token_stream import RESUME_SECONDS, AsyncTokenStream
 
 
-class TokenStream:
-    """`for token in stream`; afterwards `stream.result` has the whole. Closing it early cancels the generation."""
-
-    def __init__(self, thread: LoopThread, stream: AsyncTokenStream) -> None:
-        self._thread = thread
-        self._stream = stream
-        self._tokens = aiter(stream)
-
-    def __iter__(self) -> Iterator[StreamToken]:
-        return self
-
-    def __next__(self) -> StreamToken:
-        token = self._thread.call(self._next())
-        if token is None:
-            raise StopIteration
-        return token
-
-    async def _next(self) -> StreamToken | None:
-        # None for the end: a StopAsyncIteration can't travel through a future.
-        return await anext(self._tokens, None)
-
-    def __enter__(self) -> TokenStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._thread.call(self._stream.aclose())
-
-    @property
-    def result(self) -> Result:
-        return self._stream.result
+class TokenStream(BlockingStream[AsyncTokenStream]):
+    """As BlockingStream."""
 
     @property
     def answered_by(self) -> str:
@@ -64,7 +30,7 @@ class TokenStream:
         return self._stream.resumed
 
 
-class Client:
+class Client(Blocking):
     """`with Client(url, api_key=key) as client: print(client.generate("def f").text)`. Safe to use from many threads.
 
     What is not given comes from the settings (`edge-runtime config show`): `client.url`, `client.api_key`.
@@ -92,22 +58,7 @@ class Client:
             offline=offline,
             resume_seconds=resume_seconds,
         )
-        self._thread = LoopThread("edge-runtime-client")
-        self._closed = False
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._thread.call(self._client.close())
-            self._thread.close()
+        super().__init__(self._client, "edge-runtime-client")
 
     @property
     def url(self) -> str:
@@ -115,7 +66,7 @@ class Client:
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Result:
         """Continue a prompt (text or token ids) and wait for the whole."""
-        return self._thread.call(self._client.generate(prompt, **options))
+        return self._wait(self._client.generate(prompt, **options))
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> TokenStream:
         """`for token in client.stream(prompt)`: tokens as they come."""
@@ -123,7 +74,7 @@ class Client:
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]) -> Result:
         """Answer a conversation: messages with role and content, or one text of the user's."""
-        return self._thread.call(self._client.chat(messages, **options))
+        return self._wait(self._client.chat(messages, **options))
 
     def stream_chat(
         self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]
@@ -132,30 +83,30 @@ class Client:
 
     def upgrade(self, answer: Result) -> Upgrade:
         """Ask the target what the draft model answered offline; says where the ids differ."""
-        return self._thread.call(self._client.upgrade(answer))
+        return self._wait(self._client.upgrade(answer))
 
     def embed(self, texts: str | Sequence[str]) -> list[Vector]:
         """One vector for each text."""
-        return self._thread.call(self._client.embed(texts))
+        return self._wait(self._client.embed(texts))
 
     def model(self) -> str:
-        return self._thread.call(self._client.model())
+        return self._wait(self._client.model())
 
     def models(self) -> list[Json]:
-        return self._thread.call(self._client.models())
+        return self._wait(self._client.models())
 
     def status(self) -> Json:
         """Devices, plan and requests as JSON (needs an administrator's key)."""
-        return self._thread.call(self._client.status())
+        return self._wait(self._client.status())
 
     def create_join_link(self) -> str:
         """A new one-use link that pairs a device: `edge-runtime agent --join LINK`."""
-        return self._thread.call(self._client.create_join_link())
+        return self._wait(self._client.create_join_link())
 
     def revoke(self, device: str) -> None:
         """Cut a device off, by name or id, for good."""
-        self._thread.call(self._client.revoke(device))
+        self._wait(self._client.revoke(device))
 
     def ready(self) -> None:
         """Return if a pipeline can serve now; raise TransportError with the reason if not."""
-        self._thread.call(self._client.ready())
+        self._wait(self._client.ready())

@@ -67,7 +67,10 @@ class DraftTokenStream(AsyncTokenStream):
         falls_back: bool = True,
         retries: int = MAX_RETRIES,
     ) -> None:
-        """`falls_back`: where there is no drafting socket, ask as ever; else NoWebSocket is raised."""
+        """`falls_back`: where there is no drafting socket or MAX_DRAFTED requests are drafted for, ask as ever.
+
+        Else NoWebSocket is raised, and whoever asks counts requests.
+        """
         super().__init__(drafting.http, path, make_body, resume_seconds=resume_seconds)
         self.refusal: tuple[int, Json] | None = None  # the status and body of an error that was told
         self.usage: Json = {}  # as the coordinator counts, at the end
@@ -86,9 +89,11 @@ class DraftTokenStream(AsyncTokenStream):
     # ------------------------------------------------------------ the caller's side
 
     async def _run(self) -> AsyncGenerator[StreamToken, None]:
-        if not (self._drafting.is_missing and self._falls_back):
-            self._body = await self._make_body()
-            self._started = self._last = time.perf_counter()
+        self._body = (
+            await self._make_body()
+        )  # before there is seen whether there is room: nothing is awaited after
+        if not self._falls_back or (self._drafting.has_room and not self._drafting.is_missing):
+            self._begin_timing()
             try:
                 async with contextlib.aclosing(self._drafted()) as tokens:
                     async for token in tokens:
@@ -124,11 +129,8 @@ class DraftTokenStream(AsyncTokenStream):
                 task.exception()  # was raised, or nobody waits for it any more
 
     def _hand_out(self, token: StreamToken) -> StreamToken:
-        self._last = time.perf_counter()
-        self._first = self._last if self._first is None else self._first
-        self._ids.append(token.id)
-        self._texts.append(token.text)
-        return token
+        self._arrived()
+        return self._record(token.id, token.text)
 
     def _finish(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():

@@ -22,6 +22,10 @@ from edge_runtime.speculative.driver import DrafterThread
 from edge_runtime.speculative.estimates import Estimates
 from edge_runtime.text import Decoder
 
+MAX_DRAFTED = (
+    4  # requests at a time, each with a drafter (a model, perhaps) of its own; the others get no drafts
+)
+
 
 class Drafting:
     """`spec`: "auto", "model", "suffix", or the directory of a draft model's bundle. One event loop uses it."""
@@ -42,6 +46,11 @@ class Drafting:
         self._tokenizers: dict[str, Decoder] = {}
         self._pools: dict[str, DrafterPool] = {}
         self._requests: set[asyncio.Task[None]] = set()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request may be drafted for."""
+        return len(self._requests) < MAX_DRAFTED
 
     def follow(self, request: asyncio.Task[None]) -> None:
         """A request's task: `close` ends it."""

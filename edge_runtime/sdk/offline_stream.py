@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncGenerator, Sequence
 
 from edge_runtime.errors import EdgeRuntimeError, TransportError, UsageError
 from edge_runtime.sdk.http import HttpSession
 from edge_runtime.sdk.local_request import read_request
 from edge_runtime.sdk.offline import Drawn, Ending, OfflineModel, OpenedDraft
-from edge_runtime.sdk.results import DRAFT, TARGET, Question, Result, StreamToken, timings_of
+from edge_runtime.sdk.results import DRAFT, TARGET, Question, Result, StreamToken
 from edge_runtime.sdk.token_stream import AsyncTokenStream
 from edge_runtime.sdk.unreachable import UNREACHABLE, is_unreachable
 
@@ -58,7 +57,7 @@ class OfflineTokenStream(AsyncTokenStream):
             text=told.text + "".join(drawn.text for drawn in self._drawn),
             token_ids=ids,
             finish_reason=ending.finish,
-            timings=timings_of(self._started, self._first, self._last, len(ids)),
+            timings=self._timings(len(ids)),
             prompt_token_ids=ending.prompt_ids,
             seed=ending.request.sampling.seed,
             model=self._draft_name if by_draft else told.model,
@@ -69,10 +68,10 @@ class OfflineTokenStream(AsyncTokenStream):
         )
 
     async def _run(self) -> AsyncGenerator[StreamToken, None]:
-        self._started = self._last = time.perf_counter()
+        self._begin_timing()
         try:
             async for token in self._inner:
-                self._note_time()
+                self._arrived()
                 yield token
             return
         except EdgeRuntimeError as problem:
@@ -98,7 +97,7 @@ class OfflineTokenStream(AsyncTokenStream):
         log.info("the draft model answers from token %d on: %s", len(told.token_ids), cause.message)
         async with contextlib.aclosing(self._model.draw(ending, told.token_ids)) as drawn:
             async for each in drawn:
-                self._note_time()
+                self._arrived()
                 self._drawn.append(each)
                 index = len(told.token_ids) + len(self._drawn) - 1
                 yield StreamToken(each.id, each.text, index, DRAFT)
@@ -117,10 +116,6 @@ class OfflineTokenStream(AsyncTokenStream):
                 f"{opened.name} reads the target's ids as other text",
                 hint="draft with a model of the same tokenizer",
             )
-
-    def _note_time(self) -> None:
-        self._last = time.perf_counter()
-        self._first = self._last if self._first is None else self._first
 
 
 def _neither(cause: EdgeRuntimeError, reason: EdgeRuntimeError) -> TransportError:

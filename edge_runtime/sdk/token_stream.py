@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
 from typing import Any
 
 import aiohttp
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
 from edge_runtime.sdk.http import HttpSession, Json, closed, error_of
-from edge_runtime.sdk.results import TARGET, Result, StreamToken, timings_of
+from edge_runtime.sdk.results import TARGET, Result, StreamToken
 from edge_runtime.sdk.sse import ServerEvent, SseParser
+from edge_runtime.sdk.token_record import RecordedStream
 
 RESUME_SECONDS = 30.0  # of failed attempts in a row before a broken stream is given up
 FIRST_PAUSE_SECONDS = 0.05
@@ -27,11 +27,8 @@ LONGEST_PAUSE_SECONDS = 2.0
 _DONE = "[DONE]"
 
 
-class AsyncTokenStream:
-    """`async for token in stream`; afterwards `stream.result` has the whole.
-
-    Leaving the loop early and closing it (`async with`, `aclose`) cancels the generation.
-    """
+class AsyncTokenStream(RecordedStream):
+    """One generation of a coordinator's, taken up again where its connection breaks."""
 
     def __init__(
         self,
@@ -41,40 +38,19 @@ class AsyncTokenStream:
         *,
         resume_seconds: float = RESUME_SECONDS,
     ) -> None:
+        super().__init__()
         self._http = http
         self._resume_seconds = resume_seconds
         self._path = path
         self._make_body = make_body
         self._body: Json = {}
-        self._events = self._run()
         self._last_event_id = ""
-        self._ids: list[int] = []
-        self._texts: list[str] = []
         self._prompt_ids: tuple[int, ...] = ()
-        self._finish_reason = ""
         self._was_told = False  # an error event came: the stream ended, nothing broke
         self._head: Mapping[str, Any] = {}
         self._accepted_drafts = self._rejected_drafts = 0
-        self._started = time.perf_counter()
-        self._first: float | None = None
-        self._last = self._started
         self.request_id = ""
         self.tokenizer = ""  # digest of the target's, where it was told
-        self.resumed = 0  # how often a broken connection was taken up again
-
-    def __aiter__(self) -> AsyncIterator[StreamToken]:
-        return self._events
-
-    async def __aenter__(self) -> AsyncTokenStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        await self._events.aclose()
 
     @property
     def result(self) -> Result:
@@ -83,7 +59,7 @@ class AsyncTokenStream:
             text="".join(self._texts),
             token_ids=tuple(self._ids),
             finish_reason=self._finish_reason,
-            timings=timings_of(self._started, self._first, self._last, len(self._ids)),
+            timings=self._timings(),
             prompt_token_ids=self._prompt_ids,
             request_id=self.request_id,
             seed=int(self._head.get("seed") or 0),
@@ -108,7 +84,7 @@ class AsyncTokenStream:
     async def _run(self) -> AsyncGenerator[StreamToken, None]:
         """Connect, read, and take up again what broke."""
         self._body = {**await self._make_body(), "stream": True, "return_token_ids": True}
-        self._started = self._last = time.perf_counter()
+        self._begin_timing()
         broken_at: float | None = None
         pause = FIRST_PAUSE_SECONDS
         while True:
@@ -179,12 +155,5 @@ class AsyncTokenStream:
             if text:  # text that was held back, without a token of its own
                 self._texts.append(text)
             return []
-        self._last = time.perf_counter()
-        self._first = self._last if self._first is None else self._first
-        tokens = []
-        for item, identity in enumerate(ids):
-            piece = text if item == 0 else ""
-            tokens.append(StreamToken(int(identity), piece, len(self._ids)))
-            self._ids.append(int(identity))
-            self._texts.append(piece)
-        return tokens
+        self._arrived()
+        return [self._record(int(identity), "" if item else text) for item, identity in enumerate(ids)]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError
-from edge_runtime.sdk.results import Result, StreamToken, timings_of
+from edge_runtime.sdk.results import Result, StreamToken
+from edge_runtime.sdk.token_record import RecordedStream
 from edge_runtime.sdk.verifier_drafter import RemoteDrafter
 from edge_runtime.sdk.verifier_link import Pauses, VerifierLink
 from edge_runtime.sdk.verifier_windows import Answer, Usage, Windows
@@ -45,35 +45,15 @@ Open = Callable[[], Awaitable[Parts]]
 Release = Callable[[], None]
 
 
-class VerifiedStream:
-    """`async for token in stream`; afterwards `stream.result` has the whole. `usage`: what it cost the server."""
+class VerifiedStream(RecordedStream):
+    """One generation of another server's. `usage`: what it cost that server."""
 
     def __init__(self, open_parts: Open, release: Release) -> None:
+        super().__init__()
         self._open_parts = open_parts
         self._release = release
-        self._events = self._run()
-        self._ids: list[int] = []
-        self._texts: list[str] = []
         self._parts: Parts | None = None
-        self._finish_reason = ""
-        self._started = self._last = time.perf_counter()
-        self._first: float | None = None
         self.usage = Usage()
-        self.resumed = 0  # how often a broken stream was asked for again
-
-    def __aiter__(self) -> AsyncIterator[StreamToken]:
-        return self._events
-
-    async def __aenter__(self) -> VerifiedStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        await self._events.aclose()
 
     @property
     def result(self) -> Result:
@@ -83,7 +63,7 @@ class VerifiedStream:
             text="".join(self._texts),
             token_ids=tuple(self._ids),
             finish_reason=self._finish_reason,
-            timings=timings_of(self._started, self._first, self._last, len(self._ids)),
+            timings=self._timings(),
             prompt_token_ids=tuple(progress.ids[: progress.prompt_tokens]) if progress else (),
             request_id="",
             seed=0,
@@ -97,7 +77,7 @@ class VerifiedStream:
     async def _run(self) -> AsyncGenerator[StreamToken, None]:
         self._parts = parts = await self._open_parts()
         before = parts.link.requests
-        self._started = self._last = time.perf_counter()
+        self._begin_timing()
         is_whole = False
         try:
             await parts.drafter.begin(parts.progress.ids)
@@ -128,12 +108,8 @@ class VerifiedStream:
                         return
 
     def _hand_out(self, token: int, text: str) -> StreamToken:
-        self._last = time.perf_counter()
-        self._first = self._last if self._first is None else self._first
-        found = StreamToken(token, text, len(self._ids))
-        self._ids.append(token)
-        self._texts.append(text)
-        return found
+        self._arrived()
+        return self._record(token, text)
 
     # ------------------------------------------------------------ drafting, asking, committing
 

@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from edge_runtime.errors import CapacityError, RequestFailed, UsageError
-from edge_runtime.local_api.server import MAX_DRAFTED, LocalApiConfig, serve
+from edge_runtime.local_api.server import LocalApiConfig, serve
+from edge_runtime.sdk.drafting import MAX_DRAFTED
 from tests.sdk.test_sdk_client import BreakingProxy
 from tests.sdk.test_sdk_drafts import REPEATED, drafter_threads
 from tests.support.api_server import ADMIN_KEY, OTHER_KEY, USER_KEY

@@ -14,6 +14,7 @@ from aiohttp import web
 from coordinator.api.app import serve
 from edge_runtime import AsyncClient, Client
 from edge_runtime.errors import CapacityError, RequestFailed, TransportError, TrustError, UsageError
+from edge_runtime.sdk.drafting import MAX_DRAFTED
 from edge_runtime.speculative.driver import THREAD_NAME
 from tests.sdk.test_sdk_client import BreakingProxy
 from tests.support.api_server import ADMIN_KEY as KEY
@@ -129,6 +130,26 @@ async def test_leaving_a_stream_cancels_the_generation_and_frees_the_drafter(
         await client.close()
         with pytest.raises(TransportError, match="closed"):
             await anext(aiter(unfinished))
+    assert not drafter_threads()
+
+
+async def test_more_at_once_than_this_device_drafts_for_come_without_drafts(
+    url: str, service: FakeService
+) -> None:
+    service.hold = asyncio.Event()
+    count = MAX_DRAFTED + 3
+    async with AsyncClient(url, api_key=KEY, draft="suffix") as client:
+        asking = [asyncio.create_task(client.generate(REPEATED, max_tokens=9, seed=1)) for _ in range(count)]
+        await service.all_running(count)
+        await until(lambda: len({request for request, _, _ in service.drafts}) == MAX_DRAFTED)
+        assert len(drafter_threads()) == MAX_DRAFTED
+        service.hold.set()
+        results = [await each for each in asking]
+        assert len({result.token_ids for result in results}) == 1
+        assert len({request for request, _, _ in service.drafts}) == MAX_DRAFTED
+        again = await client.generate(REPEATED, max_tokens=9, seed=1)  # there is room once more
+        assert again.token_ids == results[0].token_ids
+        assert len({request for request, _, _ in service.drafts}) == MAX_DRAFTED + 1
     assert not drafter_threads()
 
 

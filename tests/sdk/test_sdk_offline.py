@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -290,6 +291,20 @@ async def test_what_the_draft_model_can_not_hold_says_both_reasons(nobody: str, 
     async with AsyncClient(nobody, draft=draft, offline="draft") as client:
         with pytest.raises(TransportError, match=r"nothing answers.*context is 128 tokens"):
             await client.generate(PROMPT * 30, max_tokens=5)
+
+
+async def test_a_conversation_without_what_renders_it_says_what_to_install(
+    nobody: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "edge_runtime.chat_template", raising=False)
+    for name in ("jinja2", "jinja2.sandbox"):
+        monkeypatch.setitem(sys.modules, name, None)
+    async with AsyncClient(nobody, draft=DEMO, offline="draft") as client:
+        with pytest.raises(TransportError, match=r"nothing answers.*needs jinja2") as caught:
+            await client.chat("hello", max_tokens=2)
+        assert "pip install" in caught.value.hint
+        answer = await client.generate("def f(", max_tokens=2)
+        assert answer.answered_by == "draft"
 
 
 def test_who_can_not_answer_offline_is_told_at_once(tmp_path: Path) -> None:
