@@ -2,9 +2,11 @@
 
 import { byId, h, setText } from "./dom.js";
 import { Memories } from "./drafting/memories.js";
-import { DraftedRequest } from "./drafting/request.js";
+import { DraftedRequest, NoDraftingSocket } from "./drafting/request.js";
 import { plural } from "./format.js";
 import { Progress } from "./progress.js";
+
+const NO_SOCKET = "No drafting socket could be opened (a proxy that knows no WebSockets?): the last answer came without drafts.";
 
 export class PromptBox {
   constructor(api) {
@@ -72,11 +74,19 @@ export class PromptBox {
   }
 
   // { text, tokens, seed, finish, drafts } as they come; `drafts` only where this page makes them.
-  open(request) {
+  async *open(request) {
     const { signal } = this.running;
-    if (!byId("draft").checked) return plainNews(this.api.complete(request, signal));
-    const memory = (tokenizer) => this.memories.of(tokenizer);
-    return new DraftedRequest({ connect: () => this.api.openDrafting(), body: request, memory, signal }).run();
+    if (byId("draft").checked) {
+      const memory = (tokenizer) => this.memories.of(tokenizer);
+      try {
+        yield* new DraftedRequest({ connect: () => this.api.openDrafting(), body: request, memory, signal }).run();
+        return;
+      } catch (error) {
+        if (!(error instanceof NoDraftingSocket)) throw error;
+        setText(byId("draft-note"), NO_SOCKET);
+      }
+    }
+    yield* plainNews(this.api.complete(request, signal));
   }
 }
 

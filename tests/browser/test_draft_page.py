@@ -15,6 +15,7 @@ from edge_runtime.sdk.cluster import demo_bundle
 from tests.support.api_server import ADMIN_KEY, Server
 from tests.support.chromium import watch
 from tests.support.copied_code import COPIED_CODE
+from tests.support.http_only_proxy import http_only
 
 REPETITIVE = COPIED_CODE
 KEPT_SOCKETS = """const Plain = WebSocket; window.sockets = [];
@@ -114,6 +115,22 @@ async def test_stop_cancels_and_a_refusal_is_shown(browser: Browser, server: Ser
     await page.get_by_role("spinbutton", name="Tokens").fill("4000")
     await page.get_by_role("button", name="Generate").click()
     await expect(page.locator("#output-note")).to_contain_text("context")
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["refused", "never answered"])
+async def test_where_no_socket_opens_the_whole_text_comes_without_drafts(
+    browser: Browser, server: Server, answers: bool
+) -> None:
+    async with http_only(server.port, answers_upgrades=answers) as address:
+        page = await opened(browser, address)
+        await page.get_by_label("Draft on this device").check()
+        text = await generate(page, "abc", 40)
+        assert len(text) == 40
+        assert all((ord(b) - ord(a)) % 26 == 1 for a, b in pairwise(text))
+        assert await page.evaluate("sockets.length") == 1
+        await expect(page.locator("#output-note")).not_to_contain_text("draft")
+        await expect(page.locator("#draft-note")).to_contain_text("came without drafts")
+        await page.close()
 
 
 # ---------------------------------------------------------------- over a real cluster

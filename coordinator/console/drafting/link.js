@@ -1,6 +1,8 @@
 // A WebSocket whose messages are awaited one after the other.
 // Knows: one socket. Does not know: what messages mean.
 
+const OPENING_MS = 5000;
+
 export class LinkBroken extends Error {}
 
 export class Link {
@@ -18,7 +20,9 @@ export class Link {
     });
     socket.addEventListener("close", () => this.#end());
     signal.addEventListener("abort", () => this.close(), { once: true });
+    // Whether it did, in time: a proxy that knows no WebSockets may never answer.
     this.opened = new Promise((resolve) => {
+      setTimeout(resolve, OPENING_MS, false);
       socket.addEventListener("open", () => resolve(true), { once: true });
       socket.addEventListener("close", () => resolve(false), { once: true });
     });

@@ -16,6 +16,9 @@ const LONGEST_PAUSE_MS = 5000;
 const RESUME_MS = 60_000; // how long a broken request is asked for again
 const LABELS = { drafter: "suffix", text: true };
 
+// Nothing was asked for: the same request may be made in another way.
+export class NoDraftingSocket extends LinkBroken {}
+
 export class DraftedRequest {
   #seen = 0; // tokens whose ids and text are here: what a resumed link need not send again
   #driver = null;
@@ -28,7 +31,7 @@ export class DraftedRequest {
     Object.assign(this, { connect, body, memory, signal });
   }
 
-  // What happened since the last one: { text, tokens, seed, finish, drafts: { drafted, accepted } }. Throws ApiFailure, LinkBroken.
+  // What happened since the last one: { text, tokens, seed, finish, drafts: { drafted, accepted } }. Throws ApiFailure, LinkBroken, NoDraftingSocket.
   async *run() {
     try {
       for (;;) {
@@ -58,7 +61,10 @@ export class DraftedRequest {
     this.signal.throwIfAborted();
     const link = new Link(this.connect(), this.signal);
     try {
-      if (!(await link.opened)) throw new LinkBroken("The coordinator did not open a drafting socket: try again, or switch drafts off.");
+      if (!(await link.opened)) {
+        this.signal.throwIfAborted();
+        throw new (this.#head === null ? NoDraftingSocket : LinkBroken)("The coordinator did not open a drafting socket: try again, or switch drafts off.");
+      }
       link.send(JSON.stringify(this.#opening()));
       this.#begin(await answer(link), link);
       yield* this.#follow(link);
