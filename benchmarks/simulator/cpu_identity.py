@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 
 from benchmarks.simulator.cpu_stage import CpuWorldStage
-from benchmarks.simulator.identity import FAULTS, SAMPLINGS, differing
-from benchmarks.simulator.stage import SimulatedStage
+from benchmarks.simulator.identity import FAULTS, SAMPLINGS, Compared, compared, totals
 from benchmarks.simulator.world import Setting, World
+from benchmarks.simulator.world_stage import WorldStage
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams, SessionId
 from edge_runtime.engine.base import Batch, Span
@@ -33,17 +33,6 @@ PROMPT_TOKENS = 24
 STAGES = (1, 2, 3)
 WINDOW_TOKENS = 64  # of context that the model drafter keeps
 _KV_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """Of one run. `accepted` of the tokens came from drafts; `poisoned` rows were NaN before they were written anew."""
-
-    tokens: int
-    differing: int
-    accepted: int
-    leases: int
-    poisoned: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +55,8 @@ class CpuWorld(World):
         self.vocab_size = bundle.manifest.model.vocab_size
         super().__init__(setting, drafter)
 
-    def _stage(self, name: str) -> SimulatedStage:
-        return CpuWorldStage(name, self.bundle, self.clock, self._step_seconds, self._post)  # type: ignore[return-value]
+    def _stage(self, name: str) -> WorldStage:
+        return CpuWorldStage(name, self.bundle, self.clock, self._step_seconds, self._post)
 
     def _edges(self) -> list[int]:
         """Every stage has a layer; what lies between the first and the last cut moves from lease to lease."""
@@ -161,23 +150,15 @@ def plain_ids(bundle: Bundle, setting: Setting) -> list[int]:
 
 def compare(case: Case, bundle: Bundle, wanted: Sequence[int]) -> Compared:
     """Raises TimeoutError where the run stands still."""
-    setting, given = case.setting, len(case.setting.prompt)
     drafter = drafter_of(case, bundle, wanted)
-    world = CpuWorld(setting, drafter, bundle)
+    world = CpuWorld(case.setting, drafter, bundle)
     try:
         world.run()
     finally:
         drafter.close()
         for stage in world.stages.values():
-            stage.close()  # type: ignore[attr-defined]
-    assert world.device is not None
-    return Compared(
-        setting.new_tokens,
-        differing(world.ids[given:], wanted[given:]),
-        world.device.loop.counts.accepted,
-        world.leases,
-        sum(stage.rows_poisoned for stage in world.stages.values()),  # type: ignore[attr-defined]
-    )
+            stage.close()
+    return compared(world, wanted)
 
 
 def drafter_of(case: Case, bundle: Bundle, wanted: Sequence[int]) -> Drafter:
@@ -205,10 +186,4 @@ def figures(bundle: Bundle, new_tokens: int, say: Callable[[str], None]) -> dict
             f"{case.name}: {one.tokens} ids, {one.accepted} drafted, {one.leases} new leases, "
             f"{one.poisoned} rows poisoned, {one.differing} differ"
         )
-    return {
-        "identical_tokens": sum(one.tokens - one.differing for one in done),
-        "differing_tokens": sum(one.differing for one in done),
-        "layers_drafted_tokens": sum(one.accepted for one in done),
-        "layers_new_leases": sum(one.leases for one in done),
-        "layers_poisoned_rows": sum(one.poisoned for one in done),
-    }
+    return totals(done, "layers") | {"layers_poisoned_rows": sum(one.poisoned for one in done)}

@@ -9,25 +9,20 @@ Knows: the worker's commands, how long a step takes. Does not know: links, who e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from benchmarks.simulator.clock import Clock
-from benchmarks.simulator.stage import PREFILL_ROWS, Post
+from benchmarks.simulator.world_stage import PREFILL_ROWS, Post, StepSeconds, WorldStage
 from edge_runtime.agent.pipeline_events import (
     CancelRows,
     DropRows,
-    Event,
-    Load,
+    Instruction,
     Loaded,
     OpenRows,
     RunRows,
-    Send,
     SessionBroke,
     StageBroke,
 )
-from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
 from edge_runtime.bundle.bundle import Bundle
@@ -39,44 +34,26 @@ from edge_runtime.protocol.messages import LoadStage
 KV_BYTES = 8 << 20
 
 
-class CpuWorldStage:
+class CpuWorldStage(WorldStage):
     """Where `SimulatedStage` stands in a world."""
 
     def __init__(
-        self, name: str, bundle: Bundle, clock: Clock, step_seconds: Callable[[int], float], post: Post
+        self, name: str, bundle: Bundle, clock: Clock, step_seconds: StepSeconds, post: Post
     ) -> None:
-        self.name = name
-        self.rows_run = 0
-        self.rows_late = 0  # not counted here
-        self.rows_poisoned = 0
+        """Late rows are not counted here."""
+        super().__init__(name, clock, step_seconds, post)
         self._bundle = bundle
-        self._clock = clock
-        self._step_seconds = step_seconds
-        self._post = post
-        self._state = PipelineState()
         self._worker = StageWorker(self._deliver, lambda: clock.now_seconds)
         self._loaded: LoadedStage | None = None
         self._stage: CpuStage | None = None
-        self._is_busy = False
 
-    def handle(self, event: Event) -> None:
-        for instruction in self._state.handle(event):
-            match instruction:
-                case Send(to, message, rows):
-                    self._post(self.name, to, message, rows)
-                case Load(order):
-                    self._load(order)
-                case CancelRows():
-                    self._worker._obey(instruction)
-                    self._poison(instruction.session, instruction.turn)
-                case OpenRows() | RunRows() | DropRows():
-                    self._worker._obey(instruction)
-                case _:
-                    pass
-        self._begin_step()
+    def _obey(self, instruction: Instruction) -> None:
+        if isinstance(instruction, OpenRows | RunRows | CancelRows | DropRows):
+            self._worker._obey(instruction)
+        if isinstance(instruction, CancelRows):
+            self._poison(instruction.session, instruction.turn)
 
     def close(self) -> None:
-        """Free the layers."""
         retired = self._worker.take_retired()
         if retired is not None:
             retired.close()
@@ -108,20 +85,11 @@ class CpuWorldStage:
         if pause_seconds:
             self._clock.after(pause_seconds, self._begin_step)
             return
-        self._is_busy = True
         waiting = _rows_in(self._loaded.queue)
         done = self._worker._step()
         broken = next((event for event in done if isinstance(event, SessionBroke | StageBroke)), None)
         assert broken is None, f"a step failed: {broken}"
-        rows = waiting - _rows_in(self._loaded.queue)
-        self.rows_run += rows
-        self._clock.after(self._step_seconds(rows), lambda: self._end_step(done))
-
-    def _end_step(self, done: list[Event]) -> None:
-        self._is_busy = False
-        for event in done:
-            self.handle(event)
-        self._begin_step()
+        self._take_time(waiting - _rows_in(self._loaded.queue), done)
 
     def _poison(self, session: SessionId, first: int) -> None:
         """Rows from `first` on, in every layer."""

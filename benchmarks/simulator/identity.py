@@ -43,12 +43,13 @@ LIMITS = (
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Of one run. `accepted` of the tokens came from drafts."""
+    """Of one run. `accepted` of the tokens came from drafts; `poisoned` rows were NaN before they were written anew."""
 
     tokens: int
     differing: int
     accepted: int
     leases: int
+    poisoned: int = 0
 
 
 def cases(new_tokens: int) -> Iterator[tuple[str, Setting]]:
@@ -76,14 +77,19 @@ def cases(new_tokens: int) -> Iterator[tuple[str, Setting]]:
 def compare(drafter: str, setting: Setting) -> Compared:
     """Raises TimeoutError where the run stands still."""
     wanted = plain_loop(setting.prompt, setting.max_rows, setting.sampling)
-    world = World(setting, drafter_of(drafter, setting)).run()
-    given = len(setting.prompt)
+    return compared(World(setting, drafter_of(drafter, setting)).run(), wanted)
+
+
+def compared(world: World, wanted: Sequence[int]) -> Compared:
+    """Of a world that has run, with `wanted`: the prompt and the plain ids."""
+    given = len(world.setting.prompt)
     assert world.device is not None
     return Compared(
-        setting.new_tokens,
+        world.setting.new_tokens,
         differing(world.ids[given:], wanted[given:]),
         world.device.loop.counts.accepted,
         world.leases,
+        sum(stage.rows_poisoned for stage in world.stages.values()),
     )
 
 
@@ -101,11 +107,16 @@ def figures(new_tokens: int, say: Callable[[str], None]) -> dict[str, int]:
         say(
             f"{name}: {one.tokens} ids, {one.accepted} drafted, {one.leases} new leases, {one.differing} differ"
         )
+    return totals(done, "identity")
+
+
+def totals(done: Sequence[Compared], name: str) -> dict[str, int]:
+    """Sums over the runs; those that say how hard it was made carry `name`."""
     return {
         "identical_tokens": sum(one.tokens - one.differing for one in done),
         "differing_tokens": sum(one.differing for one in done),
-        "identity_drafted_tokens": sum(one.accepted for one in done),
-        "identity_new_leases": sum(one.leases for one in done),
+        f"{name}_drafted_tokens": sum(one.accepted for one in done),
+        f"{name}_new_leases": sum(one.leases for one in done),
     }
 
 

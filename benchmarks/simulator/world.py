@@ -15,6 +15,7 @@ from benchmarks.simulator.clock import Clock
 from benchmarks.simulator.device import DraftingDevice
 from benchmarks.simulator.model import LAYERS, VOCABULARY, DialDrafter
 from benchmarks.simulator.stage import SimulatedStage
+from benchmarks.simulator.world_stage import WorldStage
 from edge_runtime.agent.pipeline_events import COORDINATOR, Received, Rows
 from edge_runtime.core import SamplingParams
 from edge_runtime.protocol.messages import (
@@ -116,7 +117,7 @@ class World:
                 self.vocab_size,
             )
 
-    def _stage(self, name: str) -> SimulatedStage:
+    def _stage(self, name: str) -> WorldStage:
         return SimulatedStage(name, self.clock, self._step_seconds, self._post, self._late_rows)
 
     # ------------------------------------------------------------ the run

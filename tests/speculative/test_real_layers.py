@@ -85,4 +85,4 @@ def test_another_seed_gives_other_ids(bundle: Bundle) -> None:
     assert world.ids != wanted
     assert world.ids == plain_ids(bundle, other)
     for stage in world.stages.values():
-        stage.close()  # type: ignore[attr-defined]
+        stage.close()
