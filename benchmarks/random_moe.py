@@ -158,7 +158,8 @@ class _Writer:
         if format == "fp32":
             values = self._rng.standard_normal(plan.shape, np.float32) / np.float32(np.sqrt(plan.shape[1]))
             return Tensor("fp32", plan.shape, {"data": out.add(values)})
-        data, scales = self._matrix(*plan.shape, format)
+        rows, columns = plan.shape
+        data, scales = self._matrix(rows, columns, format)
         return Tensor(format, plan.shape, {"data": out.add(data), "scales": out.add(scales)})
 
     def _matrix(self, rows: int, columns: int, format: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

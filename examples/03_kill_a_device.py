@@ -2,12 +2,13 @@
 
 import os
 import signal
+from typing import Any
 
 from edge_runtime import DeviceSpec, LocalCluster
 
 PROMPT = "import os\n"
 NAMES = ("phone", "laptop", "mini-pc", "spare")
-OPTIONS = {"max_tokens": 96, "temperature": 0.8, "seed": 5}
+OPTIONS: dict[str, Any] = {"max_tokens": 96, "temperature": 0.8, "seed": 5}
 
 if __name__ == "__main__":
     devices = [DeviceSpec(name=name, memory="512MiB", threads=1) for name in NAMES]

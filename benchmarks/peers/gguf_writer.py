@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -34,7 +35,7 @@ def interleave(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def add_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
+def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])

@@ -14,7 +14,9 @@ import multiprocessing
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -71,7 +73,7 @@ def start_rpc_servers(count: int, threads: int) -> list[int]:
     return ports
 
 
-def rpc_devices(ports: list[int]) -> ctypes.Array:
+def rpc_devices(ports: list[int]) -> ctypes.Array[Any]:
     """A NULL-terminated device list for the model's parameters."""
     rpc = rpc_library()
     base = ctypes.CDLL(str(LIBRARIES / "libggml-base.so"))
@@ -86,7 +88,7 @@ def rpc_devices(ports: list[int]) -> ctypes.Array:
     return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
 
-def load(path: str, ports: list[int]) -> ctypes.c_void_p:
+def load(path: str, ports: list[int]) -> Any:
     parameters = llama_cpp.llama_model_default_params()
     if ports:
         devices = rpc_devices(ports)  # must outlive the call
@@ -137,7 +139,7 @@ class Timer:
         return time.perf_counter() - begin
 
 
-def answer(timer: Timer, question: dict, rng: np.random.Generator) -> dict:
+def answer(timer: Timer, question: dict[str, Any], rng: np.random.Generator) -> dict[str, float]:
     ids = [int(i) for i in rng.integers(3, timer.vocab_size, question["prompt"])]
     if question["what"] == "prefill":
         return {"seconds": timer.prefill_seconds(ids)}
@@ -162,7 +164,7 @@ def main() -> None:
         tell(answer(timer, json.loads(line), rng))
 
 
-def tell(value: dict) -> None:
+def tell(value: Mapping[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 

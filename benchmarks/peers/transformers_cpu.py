@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +19,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.bfloat16)
     tell({"program": f"transformers {transformers.__version__}, torch {torch.__version__}"})
     for line in sys.stdin:
@@ -39,7 +41,7 @@ def seconds(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> float:
     return time.perf_counter() - begin
 
 
-def tell(value: dict) -> None:
+def tell(value: Mapping[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 

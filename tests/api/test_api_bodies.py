@@ -229,7 +229,7 @@ async def test_broken_http_leaves_the_server_running(server):
 
 NAMES = sorted(
     {
-        each.name
+        each.name  # type: ignore[attr-defined]
         for table in (chat.TABLE, completions.TABLE, embeddings.TABLE)
         for each in (*table.parameters, *table.harmless)
     }

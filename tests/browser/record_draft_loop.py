@@ -30,6 +30,7 @@ class Given(Controller):
         self._choice = choice
 
     def choose(self, *_: object) -> Choice:
+        assert self._choice is not None
         return self._choice
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from edge_runtime.errors import ConnectionClosed, TransportError, TrustError
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Connection, Frame, Peer
-from edge_runtime.transport.channel import WINDOW_BYTES, WINDOW_LISTS
+from edge_runtime.transport.channel import WINDOW_BYTES, WINDOW_LISTS, Channel
 from edge_runtime.trust.identity import device_id
 from tests.support.carriers import Carrier, Pair
 
-Links = tuple[Connection, Connection]
+Links = tuple[Channel, Channel]
 
 
 class TestLists:

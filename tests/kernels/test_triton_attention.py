@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ class Case:
             max(lengths),
         )
 
-    def run(self, functions: object, device: str, chosen: list[int] | None = None) -> torch.Tensor:
+    def run(self, functions: Any, device: str, chosen: list[int] | None = None) -> torch.Tensor:
         rows = self.rows(chosen)
         starts = self.rows().starts
         wanted = range(len(self.parts)) if chosen is None else chosen
@@ -55,7 +56,10 @@ class Case:
         tensors = (self.q[at], self.k[at], self.v[at], self.pool.clone())
         q, k, v, pool = (tensor.to(device) for tensor in tensors)
         moved = PagedRows(
-            *(t.to(device) for t in (rows.positions, rows.sequence, rows.block_tables, rows.lengths)),
+            rows.positions.to(device),
+            rows.sequence.to(device),
+            rows.block_tables.to(device),
+            rows.lengths.to(device),
             rows.starts,
             rows.longest,
         )
@@ -179,7 +183,8 @@ def test_rows_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = AttentionWeights(*(None if w is None else w.to(DEVICE) for w in vars_of(case.weights)))
     for r in range(14):
         one = PagedRows(
-            *(ints(x).to(DEVICE) for x in ([24 + r], [0])),
+            ints([24 + r]).to(DEVICE),
+            ints([0]).to(DEVICE),
             rows.block_tables.to(DEVICE),
             ints([24 + r + 1]).to(DEVICE),
             (0, 1),

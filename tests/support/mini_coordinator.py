@@ -139,7 +139,7 @@ class MiniCoordinator:
     def join_link(self) -> str:
         token = new_token()
         self.invitations.add(token)
-        return str(JoinLink("127.0.0.1", *self._ports, self.key.public, token))
+        return str(JoinLink("127.0.0.1", self._ports[0], self._ports[1], self.key.public, token))
 
     async def _spend(self, hashed: str) -> str:
         return "ok" if self.invitations else "unknown"

@@ -233,7 +233,7 @@ class StageContract:
         bundle = bundles["dense"]
         block = bundle.manifest.layers[0]
         attention = next(o for o in block.operations if o.kind == "attention")
-        strange = replace(attention, attributes=attention.attributes | {"heads": "many"})
+        strange = replace(attention, attributes={**attention.attributes, "heads": "many"})
         operations = tuple(strange if o is attention else o for o in block.operations)
         with pytest.raises(EngineError, match=r"block layers\.0 can't be loaded"):
             load_block(bundle, replace(block, operations=operations))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
+from typing import Self
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Pipeline:
         self.stages = stages
 
     @classmethod
-    def load(cls, bundle: Bundle, make: MakeStage, *boundaries: int) -> Pipeline:
+    def load(cls, bundle: Bundle, make: MakeStage, *boundaries: int) -> Self:
         return cls([make(bundle, layers) for layers in cut(bundle.manifest.num_layers, *boundaries)])
 
     def open(self, session: int, max_rows: int) -> None:

@@ -230,6 +230,7 @@ def test_favourites_are_the_reference_samplers_best_in_order(
 ) -> None:
     values = np.array(eighths, np.float64) / 8
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    ids: np.ndarray
     if temperature == 0.0:
         ids, scores = np.arange(len(values)), values
     else:
