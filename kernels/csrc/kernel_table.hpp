@@ -143,6 +143,10 @@ struct KernelTable {
   void (*quantize_nested2)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
   void (*multiply_nested2)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
   void (*multiply_nested4)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
+
+  // BLAKE3, 8 words a chaining value: of chunks that follow each other, the first with this number; of pairs, in place.
+  void (*blake3_chunks)(const std::uint8_t* data, int count, std::uint64_t first, std::uint32_t* values);
+  void (*blake3_parents)(std::uint32_t* values, int pairs);
 };
 
 extern const KernelTable kScalarKernels;

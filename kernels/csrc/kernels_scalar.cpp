@@ -10,6 +10,7 @@
 #include "linear_kernel.hpp"
 #include "row_kernel.hpp"
 #include "sampling_kernel.hpp"
+#include "blake3_kernel.hpp"
 
 const edge::KernelTable edge::kScalarKernels = {
     "scalar",        attend,         quantize_int8, quantize_int4, multiply<Int8>,
@@ -17,4 +18,5 @@ const edge::KernelTable edge::kScalarKernels = {
     linear<PartInt8>, linear<PartInt4>, linear_fp32, quantize_row, row_operation,
     exp_all,        uniform_all,
     quantize_nested2, multiply_nested<HighPlane>, multiply_nested<BothPlanes>,
+    blake3_chunks,  blake3_parents,
 };

@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kQueryBlock = 2;
 constexpr int kWeightRows = 2;
+constexpr int kHashLanes = 8;
+constexpr bool kRotatesBytesByShuffle = true;
 
 struct F {
   __m256 a, b;

@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kQueryBlock = 4;
 constexpr int kWeightRows = 4;
+constexpr int kHashLanes = 16;
+constexpr bool kRotatesBytesByShuffle = false;
 
 struct F {
   __m512 v;

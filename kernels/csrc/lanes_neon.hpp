@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kQueryBlock = 2;
 constexpr int kWeightRows = 2;
+constexpr int kHashLanes = 4;
+constexpr bool kRotatesBytesByShuffle = false;
 
 struct F {
   float32x4_t v[4];

@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kQueryBlock = 1;
 constexpr int kWeightRows = 1;
+constexpr int kHashLanes = 4;
+constexpr bool kRotatesBytesByShuffle = false;
 
 struct F {
   float v[16];

@@ -1,0 +1,102 @@
+"""Parts of files read into memory past all other threads, and checked: `run_each` has them when they have landed.
+
+On Linux the kernel reads on its own (io_uring), so that no thread waits for flash while another computes: one thread
+asks for what is missing, computes what it has, and then shares the hashing of what came with the helper threads of the
+kernels. Elsewhere `works` says no.
+
+Knows: file descriptors, places, digests. Does not know: experts, caches, what to do about a part that is wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_kernels import _native
+
+U8 = NDArray[np.uint8]
+
+GRAIN_BYTES = 2048  # parts and pieces are multiples of it
+DIGEST_BYTES = 32
+_RIGHT, _WRONG = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`size_bytes` of a file from `offset_bytes` on, which go to `target_byte` of the memory; `key` names them.
+
+    `digest`: the BLAKE3 digest of its only piece, or BLAKE3 over the digests of its pieces.
+    """
+
+    key: int
+    file: int
+    offset_bytes: int
+    size_bytes: int
+    target_byte: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """`problem` is "" where the bytes are in their place and right; it says why not otherwise."""
+
+    key: int
+    problem: str
+
+
+class FlashReads:
+    """One thread uses it. Raises RuntimeError where `works` says no."""
+
+    def __init__(self, piece_bytes: int) -> None:
+        self._native = _native.FlashReads(piece_bytes)
+
+    @property
+    def waited_seconds(self) -> float:
+        """Of this thread, for flash alone: nothing was there to be hashed."""
+        return self._native.waited_seconds
+
+    def submit(self, memory: U8, parts: Sequence[Part]) -> None:
+        """Begin to read. The memory must stay where it is, and nobody else may touch the targets until they landed."""
+        places = np.array(
+            [(part.key, part.file, part.offset_bytes, part.size_bytes) for part in parts], np.int64
+        )
+        targets = np.array([part.target_byte for part in parts], np.int64)
+        digests = np.frombuffer(b"".join([part.digest for part in parts]), np.uint8)
+        self._native.submit(memory, places, targets, digests.reshape(len(parts), DIGEST_BYTES))
+
+    def land(self, threads: int = 1) -> list[Landed]:
+        """At least one part, and all that are here; none where none is on its way."""
+        return [Landed(key, _problem(status)) for key, status in self._native.land(threads)]
+
+    def give_up(self) -> None:
+        """What has not begun is not read; returns when the rest has come, and forgets it."""
+        self._native.give_up()
+
+
+def works() -> bool:
+    """Whether this system reads on its own."""
+    try:
+        _native.FlashReads(GRAIN_BYTES)
+    except RuntimeError:
+        return False
+    return True
+
+
+def digest(data: U8, threads: int = 1) -> bytes:
+    """BLAKE3 of the bytes."""
+    found = np.empty(DIGEST_BYTES, np.uint8)
+    _native.blake3(np.ascontiguousarray(data), found, threads)
+    return found.tobytes()
+
+
+def _problem(status: int) -> str:
+    if status == _RIGHT:
+        return ""
+    if status == _WRONG:
+        return "its bytes are not those that were signed"
+    return os.strerror(-status) if -status in errno.errorcode else f"error {-status}"

@@ -1,0 +1,148 @@
+"""What was read is right or said to be wrong; digests are those of the BLAKE3 package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from edge_kernels.flash import FlashReads, Part, digest, works
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+PIECE_BYTES = 64 << 10
+FILE_BYTES = 3 << 20
+
+needs_ring = pytest.mark.skipif(not works(), reason="this system has no io_uring")
+
+
+@given(
+    chunks=st.integers(2, 700),
+    rest=st.sampled_from([0, 0, 1, 63, 64, 1000]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_digest_is_blake3(isa: str, chunks: int, rest: int, threads: int, seed: int) -> None:
+    data = np.random.default_rng(seed).integers(0, 256, chunks * 1024 + rest, np.uint8)
+    assert digest(data, threads) == blake3(data.tobytes()).digest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 64, 1023, 1024, 1025, 2048])
+def test_digest_of_a_few_bytes(isa: str, size: int) -> None:
+    data = np.arange(size, dtype=np.uint8)
+    assert digest(data) == blake3(data.tobytes()).digest()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, bytes]]:
+    path: Path = tmp_path_factory.mktemp("flash") / "file"
+    data = np.random.default_rng(0).integers(0, 256, FILE_BYTES, np.uint8).tobytes()
+    path.write_bytes(data)
+    descriptor = os.open(path, os.O_RDONLY)
+    yield descriptor, data
+    os.close(descriptor)
+
+
+def part_of(file: tuple[int, bytes], key: int, offset: int, size: int, target: int) -> Part:
+    data = file[1][offset : offset + size]
+    pieces = [blake3(data[at : at + PIECE_BYTES]).digest() for at in range(0, size, PIECE_BYTES)]
+    return Part(
+        key,
+        file[0],
+        offset,
+        size,
+        target,
+        pieces[0] if len(pieces) == 1 else blake3(b"".join(pieces)).digest(),
+    )
+
+
+def land_all(reads: FlashReads, parts: int, threads: int) -> dict[int, str]:
+    found: dict[int, str] = {}
+    while len(found) < parts:
+        landed = reads.land(threads)
+        assert landed
+        found |= {one.key: one.problem for one in landed}
+    assert reads.land(threads) == []
+    return found
+
+
+@needs_ring
+@given(
+    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=40),
+    batches=st.integers(1, 3),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parts_land_in_their_places(
+    file: tuple[int, bytes], sizes: list[int], batches: int, threads: int, seed: int
+) -> None:
+    """More of them than fit into the ring, asked for in several batches, into memory that is not empty."""
+    rng = np.random.default_rng(seed)
+    reads = FlashReads(PIECE_BYTES)
+    memory = rng.integers(0, 256, sum(sizes) * 2048 + 4096, np.uint8)
+    wanted = memory.copy()
+    target, parts = 2048, []
+    for key, grains in enumerate(sizes):
+        size = grains * 2048
+        offset = int(rng.integers(0, (FILE_BYTES - size) // 512)) * 512
+        parts.append(part_of(file, key, offset, size, target))
+        wanted[target : target + size] = np.frombuffer(file[1], np.uint8)[offset : offset + size]
+        target += size
+    for batch in range(batches):
+        if parts[batch::batches]:
+            reads.submit(memory, parts[batch::batches])
+    assert land_all(reads, len(parts), threads) == dict.fromkeys(range(len(parts)), "")
+    np.testing.assert_array_equal(memory, wanted)
+
+
+@needs_ring
+def test_wrong_bytes_short_files_and_errors_are_told_apart(file: tuple[int, bytes]) -> None:
+    reads = FlashReads(PIECE_BYTES)
+    memory = np.zeros(1 << 20, np.uint8)
+    good = part_of(file, 0, 4096, 5 * PIECE_BYTES, 0)
+    flipped = Part(1, good.file, 8192, good.size_bytes, 5 * PIECE_BYTES, good.digest)
+    beyond = Part(2, good.file, FILE_BYTES - 2048, 4096, 10 * PIECE_BYTES, good.digest)
+    closed = Part(3, 1 << 20, 0, 4096, 10 * PIECE_BYTES + 4096, good.digest)
+    reads.submit(memory, [good, flipped, beyond, closed])
+    found = land_all(reads, 4, 2)
+    assert found[0] == ""
+    assert "signed" in found[1]
+    assert "signed" in found[2]
+    assert found[3] == os.strerror(9)
+    reads.submit(memory, [good])
+    assert land_all(reads, 1, 1) == {0: ""}
+
+
+@needs_ring
+def test_given_up_reads_are_forgotten(file: tuple[int, bytes]) -> None:
+    reads = FlashReads(PIECE_BYTES)
+    memory = np.zeros(FILE_BYTES, np.uint8)
+    parts = [part_of(file, key, 0, 2 << 20, 0) for key in range(8)]
+    reads.submit(memory, parts)
+    reads.give_up()
+    assert reads.land() == []
+    before = memory.copy()
+    reads.submit(memory, parts[:1])
+    assert land_all(reads, 1, 1) == {0: ""}
+    np.testing.assert_array_equal(memory[: 2 << 20], np.frombuffer(file[1], np.uint8)[: 2 << 20])
+    np.testing.assert_array_equal(memory[2 << 20 :], before[2 << 20 :])
+
+
+@needs_ring
+def test_impossible_parts_are_refused(file: tuple[int, bytes]) -> None:
+    reads = FlashReads(PIECE_BYTES)
+    memory = np.zeros(8192, np.uint8)
+    for part in (
+        Part(0, file[0], 0, 1000, 0, bytes(32)),
+        Part(0, file[0], 0, 4096, 6144, bytes(32)),
+        Part(0, file[0], -4096, 4096, 0, bytes(32)),
+    ):
+        with pytest.raises(ValueError, match="fit into its memory"):
+            reads.submit(memory, [part])
+    with pytest.raises(ValueError, match="pieces"):
+        FlashReads(1000)
