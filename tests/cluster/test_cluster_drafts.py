@@ -90,5 +90,5 @@ def test_a_stage_killed_while_drafts_are_in_flight_leaves_no_trace(
                 os.kill(three.pids[victim], signal.SIGKILL)
     assert tuple(ids) == undisturbed
     assert three.status()["plan"]["lease"] > before["lease"]
-    assert stream.result.accepted_draft_tokens + stream.result.rejected_draft_tokens > 0
+    assert stream.result.accepted_draft_tokens > 0
     three.restart(victim)
