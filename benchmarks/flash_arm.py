@@ -55,6 +55,7 @@ class Order:
     lanes: int = 2
     threads: int = 2
     passes: int = 1  # only the last is timed
+    ring: bool = True  # the kernel reads on its own; False: lanes do
     start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
     cgroup_version: int = 0
@@ -68,6 +69,8 @@ class Notes:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     experts_seconds: float = 0.0
+    processor_seconds: float = 0.0  # of all threads
+    waited_seconds: float = 0.0  # for flash
     hits: int = 0
     misses: int = 0
     fewer_bits: int = 0  # of these, computed before all planes were there
@@ -189,7 +192,11 @@ def _options(order: Order, bundle: Bundle) -> CacheOptions | None:
     last = bundle.manifest.num_layers - 1
     least = token_cycle_bytes(bundle.manifest, 0, last)
     return CacheOptions(
-        order.cache_bytes or least, policy=order.policy, lanes=order.lanes, start_bits=order.start_bits
+        order.cache_bytes or least,
+        policy=order.policy,
+        lanes=order.lanes,
+        ring=order.ring,
+        start_bits=order.start_bits,
     )
 
 
@@ -231,6 +238,7 @@ def _generate(order: Order, stage: CpuStage, replay: Replay | None, notes: Notes
     misses = _misses(stage)
     total = stage.experts.statistics.total if stage.experts is not None else None
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    processor = time.process_time()
     begin = time.perf_counter()
     for index in range(order.decode_tokens):
         if replay is not None:
@@ -240,10 +248,12 @@ def _generate(order: Order, stage: CpuStage, replay: Replay | None, notes: Notes
         notes.missed.append([new - old for new, old in zip(now, misses, strict=True)])
         misses = now
     notes.decode_seconds = time.perf_counter() - begin
+    notes.processor_seconds = time.process_time() - processor
     notes.major_faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
     if stage.experts is not None and total is not None:
         after = stage.experts.statistics.total
         notes.hits, notes.misses = after.hits - total.hits, after.misses - total.misses
+        notes.waited_seconds = after.waited_seconds - total.waited_seconds
         notes.fewer_bits = after.fewer_bits - total.fewer_bits
     notes.digest = found.hexdigest()
     stage.drop(SESSION)

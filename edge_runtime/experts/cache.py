@@ -20,6 +20,7 @@ from edge_runtime.experts.layer_run import LayerRun
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import make_pools
 from edge_runtime.experts.reader import DEFAULT_LANES, ExpertReader, ReadBatch, Refetch
+from edge_runtime.experts.reads import LaneReads, RingReads, kernel_reads
 from edge_runtime.experts.start_bits import ALL_BITS, CHOICES
 from edge_runtime.experts.statistics import CacheStatistics
 from edge_runtime.experts.upgrades import Upgrades
@@ -30,7 +31,8 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """`budget_bytes` is for experts alone. `lanes`: reads in flight.
+    """`budget_bytes` is for experts alone. `lanes`: reads in flight, where `ring` (the kernel reads on its own) is not
+    to be had.
 
     `start_bits`: use bit-nested experts as soon as so many bits of them are here, and read the rest later: lossy, and
     results depend on when reads end. 0, or experts without planes: only whole ones, the same bits always. `upgrades`
@@ -41,6 +43,7 @@ class CacheOptions:
     policy: str = DEFAULT_POLICY
     lanes: int = DEFAULT_LANES
     direct: bool = True
+    ring: bool = True
     refetch: Refetch | None = None
     read: ReadInto = read_into
     start_bits: int = ALL_BITS
@@ -68,7 +71,6 @@ class ExpertCache:
         self.layers = {layer.layer: layer for layer in layers}
         self.budget_bytes = options.budget_bytes
         self.statistics = CacheStatistics(layer.layer for layer in layers)
-        self._clock = clock
         self._pools = make_pools(
             layers, options.budget_bytes, options.policy, is_start_enough=options.start_bits != ALL_BITS
         )
@@ -79,6 +81,10 @@ class ExpertCache:
             refetch=options.refetch,
             read=options.read,
         )
+        self._ring: RingReads | None = None
+        if options.ring and options.read is read_into:
+            self._ring = kernel_reads(layers, self._reader)
+        self._reads = self._ring or LaneReads(self._reader, clock)
         self._step = 0
         self._last_layer = -1
         self._end_layer = max(self.layers)
@@ -113,6 +119,11 @@ class ExpertCache:
     def reader(self) -> ExpertReader:
         return self._reader
 
+    @property
+    def kernel_reads(self) -> bool:
+        """The kernel reads on its own; lanes do otherwise."""
+        return self._ring is not None
+
     def cancel(self) -> None:
         """Reads of the batch that runs now are given up, and the batch fails."""
         batch = self._batch
@@ -123,6 +134,8 @@ class ExpertCache:
         self.cancel()
         if self.upgrades is not None:
             self.upgrades.cancel()
+        if self._ring is not None:
+            self._ring.close()
         self._reader.close()
         self._pools = {}
 
@@ -139,7 +152,7 @@ class ExpertCache:
         if self.upgrades is not None:
             self.upgrades.take_arrived()
         pool, own = self._pools[layer], self.layers[layer]
-        run = LayerRun(self._reader, self._clock, pool, own, x, ids, gates, activation, threads)
+        run = LayerRun(self._reads, pool, own, x, ids, gates, activation, threads)
         here, absent = run.look_up(self._step)
         if not absent:
             result = run.all_at_once()

@@ -9,7 +9,7 @@ Knows: slots, reads, kernels, and the order among them. Does not know: other lay
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from edge_kernels.experts import combine, run_each, run_experts
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.pool import Pool
-from edge_runtime.experts.reader import Arrival, ExpertReader, ReadBatch
+from edge_runtime.experts.reader import Arrival, ReadBatch
+from edge_runtime.experts.reads import Reads
 from edge_runtime.experts.slot_table import ABSENT
 
 Float32 = NDArray[np.float32]
@@ -29,8 +30,7 @@ class LayerRun:
 
     def __init__(
         self,
-        reader: ExpertReader,
-        clock: Callable[[], float],
+        reads: Reads,
         pool: Pool,
         layer: ExpertLayer,
         x: Float32,
@@ -42,7 +42,7 @@ class LayerRun:
         self.batch = ReadBatch()
         self.waited_seconds = 0.0
         self.fewer_bits = 0  # experts computed before all of their planes were there
-        self._reader, self._clock = reader, clock
+        self._reads = reads
         self._table, self._arena, self._layer = pool.table, pool.arena, layer
         self._planes, self._start_planes, self._is_lossy = pool.planes, pool.start_planes, pool.is_lossy
         self._first_key = pool.first_key[layer.layer]
@@ -115,30 +115,28 @@ class LayerRun:
 
         `flying`: by expert, how many planes of it are still on their way.
         """
+        wanted: list[tuple[int, int]] = []
         while waiting:
             expert = waiting[0]
             rows = len(self._uses[expert])
             slot = self._table.admit(self._first_key + expert, self._step, rows)
             if slot == ABSENT:
-                return
+                break
             waiting.popleft()
             flying[expert] = self._start_planes
             self._planes.admitted(slot)
             self._planes.used(slot, rows)
-            self._reader.submit(
-                self.batch, self._layer, expert, self._arena.slot(slot), range(self._start_planes)
-            )
+            wanted.append((expert, slot))
+        if wanted:
+            self._reads.begin(self.batch, self._layer, wanted, self._arena, range(self._start_planes))
 
     def _arrivals(self, flying: dict[int, int]) -> list[int]:
         """At least one plane, and all that are there already; the experts that can be used now.
 
         Raises what a read failed with.
         """
-        start = self._clock()
-        arrivals = [self.batch.arrived.get()]
-        self.waited_seconds += self._clock() - start
-        while not self.batch.arrived.empty():
-            arrivals.append(self.batch.arrived.get())
+        arrivals, waited_seconds = self._reads.arrivals(self.batch, self._threads)
+        self.waited_seconds += waited_seconds
         usable = [arrival.expert for arrival in arrivals if self._land(arrival, flying)]
         for arrival in arrivals:
             if arrival.problem is not None:
@@ -164,7 +162,8 @@ class LayerRun:
         """Nothing may be written into a slot any more once a batch has ended, however it did."""
         self.batch.cancelled = True
         while flying:
-            self._land(self.batch.arrived.get(), flying)
+            for arrival in self._reads.arrivals(self.batch, self._threads)[0]:
+                self._land(arrival, flying)
 
     def _compute(self, experts: Sequence[int], outputs: Float32) -> None:
         if not self._is_lossy:

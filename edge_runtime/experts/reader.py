@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from blake3 import blake3
+from edge_kernels.flash import WRONG_BYTES
 
 from edge_runtime.bundle.hashing import EXPERT_PIECE_BYTES, expert_digest
 from edge_runtime.errors import BundleError, EdgeRuntimeError, TamperedError
@@ -189,6 +190,15 @@ class ExpertReader:
                 queue.append((job, number))
                 self._turns.put(True)
 
+    def brought(
+        self, layer: ExpertLayer, expert: int, plane: int, target: memoryview, why: str
+    ) -> Exception | None:
+        """Somebody else read a plane into its place; what is wrong with it ("": nothing) is put right. None: it is."""
+        with self._lock:
+            self.counters.reads += 1
+            self.counters.read_bytes += len(target)
+        return self._put_right(_Job(ReadBatch(), layer, expert, plane, target), why) if why else None
+
     def close(self) -> None:
         """Ends when the reads under way have. Idempotent."""
         for _ in self._threads:
@@ -236,9 +246,12 @@ class ExpertReader:
             self.counters.reads += 1
         if not job.problem and job.is_right:
             return None
-        log.warning("%s: %s", job, job.problem or "wrong bytes from flash")
+        return self._put_right(job, job.problem or WRONG_BYTES)
+
+    def _put_right(self, job: _Job, why: str) -> Exception | None:
+        log.warning("%s: %s", job, "wrong bytes from flash" if why == WRONG_BYTES else why)
         try:
-            self._mend(job, job.problem or "its bytes are not those that were signed")
+            self._mend(job, why)
         except Exception as problem:  # goes to whoever waits
             return problem
         return None

@@ -23,6 +23,7 @@ U8 = NDArray[np.uint8]
 
 GRAIN_BYTES = 2048  # parts and pieces are multiples of it
 DIGEST_BYTES = 32
+WRONG_BYTES = "its bytes are not those that were signed"
 _RIGHT, _WRONG = 0, 1
 
 
@@ -98,5 +99,5 @@ def _problem(status: int) -> str:
     if status == _RIGHT:
         return ""
     if status == _WRONG:
-        return "its bytes are not those that were signed"
+        return WRONG_BYTES
     return os.strerror(-status) if -status in errno.errorcode else f"error {-status}"

@@ -31,6 +31,7 @@ from edge_runtime.experts.flash_store import (
 from edge_runtime.experts.lanes import read_into
 from edge_runtime.experts.policies import POLICIES
 from edge_runtime.experts.reader import Cancelled
+from edge_runtime.experts.reads import LaneReads
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 3
@@ -107,14 +108,22 @@ def slots_bytes(bundle: Bundle, slots: int) -> int:
     slots=st.integers(LAYERS * TOP_K, LAYERS * EXPERTS + 2),
     lanes=st.integers(1, 4),
     direct=st.booleans(),
+    ring=st.booleans(),
     batches=st.lists(st.integers(1, 20), min_size=1, max_size=6),
     seed=st.integers(0, 50),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_same_bits_for_any_policy_budget_and_lanes(
-    bundle: Bundle, policy: str, slots: int, lanes: int, direct: bool, batches: list[int], seed: int
+    bundle: Bundle,
+    policy: str,
+    slots: int,
+    lanes: int,
+    direct: bool,
+    ring: bool,
+    batches: list[int],
+    seed: int,
 ) -> None:
-    options = CacheOptions(slots_bytes(bundle, slots), policy=policy, lanes=lanes, direct=direct)
+    options = CacheOptions(slots_bytes(bundle, slots), policy=policy, lanes=lanes, direct=direct, ring=ring)
     cache = ExpertCache(layers_of(bundle), options)
     try:
         check_same(bundle, cache, batches, seed=seed, threads=1 + seed % 3)
@@ -243,7 +252,8 @@ def test_hits_are_computed_while_misses_are_read(bundle: Bundle) -> None:
         held.set()  # asked for the time: about to wait
         return float(next(ticks))
 
-    cache._clock = clock
+    assert isinstance(cache._reads, LaneReads)
+    cache._reads.clock = clock
     got = cache.run(0, x, other, gates, activation="silu", threads=1)
     assert got.shape == wanted.shape
     assert cache.statistics.layers[0].waited_seconds >= 1
