@@ -70,7 +70,12 @@ class CpuWorldStage(WorldStage):
         is_tail = order.stage == len(order.devices) - 1
         queue = RowQueue(PREFILL_ROWS)
         self._loaded = LoadedStage(
-            order.lease, self._stage, is_tail=is_tail, vocab_size=vocab_size, queue=queue
+            order.lease,
+            self._stage,
+            is_tail=is_tail,
+            vocab_size=vocab_size,
+            queue=queue,
+            is_first=order.stage == 0,
         )
         self._worker.install(self._loaded)
         self.handle(Loaded(order.lease, "cpu", True, 1, self._stage.kv_capacity_tokens, vocab_size))

@@ -5,6 +5,10 @@ step of few rows costs nearly what a step of many does. A round of g groups take
 one step here and everywhere else. Rows that once share a step come back together: a row that waits for company pays
 once, and gains for as long as both decode.
 
+Only the first stage forms groups. The others take what has come, and wait no longer than a group's frames take to come
+one after the other: two stages that both wait for company, or both divide, soon disagree, and each takes apart what the
+other one has put together.
+
 Knows: how long steps take, when sessions' rows went and came. Does not know: queues, clocks, other stages.
 """
 
@@ -17,7 +21,8 @@ from edge_runtime.core import SessionId
 MOST_GROUPS = 8
 GAIN = 0.95  # of the time of a round, below which one more group is worth its trouble
 COMPANY_STEPS = 1.2  # that a row waits for company, at most
-ALONE_STEPS = 32  # without such waiting, after one that was in vain
+FRAME_STEPS = 0.05  # that rows of a later stage wait for those they were last together with
+ALONE_STEPS = 8  # without such waiting, after one that was in vain
 PATIENCE_SECONDS = 5.0  # away for longer: stuck, and nothing is learnt from it
 WEIGHT = 0.2  # of the latest step
 QUICK, SLOW = 0.1, 0.005  # towards the least time away (nobody else was in the way), and back from it
@@ -45,12 +50,19 @@ def least_size(sessions: int, size: int) -> int:
 
 
 class DecodeGroups:
-    """The sessions that decode here, how long their steps take, and how long they are away between two."""
+    """The sessions that decode here, how long their steps take, and how long they are away between two.
 
-    def __init__(self) -> None:
+    `forms` False: of a later stage, which takes what has come.
+    """
+
+    def __init__(self, *, forms: bool = True) -> None:
+        self._forms = forms
         self._seconds: dict[int, float] = {}  # of a step by its number of sessions
         self._sessions: set[SessionId] = set()
-        self._ended: dict[SessionId, tuple[float, float]] = {}  # end and length of each one's last step
+        # End and number of sessions of each one's last step; 0 where other rows took part.
+        self._ended: dict[SessionId, tuple[float, int]] = {}
+        self._here: set[SessionId] = set()  # with a row that waits
+        self._mates: dict[SessionId, frozenset[SessionId]] = {}  # of each one's last step
         self._elsewhere: float | None = None  # the least time away, in steps
         self._waiting_since: float | None = None  # for company
         self._alone_left = 0  # of ALONE_STEPS
@@ -58,7 +70,9 @@ class DecodeGroups:
     def came(self, session: SessionId, now: float) -> None:
         """With a decode row."""
         self._sessions.add(session)
-        ended_at, seconds = self._ended.pop(session, (now, 0.0))
+        self._here.add(session)
+        ended_at, sessions = self._ended.pop(session, (now, 0))
+        seconds = self._seconds.get(sessions, 0.0)  # as usual: a step that was held up says nothing of others
         if seconds > 0 and now - ended_at < PATIENCE_SECONDS:
             steps = max(0.0, now - ended_at) / seconds
             before = steps if self._elsewhere is None else self._elsewhere
@@ -66,14 +80,20 @@ class DecodeGroups:
 
     def left(self, session: SessionId) -> None:
         self._sessions.discard(session)
+        self._here.discard(session)
         self._ended.pop(session, None)
+        self._mates.pop(session, None)
 
     def ended(self, sessions: Sequence[SessionId], seconds: float, now: float) -> None:
         """A step in which these decoded, one row each. `seconds`: its length; 0 where other rows took part."""
         if seconds > 0:
             before = self._seconds.get(len(sessions), seconds)
             self._seconds[len(sessions)] = before + WEIGHT * (seconds - before)
-        self._ended.update((session, (now, seconds)) for session in sessions if session in self._sessions)
+        together = frozenset(sessions)
+        self._here -= together
+        self._mates.update((session, together) for session in sessions if session in self._sessions)
+        count = len(sessions) if seconds > 0 else 0
+        self._ended.update((session, (now, count)) for session in sessions if session in self._sessions)
         if self._waiting_since is not None and len(sessions) < self._least():
             self._alone_left = ALONE_STEPS
         elif self._alone_left:
@@ -82,18 +102,26 @@ class DecodeGroups:
 
     def most(self) -> int | None:
         """Sessions of one step. None: all that are there."""
-        if len(self._sessions) < 2 or self._elsewhere is None:
+        if not self._forms or len(self._sessions) < 2 or self._elsewhere is None:
             return None
         return group_size(len(self._sessions), self._step_seconds, self._elsewhere)
 
     def company_seconds(self, waiting: int, now: float) -> float:
         """How long so many sessions that wait with a row wait for more. 0: they go."""
-        if self._alone_left or waiting >= self._least():
+        if self._is_complete(waiting):
             return 0.0
         if self._waiting_since is None:
             self._waiting_since = now
-        limit_seconds = COMPANY_STEPS * self._step_seconds(waiting)
-        return max(0.0, self._waiting_since + limit_seconds - now)
+        limit_steps = COMPANY_STEPS if self._forms else FRAME_STEPS
+        return max(0.0, self._waiting_since + limit_steps * self._step_seconds(waiting) - now)
+
+    def _is_complete(self, waiting: int) -> bool:
+        if self._forms:
+            return bool(self._alone_left) or waiting >= self._least()
+        if waiting == 1:  # a group that was never together here is told from a single row by waiting
+            return self._here >= self._sessions
+        mates = frozenset[SessionId]().union(*(self._mates.get(session, ()) for session in self._here))
+        return not (mates & self._sessions) - self._here
 
     def _step_seconds(self, sessions: int) -> float:
         """Between measured sizes on a straight line; beyond them as if more rows were free: then they are tried."""

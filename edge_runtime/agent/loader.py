@@ -240,6 +240,7 @@ class StageLoader:
                 is_tail=order.stage == len(order.devices) - 1,
                 vocab_size=vocab_size,
                 queue=RowQueue(order.prefill_chunk_tokens, shared=row_invariant),
+                is_first=order.stage == 0,
             )
         )
         return Loaded(

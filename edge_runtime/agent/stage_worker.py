@@ -54,15 +54,24 @@ STOP_SECONDS = 10.0  # the longest step we wait for at the end; the thread is a 
 
 
 class LoadedStage:
-    """A stage and what the worker must know to run it."""
+    """A stage and what the worker must know to run it. `is_first` of its pipeline: it forms groups of sessions."""
 
-    def __init__(self, lease: int, stage: Stage, *, is_tail: bool, vocab_size: int, queue: RowQueue) -> None:
+    def __init__(
+        self,
+        lease: int,
+        stage: Stage,
+        *,
+        is_tail: bool,
+        vocab_size: int,
+        queue: RowQueue,
+        is_first: bool = True,
+    ) -> None:
         self.lease = lease
         self.stage = stage
         self.is_tail = is_tail
         self.vocab_size = vocab_size
         self.queue = queue
-        self.pace = StepPace()
+        self.pace = StepPace(forms_groups=is_first)
         self.tails: dict[SessionId, TailSession] = {}
         self.open: set[SessionId] = set()
 

@@ -25,7 +25,8 @@ QUICK, SLOW = 0.5, 0.05  # towards an extreme, and back from it
 
 
 class StepPace:
-    def __init__(self) -> None:
+    def __init__(self, *, forms_groups: bool = True) -> None:
+        """`forms_groups`: of the sessions that decode; the first stage of a pipeline does."""
         self._alone: dict[int, float] = {}  # seconds of a step by number of decode rows (its power of two)
         self._row_seconds = 0.0  # that one more prompt row takes; 0: not measured
         self._least_away = 0.0  # seconds from the end of a decode step to the next decode row
@@ -35,7 +36,7 @@ class StepPace:
         self._fill_began = self._fill_ended = float("-inf")  # the last step without any
         self._since_refresh = 0  # steps with prompt rows since one without
         self._decoding: set[SessionId] = set()
-        self.groups = DecodeGroups()
+        self.groups = DecodeGroups(forms=forms_groups)
 
     # ------------------------------------------------------------ what happened
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.agent.decode_groups import group_size
+from edge_runtime.agent.decode_groups import DecodeGroups, group_size
+from edge_runtime.core import SessionId
 
 MEASURED = {1: 27.0, 2: 27.0, 3: 35.0, 4: 42.0, 5: 49.0, 6: 56.0, 7: 63.0, 8: 70.0}
 
@@ -41,3 +42,21 @@ def test_a_round_is_never_longer_than_with_everybody_in_one_group(sessions: int,
 
 def test_what_was_never_measured_does_not_divide() -> None:
     assert group_size(5, lambda _: 0.0, 1.0) == 5
+
+
+def test_a_later_stage_waits_for_the_frames_of_a_group_and_for_nobody_else() -> None:
+    groups = DecodeGroups(forms=False)
+    a, b, c = SessionId(1), SessionId(2), SessionId(3)
+    for session in (a, b, c):
+        groups.came(session, 0.0)
+    groups.ended([a, b, c], 0.030, 0.030)
+    groups.came(a, 0.060)
+    assert 0 < groups.company_seconds(1, 0.060) < 0.003
+    groups.came(b, 0.0605)
+    assert groups.company_seconds(2, 0.0605) > 0  # c was with them the last time
+    assert groups.company_seconds(2, 0.065) == 0
+    groups.ended([a, b], 0.030, 0.095)
+    groups.came(a, 0.100)
+    groups.came(b, 0.100)
+    assert groups.company_seconds(2, 0.100) == 0  # c goes by itself now
+    assert groups.most() is None
