@@ -22,7 +22,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 
 # The kernels once more when their sources change; --no-deps, so that it takes seconds.
 $(NATIVE): $(INSTALLED) $(CSRC)
-	@test $(INSTALLED) -nt $@ || { echo 'building the native kernels' >&2; \
+	@test -z "$$(find $(CSRC) -newer $(INSTALLED))" || { echo 'building the native kernels' >&2; \
 	  $(PYTHON) -m pip install -qq --no-build-isolation --no-deps --editable .; }
 	@touch $@
 
