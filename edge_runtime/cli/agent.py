@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime import config
+from edge_runtime.cli import machine
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.local_api import add_local_api_arguments, local_api, local_api_config
 from edge_runtime.cli.output import note, result_json
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from edge_runtime.agent.status import Status
 
 _FREE_MEMORY_SHARE = 0.5
-_FALLBACK_MEMORY_BYTES = 1 << 30
 
 
 def _configure(parser: ArgumentParser) -> None:
@@ -40,7 +39,7 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument("--name", help="name of this device (default: the host name)")
     parser.add_argument(
         "--memory",
-        type=_size,
+        type=machine.size,
         metavar="SIZE",
         help="of the whole process, e.g. 512MiB (default: half of what is free); of the GPU, where torch uses one",
     )
@@ -122,7 +121,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         name=name,
         state_directory=directory if arguments.state is not None else directory / "agent",
         memory_budget_bytes=settings.agent.memory_bytes or _free_memory(settings.agent.executor),
-        threads=settings.agent.threads or _cores(),
+        threads=settings.agent.threads or machine.cores(),
         join=settings.agent.join,
         data_host=host,
         data_port=port,
@@ -235,29 +234,7 @@ def _log_to_stderr(level: str) -> None:
 def _free_memory(executor: str) -> int:
     from edge_runtime.engine.executors import device_memory_bytes
 
-    return device_memory_bytes(executor) or _half_of_free_memory()
-
-
-def _half_of_free_memory() -> int:
-    try:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not every system says
-        return _FALLBACK_MEMORY_BYTES
-    return int(free_bytes * _FREE_MEMORY_SHARE)
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
-
-
-def _size(text: str) -> int:
-    try:
-        return config.parse_size(text)
-    except ValueError as problem:
-        raise ArgumentTypeError(str(problem)) from None
+    return device_memory_bytes(executor) or machine.share_of_free_memory(_FREE_MEMORY_SHARE)
 
 
 COMMAND = Command("agent", "make this device part of a cluster", _configure, _run)

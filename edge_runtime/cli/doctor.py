@@ -5,7 +5,6 @@ Every check ends in one line with a reason; what is wrong comes with the next st
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import sys
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_runtime import config
-from edge_runtime.cli import doctor_experts
+from edge_runtime.cli import doctor_experts, machine
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.output import paint, result, result_json
 from edge_runtime.cli.progress import Progress, format_amount
@@ -129,10 +128,8 @@ def _onnxruntime(subject: _Subject) -> Iterator[Finding]:
 
 
 def _memory(subject: _Subject) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    cores, free = machine.cores(), machine.free_memory_bytes()
+    if free is None:
         yield Finding(
             "memory", "warning", f"{cores} cores; this system does not say what is free", "use --memory"
         )

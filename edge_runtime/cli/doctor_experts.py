@@ -5,15 +5,14 @@ Runs a text through the model once, times one token and the flash, and says what
 
 from __future__ import annotations
 
-import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime import config
+from edge_runtime.cli import machine
 from edge_runtime.cli.output import note, paint, result, result_json
 from edge_runtime.cli.progress import Progress, format_amount
 from edge_runtime.errors import BundleError, UsageError
@@ -28,6 +27,7 @@ DEFAULT_TOKENS = 512
 RHOS = (1.0, 2.0, 3.0)
 HALF = 0.5
 EARLY_BITS = 2
+_FREE_MEMORY_SHARE = 0.25
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory",
-        type=_size,
+        type=machine.size,
         metavar="SIZE",
         help="for experts during this test (default: a quarter of what is free)",
     )
@@ -123,8 +123,9 @@ def _examine(bundle: Bundle, ids: list[int], arguments: Namespace) -> Examined:
     last = bundle.manifest.num_layers - 1
     total_bytes = expert_bytes(bundle.manifest, 0, last)
     least_bytes = token_cycle_bytes(bundle.manifest, 0, last)
-    cache_bytes = arguments.memory or min(total_bytes, max(2 * least_bytes, _quarter_of_free_memory()))
-    threads = arguments.threads or _cores()
+    free_bytes = machine.share_of_free_memory(_FREE_MEMORY_SHARE)
+    cache_bytes = arguments.memory or min(total_bytes, max(2 * least_bytes, free_bytes))
+    threads = arguments.threads or machine.cores()
     with Progress("routing the text", total=len(ids), unit="tokens") as bar:
         try:
             return examine(bundle, ids, threads=threads, cache_bytes=cache_bytes, advance=bar.advance)
@@ -221,24 +222,3 @@ def _planes(layer: ExpertLayer, quality: str) -> str:
 def _dict(value: object) -> dict[str, float]:
     assert isinstance(value, dict)
     return value
-
-
-def _quarter_of_free_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (ValueError, OSError):  # not every system says
-        return 1 << 30
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
-
-
-def _size(text: str) -> int:
-    try:
-        return config.parse_size(text)
-    except ValueError as problem:
-        raise ArgumentTypeError(str(problem)) from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.config import load
 from edge_runtime.errors import ProtocolError, UsageError
+from edge_runtime.sdk.closing import AsyncClosing
 from edge_runtime.sdk.http import HttpSession, Json
 from edge_runtime.sdk.options import GenerateOptions, Message, to_body, to_messages, to_prompt
 from edge_runtime.sdk.results import DRAFT, Question, Result, Upgrade, first_difference
@@ -31,7 +31,7 @@ SEED_BITS = 53  # of a seed we draw: exact in every JSON reader
 Vector = NDArray[np.float32]
 
 
-class AsyncClient:
+class AsyncClient(AsyncClosing):
     """`async with AsyncClient(url, api_key=key) as client: result = await client.generate("def f")`.
 
     What is not given comes from the settings (`edge-runtime config show`): `client.url`, `client.api_key`.
@@ -66,14 +66,6 @@ class AsyncClient:
         self._offline_model: OfflineModel | None = None
         self._may_answer_offline(offline)
         self._drafting = None if str(draft) == NO_DRAFTS else _drafting(self._http, draft)
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         if self._drafting is not None:

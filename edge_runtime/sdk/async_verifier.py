@@ -9,11 +9,11 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from edge_runtime.bundle.hashing import sha256_digest
 from edge_runtime.errors import ConfigError, UsageError
+from edge_runtime.sdk.closing import AsyncClosing
 from edge_runtime.sdk.results import Result
 from edge_runtime.sdk.verifier_check import AUTO, DIALECTS, Server, examine
 from edge_runtime.sdk.verifier_drafter import RemoteDrafter
@@ -44,7 +44,7 @@ class VerifyOptions(TypedDict, total=False):
     seed: int  # of no effect: greedy decoding draws nothing
 
 
-class AsyncRemoteVerifier:
+class AsyncRemoteVerifier(AsyncClosing):
     """`async with AsyncRemoteVerifier(url, tokenizer="tokenizer.json") as server: await server.generate("def f")`.
 
     The server is examined before the first request. One request at a time drafts; others wait for it.
@@ -84,14 +84,6 @@ class AsyncRemoteVerifier:
         self._ends = Ends(_special_ids(self.tokenizer), set(stop_token_ids))
         self._server: Server | None = None
         self._turn = asyncio.Lock()
-
-    async def __aenter__(self) -> AsyncRemoteVerifier:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         await self._drafter.close()

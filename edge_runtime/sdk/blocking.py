@@ -6,9 +6,9 @@ Knows: how to wait for a coroutine on another thread. Does not know: servers.
 from __future__ import annotations
 
 from collections.abc import Coroutine, Iterator
-from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
+from edge_runtime.sdk.closing import AsyncClosing, Closing
 from edge_runtime.sdk.loop_thread import LoopThread
 from edge_runtime.sdk.results import Result, StreamToken
 from edge_runtime.sdk.token_record import RecordedStream
@@ -17,7 +17,7 @@ Stream = TypeVar("Stream", bound=RecordedStream)
 Value = TypeVar("Value")
 
 
-class BlockingStream(Generic[Stream]):
+class BlockingStream(Closing, Generic[Stream]):
     """`for token in stream`; afterwards `stream.result` has the whole. Closing it early cancels the generation."""
 
     def __init__(self, thread: LoopThread, stream: Stream) -> None:
@@ -38,14 +38,6 @@ class BlockingStream(Generic[Stream]):
         # None for the end: a StopAsyncIteration can't travel through a future.
         return await anext(self._tokens, None)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         self._thread.call(self._stream.aclose())
 
@@ -54,25 +46,13 @@ class BlockingStream(Generic[Stream]):
         return self._stream.result
 
 
-class Closable(Protocol):
-    async def close(self) -> None: ...
-
-
-class Blocking:
+class Blocking(Closing):
     """Owns an asynchronous client and the thread its loop runs on; closing it closes both."""
 
-    def __init__(self, client: Closable, thread_name: str) -> None:
+    def __init__(self, client: AsyncClosing, thread_name: str) -> None:
         self._owned = client
         self._thread = LoopThread(thread_name)
         self._closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if not self._closed:

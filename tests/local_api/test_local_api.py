@@ -16,10 +16,10 @@ import pytest
 from edge_runtime.errors import CapacityError, RequestFailed, UsageError
 from edge_runtime.local_api.server import LocalApiConfig, serve
 from edge_runtime.sdk.drafting import MAX_DRAFTED
-from tests.sdk.test_sdk_client import BreakingProxy
-from tests.sdk.test_sdk_drafts import REPEATED, drafter_threads
 from tests.support.api_server import ADMIN_KEY, OTHER_KEY, USER_KEY
+from tests.support.breaking_proxy import BreakingProxy
 from tests.support.coordinator_world import until
+from tests.support.drafting import REPEATED, drafter_threads
 from tests.support.fake_service import FakeService
 from tests.support.local_api import (
     CHAT,

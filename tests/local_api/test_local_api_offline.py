@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.sdk.test_sdk_client import BreakingProxy
+from tests.support.breaking_proxy import BreakingProxy
 from tests.support.fake_service import FakeService
 from tests.support.local_api import CHAT, COMPLETION, IDS, STREAM, local, post
 

@@ -36,7 +36,7 @@ from edge_runtime.sdk.verifier_link import LinkOptions
 from edge_runtime.speculative.drafters.base import Proposal
 from edge_runtime.speculative.drafters.suffix import SuffixDrafter
 from edge_runtime.speculative.verifiers import pace
-from tests.sdk.test_sdk_drafts import drafter_threads
+from tests.support.drafting import drafter_threads
 from tests.support.model_server import DEMO, ModelServer, model_server
 
 COPY = """def total(values):

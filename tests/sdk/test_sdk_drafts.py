@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,30 +13,12 @@ from coordinator.api.app import serve
 from edge_runtime import AsyncClient, Client
 from edge_runtime.errors import CapacityError, RequestFailed, TransportError, TrustError, UsageError
 from edge_runtime.sdk.drafting import MAX_DRAFTED
-from edge_runtime.speculative.driver import THREAD_NAME
-from tests.sdk.test_sdk_client import BreakingProxy
 from tests.support.api_server import ADMIN_KEY as KEY
-from tests.support.api_server import serving
+from tests.support.breaking_proxy import BreakingProxy
 from tests.support.coordinator_world import until
+from tests.support.drafting import REPEATED, drafter_threads
 from tests.support.fake_service import FakeService
 from tests.support.threaded_api import threaded_api
-
-REPEATED = "bcdefghijklmnopqrstuvwxyza" * 2
-
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-async def url(service: FakeService) -> AsyncIterator[str]:
-    async with serving(service) as server:
-        yield server.url
-
-
-def drafter_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
 
 
 @pytest.mark.parametrize("kind", ["generate", "chat"])
@@ -147,9 +127,13 @@ async def test_more_at_once_than_this_device_drafts_for_come_without_drafts(
         results = [await each for each in asking]
         assert len({result.token_ids for result in results}) == 1
         assert len({request for request, _, _ in service.drafts}) == MAX_DRAFTED
-        again = await client.generate(REPEATED, max_tokens=9, seed=1)  # there is room once more
-        assert again.token_ids == results[0].token_ids
-        assert len({request for request, _, _ in service.drafts}) == MAX_DRAFTED + 1
+        service.hold = asyncio.Event()
+        again = asyncio.create_task(
+            client.generate(REPEATED, max_tokens=9, seed=1)
+        )  # there is room once more
+        await until(lambda: len({request for request, _, _ in service.drafts}) == MAX_DRAFTED + 1)
+        service.hold.set()
+        assert (await again).token_ids == results[0].token_ids
     assert not drafter_threads()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,9 @@ from edge_runtime.errors import EdgeRuntimeError, TransportError, TrustError, Us
 from edge_runtime.sdk.http import NoWebSocket, error_of
 from edge_runtime.sdk.results import first_difference
 from edge_runtime.sdk.unreachable import is_unreachable
-from tests.sdk.test_sdk_client import BreakingProxy
-from tests.sdk.test_sdk_drafts import drafter_threads
 from tests.support.api_server import ADMIN_KEY as KEY
-from tests.support.api_server import serving
+from tests.support.breaking_proxy import BreakingProxy
+from tests.support.drafting import drafter_threads
 from tests.support.fake_service import TOKENIZER_JSON, FakeService
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
@@ -51,17 +50,6 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = TOKENIZER_JSON.replace(b'"e":101', b'"E":101')
     build_tiny_bundle(path, TinyModel(layers=2, vocab=256, max_context=128), tokenizer).close()
     return path
-
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-async def url(service: FakeService) -> AsyncIterator[str]:
-    async with serving(service) as server:
-        yield server.url
 
 
 @pytest.fixture
