@@ -23,7 +23,14 @@ from benchmarks.clusters import Running, device, running
 from benchmarks.models import MODELS, Model
 from benchmarks.other_work import Patience
 from benchmarks.peers.environment import PeerProcess, peers_python
-from benchmarks.plans import PlanResult, measure_plans, plan_errors
+from benchmarks.plans import (
+    HEARTBEATS_SECONDS,
+    PlanResult,
+    first_plan_errors,
+    measure_plans,
+    plan_errors,
+    predicted,
+)
 from benchmarks.samples import Measure, Samples, in_turns, listed, percentile
 from benchmarks.shaping_proxy import Shape
 from benchmarks.steps import Step, described, ring_hops, row_hops
@@ -111,18 +118,20 @@ async def compare(
             command = (str(model.gguf()), "--threads", "1", "--rpc", "2")
             peer = await stack.enter_async_context(PeerProcess(peers_python(), "llamacpp.py", *command))
             arms[RPC] = rpc(peer, model)
+        planned = {SOLO: ("one device, 1 thread", solo)}
+        if pair is not None and PAIR in arms:
+            planned[PAIR] = (f"two devices, {model.balanced}", pair)
+        at_first = {arm: await predicted(cluster) for arm, (_, cluster) in planned.items()}
         for arm in arms.values():
             await arm()  # warm
+        await asyncio.sleep(HEARTBEATS_SECONDS)
+        then = {arm: await predicted(cluster) for arm, (_, cluster) in planned.items()}
         found = await in_turns(arms, rounds, patience)
-        plans = [PlanResult("one device, 1 thread", await predicted(solo), found.median(SOLO) or 0.0)]
-        if pair is not None and PAIR in arms:
-            plan = f"two devices, {model.balanced}"
-            plans.append(PlanResult(plan, await predicted(pair), found.median(PAIR) or 0.0))
+        plans = [
+            PlanResult(name, then[arm], found.median(arm) or 0.0, at_first[arm])
+            for arm, (name, _) in planned.items()
+        ]
     return found, plans, pair
-
-
-async def predicted(cluster: Running) -> float:
-    return float((await cluster.plan())["predicted_tokens_per_second"])
 
 
 def agent_overhead_mib(bench: Bench, pair: Running) -> float | None:
@@ -211,6 +220,7 @@ async def main() -> None:
             "wan_efficiency": wan_efficiency(found, page.line),
             "plan_error_max": max(plan_errors(plans)),
             "plan_error_median": statistics.median(plan_errors(plans)),
+            "plan_error_max_at_first": max(first_plan_errors(plans)),
             "plans": len(plans),
             **{f"tokens_per_second {name}": found.median(name) for name in found.by_arm},
             "other_cores": found.other_cores,

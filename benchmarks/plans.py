@@ -1,10 +1,13 @@
 """What the planner predicts and what comes: one cluster per plan, the coordinator's own prediction beside HTTP's clock.
 
-Knows: a list of plans over small devices. Does not know: how predictions are made.
+Predictions are read twice: as the plan was made, from what devices measured when they started, and after one request,
+which is when the coordinator knows how long their steps take. Knows: a list of plans over small devices. Does not know:
+how predictions are made.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,24 +21,38 @@ from benchmarks.streams import Prompts, stream
 from edge_runtime import DeviceSpec
 
 RUNS = 3
+HEARTBEATS_SECONDS = 2.5  # in which every device has said how long its steps take
 
 
 @dataclass(frozen=True)
 class PlanResult:
     name: str
-    predicted: float  # tokens/s of one session
+    predicted: float  # tokens/s of one session, after the first request
     measured: float
+    first_predicted: float = 0.0  # before it
 
     @property
     def error(self) -> float:
         return self.predicted / self.measured - 1
 
     def __str__(self) -> str:
-        return f"plan {self.name:44} predicted {self.predicted:6.2f}, measured {self.measured:6.2f}, {self.error:+.1%}"
+        return (
+            f"plan {self.name:44} predicted {self.predicted:6.2f} (at first {self.first_predicted:6.2f}), "
+            f"measured {self.measured:6.2f}, {self.error:+.1%}"
+        )
 
 
 def plan_errors(plans: Sequence[PlanResult]) -> list[float]:
     return [abs(plan.error) for plan in plans]
+
+
+def first_plan_errors(plans: Sequence[PlanResult]) -> list[float]:
+    return [abs(plan.first_predicted / plan.measured - 1) for plan in plans]
+
+
+async def predicted(cluster: Running) -> float:
+    """Tokens per second of one session, as the coordinator has it now."""
+    return float((await cluster.plan())["predicted_tokens_per_second"])
 
 
 async def measure_plans(model: Model, prompts: Prompts, patience: Patience) -> list[PlanResult]:
@@ -44,11 +61,13 @@ async def measure_plans(model: Model, prompts: Prompts, patience: Patience) -> l
     for name, devices, split in _plans(model):
         await patience.wait()  # devices measure themselves when they start
         async with running(model, devices, split=split) as cluster:
-            plan = await cluster.plan()
+            at_first = await predicted(cluster)
             measure = functools.partial(_once, cluster, model, prompts)
             await measure()  # warm
+            await asyncio.sleep(HEARTBEATS_SECONDS)
+            then = await predicted(cluster)
             found = await in_turns({name: measure}, RUNS, patience)
-        results.append(PlanResult(name, plan["predicted_tokens_per_second"], found.median(name) or 0.0))
+        results.append(PlanResult(name, then, found.median(name) or 0.0, at_first))
         say(str(results[-1]))
     return results
 

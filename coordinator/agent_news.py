@@ -90,7 +90,7 @@ class AgentNews:
     ) -> None:
         match message:
             case Heartbeat():  # any message is a sign of life (`seen`); this one also says whether it gets anywhere
-                self._loop.tell(ev.DeviceStepped(device_id, connection, message.steps, self._clock()))
+                self._heartbeat(device_id, connection, message)
             case ProfileReport():
                 self._profile_arrived(device_id, connection, message)
             case StageProgress():
@@ -106,6 +106,11 @@ class AgentNews:
                     self.links.relay(device_id, message, payloads)
             case _:
                 raise ProtocolError(f"{type(message).__name__} is nothing an agent says to a coordinator")
+
+    def _heartbeat(self, device_id: str, connection: int, beat: Heartbeat) -> None:
+        if beat.row_seconds < 0:
+            raise ProtocolError("its steps took negative times")
+        self._loop.tell(ev.DeviceStepped(device_id, connection, beat.steps, self._clock(), beat.row_seconds))
 
     def _profile_arrived(self, device_id: str, connection: int, report: ProfileReport) -> None:
         device = self._loop.state.devices.get(device_id)

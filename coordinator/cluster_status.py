@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from coordinator.journal.base import DeviceEntry
 from coordinator.planning.model import Split
+from coordinator.planning.served import predicted_tokens_per_second
 from coordinator.service import DeviceStatus, DraftStatus, PlanStatus, RequestStatus
 from coordinator.sessions.draft_ledger import DraftCounts
 from coordinator.sessions.generation import Generation
@@ -124,6 +125,7 @@ def _plan_status(
     broken = (f"over: {pipeline.broken}",) if pipeline.broken else ()
     refusal = (f"no new plan: {state.refusal}",) if state.refusal else ()
     is_first = pipeline is state.pipelines[0]
+    served = {key: device.served for key, device in state.devices.items() if device.served is not None}
     wants_more = split.replicas == 0 or len(state.pipelines) < split.replicas
     replicas = (f"no further replica: {state.replica_refusal}",) if is_first and wants_more else ()
     told = (
@@ -137,7 +139,7 @@ def _plan_status(
         split=split_text(split),
         stages=tuple((part.name, part.layers.first, part.layers.last) for part in pipeline.plan.stages),
         holders=tuple((part.name, part.experts, part.weight_bytes) for part in pipeline.plan.holders),
-        predicted_tokens_per_second=pipeline.plan.predicted_tokens_per_second,
+        predicted_tokens_per_second=predicted_tokens_per_second(pipeline.plan, served),
         measured_tokens_per_second=measured_tokens_per_second,
         reasons=(*broken, *refusal, *pipeline.plan.reasons, *told),
     )

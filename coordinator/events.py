@@ -43,6 +43,7 @@ class DeviceStepped:
     connection: int
     steps: int
     at: float
+    row_seconds: float = 0.0  # of a step with one decoded row, lately; 0: there was none
 
 
 @dataclass(frozen=True, slots=True)

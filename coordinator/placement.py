@@ -14,6 +14,7 @@ from edge_kernels.attention import SCALE_BYTES
 from coordinator.decisions import Limits, host_of
 from coordinator.planning import improved, place, place_all, place_another, replan
 from coordinator.planning.model import DeviceProfile, ModelProfile, Plan, Split
+from coordinator.planning.served import corrected
 from coordinator.state import ClusterState
 from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.engine.base import DEFAULT_FORMATS, StageFormats
@@ -124,7 +125,7 @@ class Placer:
             key=lambda device: (device.joined_at, device.device_id),
         )
         return [
-            replace(device.profile, host=host_of(device.data_address))
+            corrected(replace(device.profile, host=host_of(device.data_address)), device.served, self._model)
             for device in usable
             if device.profile is not None
         ]

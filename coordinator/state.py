@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from coordinator import events as ev
 from coordinator.planning.model import COORDINATOR, DeviceProfile, Link, Links, Plan
+from coordinator.planning.served import Served
 from edge_runtime.protocol.messages import StageReady
 
 MAX_DOUBLINGS = 5  # of the rest of a device that fails again and again
@@ -32,6 +33,7 @@ class Device:
     link: Link | None = None
     probing_since: float | None = None
     profile: DeviceProfile | None = None
+    served: Served | None = None  # since its agent started; it puts the profile right
     pid: int = 0
     steps: int = 0  # of its compute thread, as its heartbeats say
     steps_at: float = 0.0  # when they were last seen to move

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from coordinator import events as ev
 from coordinator.changes.parts import break_if_member, put_device, revised
+from coordinator.planning.served import Served
 from coordinator.state import ClusterState, Device
 
 FORGET_FAILURES_SECONDS = 3600.0
@@ -47,6 +48,7 @@ def joined(state: ClusterState, event: ev.DeviceJoined) -> ClusterState:
         device = replace(
             device,
             profile=before.profile,
+            served=before.served,
             failure=before.failure,
             failed_at=before.failed_at,
             failures=before.failures,
@@ -66,8 +68,18 @@ def stepped(state: ClusterState, event: ev.DeviceStepped) -> ClusterState:
             steps=event.steps,
             steps_at=event.at if moved else device.steps_at,
             beat_at=event.at,
+            served=_served(state, event) or device.served,
         ),
     )
+
+
+def _served(state: ClusterState, event: ev.DeviceStepped) -> Served | None:
+    """A heartbeat that comes after a stage is ready is about that stage."""
+    for pipeline in state.pipelines if event.row_seconds > 0 else ():
+        for stage in pipeline.plan.stages if pipeline.is_ready else ():
+            if stage.device_id == event.device_id:
+                return Served(stage.layers, event.row_seconds)
+    return None
 
 
 def lost(state: ClusterState, device_id: str, connection: int, reason: str, at: float) -> ClusterState:

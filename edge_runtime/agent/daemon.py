@@ -229,7 +229,12 @@ class Agent:
             self._gave_back_at = self._loop.time()
             worker.give_back()
         return Heartbeat(
-            sequence, worker.steps, worker.open_sessions, worker.kv_used_tokens, resident_bytes()
+            sequence,
+            worker.steps,
+            worker.open_sessions,
+            worker.kv_used_tokens,
+            resident_bytes(),
+            worker.row_seconds,
         )
 
     async def _until_broken(self) -> None:

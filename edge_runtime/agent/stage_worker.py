@@ -96,6 +96,7 @@ class StageWorker:
         self._thread = threading.Thread(target=self._work, name="stage", daemon=True)
         self.steps = 0  # moves with every batch; read by heartbeats
         self.kv_used_tokens = 0
+        self.row_seconds = 0.0  # of a step with one decoded row, in the stage that is loaded
         self.open_sessions = 0
 
     def start(self) -> None:
@@ -263,6 +264,7 @@ class StageWorker:
     def _measure(self) -> None:
         loaded = self._loaded
         self.kv_used_tokens = loaded.stage.kv_used_tokens if loaded else 0
+        self.row_seconds = loaded.pace.row_seconds if loaded else 0.0
         self.open_sessions = len(loaded.open) if loaded else 0
 
     def _obey(self, command: Command) -> None:

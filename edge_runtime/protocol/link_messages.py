@@ -62,6 +62,7 @@ class Heartbeat:
     sessions: int
     kv_tokens: int
     rss_bytes: int
+    row_seconds: float = 0.0  # of a step with one decoded row, lately; 0: there were none under this lease
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,6 +243,19 @@ def test_without_anybody_decoding_chunks_are_whole() -> None:
     assert pace.prompt_rows(0, 100.0) is None
 
 
+def test_the_time_of_a_row_is_that_of_steps_with_one_row_and_nothing_else() -> None:
+    pace = StepPace()
+    assert pace.row_seconds == 0
+    for seconds in (0.02, 0.04):
+        pace.ended(1, 0, seconds, 1.0)
+    pace.ended(1, 64, 5.0, 2.0)
+    pace.ended(4, 0, 5.0, 3.0)
+    assert pace.row_seconds == pytest.approx(0.03)
+    for _ in range(200):
+        pace.ended(1, 0, 0.1, 4.0)
+    assert pace.row_seconds == pytest.approx(0.1, rel=1e-3)
+
+
 def test_after_the_last_decode_row_chunks_are_whole_again() -> None:
     pace = StepPace()
     pace.came(SessionId(1))

@@ -37,6 +37,11 @@ def measured(device: str, at: float = 0.0, connection: int = 1, numeric_class: s
     ]
 
 
+def beat(device: str, row_seconds: float, at: float = 0.0) -> ev.DeviceStepped:
+    """A heartbeat that says how long its steps with one row took."""
+    return ev.DeviceStepped(device, 1, 1, at, row_seconds)
+
+
 def plan(*devices: str) -> Plan:
     """Two layers, over one device or the first two."""
     ranges = [LayerRange(0, 1)] if len(devices) == 1 else [LayerRange(0, 0), LayerRange(1, 1)]
