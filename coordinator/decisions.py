@@ -40,6 +40,7 @@ class Limits:
 
     device_timeout_seconds: float = 5.0  # silence after which a device is lost
     probe_seconds: float = 120.0
+    start_seconds: float = 3.0  # how long measuring waits for devices that were asked for by name
     load_seconds: float = 120.0  # without a sign of progress
     settle_seconds: float = 1.0  # before the first plan: others may be on their way
     gather_seconds: float = 30.0  # how long the first plan waits for devices that were asked for by name
@@ -155,6 +156,8 @@ def _give_up_on_faulty_stages(at: _Situation) -> Sequence[Action]:
 
 def _profile_newcomers(at: _Situation) -> Sequence[Action]:
     """One at a time per host: agents that measure themselves side by side on one machine measure each other."""
+    if _others_start(at):
+        return []
     busy = {host_of(d.data_address) for d in at.state.devices.values() if d.probing_since is not None}
     actions: list[Action] = []
     for device in sorted(at.state.devices.values(), key=lambda d: (d.joined_at, d.device_id)):
@@ -164,6 +167,13 @@ def _profile_newcomers(at: _Situation) -> Sequence[Action]:
         busy.add(host)
         actions.append(AskProfile(device.device_id))
     return actions
+
+
+def _others_start(at: _Situation) -> bool:
+    """Devices that were asked for by name may be starting on a machine where others would measure themselves."""
+    connected = [device for device in at.state.devices.values() if device.is_connected]
+    missing = set(at.split.devices) - {device.name for device in connected}
+    return bool(missing) and any(at.now - d.joined_at < at.limits.start_seconds for d in connected)
 
 
 def _wants_profile(device: Device, at: _Situation) -> bool:

@@ -35,6 +35,15 @@ def test_a_newcomer_is_measured_once_its_link_is_and_one_at_a_time_per_host():
     assert ask(state) == [act.AskProfile("b")]
 
 
+def test_nobody_measures_itself_while_devices_that_were_named_are_starting():
+    named = Split(devices=("a", "b"))
+    state = after(joined("a"), ev.LinkMeasured("a", 1, 1e-3, 1e8))
+    assert ask(state, now=1.0, split=named) == []
+    assert ask(state, now=3.0, split=named) == [act.AskProfile("a")]  # it may come in an hour
+    both = after(joined("b", 1.0), state=state)
+    assert ask(both, now=1.0, split=named) == [act.AskProfile("a")]
+
+
 def test_a_silent_device_is_dropped_before_anything_else():
     state = after(*measured("a"))
     (action,) = ask(state, now=5.1)
