@@ -1,4 +1,4 @@
-"""Many users: `python -m benchmarks.load [--json] [--model tiny]`, two 1-thread agents behind one coordinator.
+"""Many users: `python -m benchmarks.load [--json] [--model tiny] [--only latency|open]`, two 1-thread devices.
 
 First, four sessions decode alone, then while a long prompt is prefilled: the 99th percentile of the time between a
 session's tokens, one over the other. Then requests arrive open-loop, whether or not earlier ones are done: Gamma
@@ -25,6 +25,7 @@ from benchmarks.other_work import Patience
 from benchmarks.samples import in_turns, listed, percentile
 from benchmarks.streams import Prompts, Stream, stream
 
+PARTS = ("latency", "open")
 SESSIONS = 4
 WARM_TOKENS = 4
 BURSTINESS = 2.0  # coefficient of variation of the times between arrivals; 1 would be Poisson
@@ -113,8 +114,52 @@ async def open_loop(cluster: Running, prompts: Prompts, wanted: Sequence[Arrival
     return list(await asyncio.gather(*(one(arrival) for arrival in wanted)))
 
 
+async def latency(
+    cluster: Running, model: Model, prompts: Prompts, rounds: int, patience: Patience, page: report.Report
+) -> dict[str, object]:
+    """Figures of four sessions beside a prefill."""
+    alone: list[float] = []
+    beside: list[float] = []
+
+    async def latency_ratio() -> float:
+        quiet, busy = await gaps_during_prefill(cluster, model, prompts)
+        alone.extend(quiet)
+        beside.extend(busy)
+        return percentile(busy, 0.99) / percentile(quiet, 0.99)
+
+    arm = "p99 between tokens beside a prefill, over alone"
+    found = await in_turns({arm: latency_ratio}, rounds, patience, tries=1)
+    _show(page, "between tokens, 4 sessions alone", alone)
+    _show(page, "the same while a long prompt is prefilled", beside)
+    page.line(f"ratios of p99: {listed(found.values(arm), 2)}")
+    return {
+        "itl_p99_during_prefill_vs_alone": found.median(arm),
+        "itl_p99_seconds_alone": percentile(alone, 0.99),
+        "itl_p99_seconds_during_prefill": percentile(beside, 0.99),
+    }
+
+
+def open_loop_figures(streams: Sequence[Stream], page: report.Report) -> dict[str, object]:
+    first = [each.ttft_seconds for each in streams]
+    _show(page, "open loop: to the first token", first)
+    _show(page, "open loop: between tokens", [gap for each in streams for gap in each.gaps])
+    _show(page, "open loop: whole request", [each.ended - each.started for each in streams])
+    begin, end = min(each.started for each in streams), max(each.ended for each in streams)
+    throughput = sum(len(each.token_times) for each in streams) / (end - begin)
+    prefilled = sum(each.prompt_tokens for each in streams) / (end - begin)
+    page.line(f"open loop: {throughput:.1f} new and {prefilled:.1f} prompt tokens/s over {end - begin:.0f} s")
+    return {
+        "starved": starved(streams, seconds=STARVED_SECONDS, tokens=STARVED_TOKENS),
+        "open_loop_ttft_p50_seconds": percentile(first, 0.5),
+        "open_loop_ttft_p99_seconds": percentile(first, 0.99),
+        "open_loop_tokens_per_second": throughput,
+    }
+
+
 async def main() -> None:
-    arguments = report.arguments(__doc__).parse_args()
+    parser = report.arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    arguments = parser.parse_args()
     model = MODELS[arguments.model]
     rounds = arguments.rounds or max(1, model.rounds // 2)
     wanted = arrivals(
@@ -131,46 +176,20 @@ async def main() -> None:
         open_loop=f"{len(wanted)} requests, {model.load_per_second:g}/s, coefficient of variation {BURSTINESS:g}, "
         f"median prompt {model.load_prompt_tokens} and answer {model.load_new_tokens} tokens, seed {SEED}",
         starved_after=f"{STARVED_SECONDS:g} s while others get {STARVED_TOKENS} tokens",
+        parts=" ".join(arguments.only),
     )
     prompts, patience = Prompts(model.shape.vocab_size), Patience(arguments.patience)
     devices = [device(model, "front", 1), device(model, "back", 1)]
-    alone: list[float] = []
-    beside: list[float] = []
+    figures: dict[str, object] = {}
     async with running(model, devices, split=model.balanced) as cluster:
         await stream(cluster.client, prompts.new(model.decode_prompt_tokens), 4)
-
-        async def latency_ratio() -> float:
-            quiet, busy = await gaps_during_prefill(cluster, model, prompts)
-            alone.extend(quiet)
-            beside.extend(busy)
-            return percentile(busy, 0.99) / percentile(quiet, 0.99)
-
-        arm = "p99 between tokens beside a prefill, over alone"
-        found = await in_turns({arm: latency_ratio}, rounds, patience, tries=1)
-        await patience.wait()
-        report.say("open loop")
-        streams = await open_loop(cluster, prompts, wanted)
-    _show(page, "between tokens, 4 sessions alone", alone)
-    _show(page, "the same while a long prompt is prefilled", beside)
-    page.line(f"ratios of p99: {listed(found.values(arm), 2)}")
-    _show(page, "open loop: to the first token", [each.ttft_seconds for each in streams])
-    _show(page, "open loop: between tokens", [gap for each in streams for gap in each.gaps])
-    _show(page, "open loop: whole request", [each.ended - each.started for each in streams])
-    begin, end = min(each.started for each in streams), max(each.ended for each in streams)
-    throughput = sum(len(each.token_times) for each in streams) / (end - begin)
-    prefilled = sum(each.prompt_tokens for each in streams) / (end - begin)
-    page.line(f"open loop: {throughput:.1f} new and {prefilled:.1f} prompt tokens/s over {end - begin:.0f} s")
-    page.end(
-        {
-            "itl_p99_during_prefill_vs_alone": found.median(arm),
-            "starved": starved(streams, seconds=STARVED_SECONDS, tokens=STARVED_TOKENS),
-            "itl_p99_seconds_alone": percentile(alone, 0.99),
-            "itl_p99_seconds_during_prefill": percentile(beside, 0.99),
-            "open_loop_ttft_p50_seconds": percentile([each.ttft_seconds for each in streams], 0.5),
-            "open_loop_ttft_p99_seconds": percentile([each.ttft_seconds for each in streams], 0.99),
-            "open_loop_tokens_per_second": throughput,
-        }
-    )
+        if "latency" in arguments.only:
+            figures |= await latency(cluster, model, prompts, rounds, patience, page)
+        if "open" in arguments.only:
+            await patience.wait()
+            report.say("open loop")
+            figures |= open_loop_figures(await open_loop(cluster, prompts, wanted), page)
+    page.end(figures)
 
 
 def _show(page: report.Report, what: str, seconds: Sequence[float]) -> None:
