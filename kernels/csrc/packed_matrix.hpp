@@ -13,6 +13,7 @@
 
 #include "arrays.hpp"
 #include "kernel_table.hpp"
+#include "weight_memory.hpp"
 
 namespace edge {
 
@@ -53,7 +54,7 @@ class PackedMatrix {
   int bits_;
   float unit_ = 1.0f;
   std::int64_t tile_bytes_ = 0;
-  SystemMemory memory_;
+  WeightMemory memory_;
 };
 
 }  // namespace edge
