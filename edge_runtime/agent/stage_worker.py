@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from edge_runtime.agent.pipeline_events import (
     CancelRows,
@@ -74,6 +74,22 @@ class LoadedStage:
         self.pace = StepPace(forms_groups=is_first)
         self.tails: dict[SessionId, TailSession] = {}
         self.open: set[SessionId] = set()
+
+
+class _Step(NamedTuple):
+    pace: StepPace
+    works: list[Work]
+    events: list[Event]
+    began_at: float
+    ended_at: float
+
+    def note(self) -> None:
+        """What it says of the pace of the stage."""
+        decode_rows = sum(work.row_count for work in self.works if work.is_decode)
+        rows = sum(work.row_count for work in self.works)
+        sessions = [work.session for work in self.works if work.is_decode and work.row_count == 1]
+        seconds = self.ended_at - self.began_at
+        self.pace.ended(decode_rows, rows - decode_rows, seconds, self.ended_at, sessions)
 
 
 class StageWorker:
@@ -214,10 +230,11 @@ class StageWorker:
         try:
             while self._inbox:
                 self._obey(self._inbox.popleft())
-            events = self._step()
+            step = self._step()
             self._measure()
-            if events:
-                self._deliver(events)
+            if step is not None:
+                self._deliver(step.events)
+                step.note()  # later: the next stage waits for what is delivered
         finally:
             self._plan_turn()
 
@@ -317,10 +334,10 @@ class StageWorker:
             loaded.open.discard(session)
             loaded.stage.drop(session)
 
-    def _step(self) -> list[Event]:
+    def _step(self) -> _Step | None:
         loaded = self._loaded
         if loaded is None or self._pause_seconds() != 0:
-            return []
+            return None
         began_at = self._clock()
         works = placed(self._take(loaded, began_at), loaded.stage)
         try:
@@ -331,13 +348,8 @@ class StageWorker:
             loaded.stage.close()
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
-        now = self._clock()
-        decode_rows = sum(work.row_count for work in works if work.is_decode)
-        rows = sum(work.row_count for work in works)
-        sessions = [work.session for work in works if work.is_decode and work.row_count == 1]
-        loaded.pace.ended(decode_rows, rows - decode_rows, now - began_at, now, sessions)
         self.steps += 1
-        return events
+        return _Step(loaded.pace, works, events, began_at, self._clock())
 
     def _take(self, loaded: LoadedStage, now: float) -> list[Work]:
         queue, pace = loaded.queue, loaded.pace
