@@ -39,14 +39,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return build_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle", TinyModel(layers=1))
 
 
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model = TinyModel(
+        layers=2, hidden=512, heads=8, kv_heads=8, head_dim=64, intermediate=2048, format=request.param
+    )
+    return build_tiny_bundle(tmp_path_factory.mktemp("memory") / "bundle", model)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("executor", ["native", "onnx"])
-@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
-def test_the_estimate_holds(tiny: Bundle, tmp_path: Path, format: str, executor: str) -> None:
-    model = TinyModel(
-        layers=2, hidden=512, heads=8, kv_heads=8, head_dim=64, intermediate=2048, format=format
-    )
-    bundle = build_tiny_bundle(tmp_path / "bundle", model)
+def test_the_estimate_holds(tiny: Bundle, bundle: Bundle, executor: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, tiny.path, bundle.path, executor],
         capture_output=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,8 +44,14 @@ STOP_ID = 13
 PRIME = 65521
 
 
-def layer_row(layer: int, history: list[int]) -> int:
-    return (31 * history[-1] + 17 * sum(history) + 7 * len(history) + layer) % PRIME
+def layer_rows(layer: int, before: Sequence[int], values: Sequence[int]) -> list[int]:
+    """The rows of `values`, one after the other behind `before`: each depends on everything in front of it."""
+    total, length, rows = sum(before), len(before), []
+    for value in values:
+        total += value
+        length += 1
+        rows.append((31 * value + 17 * total + 7 * length + layer) % PRIME)
+    return rows
 
 
 def plain_loop(prompt: list[int], max_rows: int) -> list[int]:
@@ -54,7 +60,7 @@ def plain_loop(prompt: list[int], max_rows: int) -> list[int]:
     while len(ids) < max_rows:
         values = list(ids)
         for layer in range(LAYERS):
-            values = [layer_row(layer, values[: i + 1]) for i in range(len(values))]
+            values = layer_rows(layer, (), values)
         ids.append(values[-1] % VOCAB)
         if ids[-1] == STOP_ID:
             break
@@ -185,13 +191,13 @@ class Device:
         count = len(work.ids)
         for layer, cache in zip(self.layers, held.layers, strict=True):
             del cache[work.base_row :]
+            chain = layer_rows(layer, cache, values[:count])
             cache += values[:count]
-            seen = [
-                [*cache[: left_at + 1], *(values[count + side] for side in path)]
+            sides = [
+                layer_rows(layer, cache[: left_at + 1], [values[count + side] for side in path])[-1]
                 for left_at, path in map(work.sides.path, range(len(work.sides)))
             ]
-            values = [layer_row(layer, cache[: work.base_row + i + 1]) for i in range(count)]
-            values += [layer_row(layer, history) for history in seen]
+            values = chain + sides
         self.keep(held, len(held.ids))
         rows = np.array(values, np.float32)[:, None]
         self.handle(WorkFinished(work, rows, self.sampled(work, values)))
