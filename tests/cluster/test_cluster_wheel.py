@@ -27,7 +27,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of an environment with the wheel, and the dependencies of ours but not our editable install."""
     directory = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(directory)]
-    run([*build, f"--config-setting=build-dir={directory / 'build'}", str(ROOT)], directory)
+    # In the usual build directory: kernels that are built already are taken.
+    run([*build, str(ROOT)], directory)
     (wheel,) = directory.glob("edge_runtime-*.whl")
     environment = directory / "venv"
     venv.create(environment, with_pip=True, symlinks=True)
