@@ -29,9 +29,7 @@ from edge_runtime.agent.expert_report import ExpertReporter
 from edge_runtime.agent.loader import MakeStage, StageLoader, device_stages
 from edge_runtime.agent.memory import EXPERTS_ALL, resident_bytes
 from edge_runtime.agent.pairing_file import load_pairing, save_pairing
-from edge_runtime.agent.pipeline_events import (
-    LoadFailed,
-)
+from edge_runtime.agent.pipeline_events import LoadFailed
 from edge_runtime.agent.progress import ProgressGate
 from edge_runtime.agent.slice_fetcher import SliceChannel, SliceFetcher
 from edge_runtime.agent.status import (
