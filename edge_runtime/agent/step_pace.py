@@ -19,6 +19,8 @@ PATIENCE_SECONDS = 5.0  # without a decode row, after which those who decode cou
 WAIT_SECONDS = 0.002  # beyond the time that decode rows usually stay away
 SEEN_SECONDS = 0.001  # what has arrived during a step is seen within so much of its end
 FIRST_ROWS = 4  # before anything was measured
+FEW_ROWS = 4  # below, kernels read weights more than they compute: a row's share says nothing of more rows
+PROBE_STEPS = 256  # of fewer rows, after which more are tried: a row may have become cheaper
 REFRESH_STEPS = 64  # a step without prompt rows now and then keeps the comparison honest
 WEIGHT = 0.2  # of the latest measurement
 ROW_WEIGHT = 0.05  # likewise, of a step with one decoded row: what the device says of itself
@@ -29,13 +31,14 @@ class StepPace:
     def __init__(self, *, forms_groups: bool = True) -> None:
         """`forms_groups`: of the sessions that decode; the first stage of a pipeline does."""
         self._alone: dict[int, float] = {}  # seconds of a step by number of decode rows (its power of two)
-        self._row_seconds = 0.0  # that one more prompt row takes; 0: not measured
+        self._row_seconds = 0.0  # a row's share of a step with prompt rows; 0: not measured
         self._least_away = 0.0  # seconds from the end of a decode step to the next decode row
         self._most_away = 0.0
         self._decoded_at = float("-inf")  # end of the last step with decode rows
         self._decode_rows = 0  # of it
         self._fill_began = self._fill_ended = float("-inf")  # the last step without any
         self._since_refresh = 0  # steps with prompt rows since one without
+        self._since_probe = 0  # likewise, since one that says what a row takes
         self._decoding: set[SessionId] = set()
         self._single_rows = 0  # steps with one decoded row and nothing else
         self.row_seconds = 0.0  # of such a step, lately; 0: there was none
@@ -88,9 +91,13 @@ class StepPace:
             self._since_refresh = 0
             return
         self._since_refresh += 1
-        base = self._alone_seconds(decode_rows) or 0.0
-        row_seconds = max(seconds - base, 0.05 * seconds) / prompt_rows
-        before = self._row_seconds or row_seconds
+        self._since_probe += 1
+        if decode_rows + prompt_rows < FEW_ROWS:
+            return
+        row_seconds = seconds / (decode_rows + prompt_rows)
+        is_known = self._row_seconds > 0 and self._since_probe < PROBE_STEPS
+        before = self._row_seconds if is_known else row_seconds
+        self._since_probe = 0
         self._row_seconds = before + WEIGHT * (row_seconds - before)
 
     # ------------------------------------------------------------ what to do
@@ -122,9 +129,9 @@ class StepPace:
         alone = self._alone_seconds(decode_rows)
         if alone is None or self._since_refresh >= REFRESH_STEPS:
             return 0
-        if not self._row_seconds:
+        if not self._row_seconds or self._since_probe >= PROBE_STEPS:
             return FIRST_ROWS
-        return max(1, int((STRETCH - 1) * alone / self._row_seconds))
+        return max(1, int(STRETCH * alone / self._row_seconds) - decode_rows)
 
     def _rows_while_away(self, now: float) -> int:
         """That a step can take and still end before decode rows are back; 0 where it is not worth it."""
@@ -132,7 +139,7 @@ class StepPace:
         left = self._decoded_at + 0.9 * self._least_away - now
         if base is None or not self._row_seconds or left < 2 * base:
             return 0
-        return int((left - base) / self._row_seconds)
+        return int(left / self._row_seconds)
 
     def _alone_seconds(self, decode_rows: int) -> float | None:
         """Of as many decode rows or fewer: never more than it would take."""

@@ -243,6 +243,25 @@ def test_without_anybody_decoding_chunks_are_whole() -> None:
     assert pace.prompt_rows(0, 100.0) is None
 
 
+@pytest.mark.parametrize("decode_rows", [1, 2, 4])
+def test_a_slow_step_does_not_keep_prompts_at_one_row_a_step_for_ever(decode_rows: int) -> None:
+    """Seconds as on a machine whose kernels take three rows in more time than four."""
+    seconds = {1: 0.0228, 2: 0.0245, 3: 0.039, 4: 0.0366, 5: 0.0437, 6: 0.048, 7: 0.06}
+    pace, now = StepPace(), 0.0
+    rows, ratios = [], []
+    for step in range(2000):
+        now += 0.1
+        prompt_rows = pace.prompt_rows(decode_rows, now)
+        assert prompt_rows is not None
+        total = decode_rows + prompt_rows
+        taken = seconds.get(total, 0.0085 * total)
+        pace.ended(decode_rows, prompt_rows, 3 * taken if 100 <= step < 110 else taken, now)
+        rows.append(prompt_rows)
+        ratios.append(taken / seconds[decode_rows])
+    assert statistics.mean(rows[1000:]) > 1.8
+    assert sum(ratio > 2 for ratio in ratios[20:]) < 0.01 * len(ratios)
+
+
 def test_the_time_of_a_row_is_that_of_steps_with_one_row_and_nothing_else() -> None:
     pace = StepPace()
     assert pace.row_seconds == 0
