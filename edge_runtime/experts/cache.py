@@ -129,6 +129,8 @@ class ExpertCache:
         batch = self._batch
         if batch is not None:
             batch.cancelled = True
+            if self._ring is not None:
+                self._ring.cancel()
 
     def close(self) -> None:
         self.cancel()

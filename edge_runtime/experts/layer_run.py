@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.pool import Pool
 from edge_runtime.experts.reader import Arrival, ReadBatch
-from edge_runtime.experts.reads import Reads
+from edge_runtime.experts.reads import Reads, RingReads
 from edge_runtime.experts.slot_table import ABSENT
+
+ONE_CALL_USES = 4096  # rows times experts of a row: bounds what one call keeps apart
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -78,12 +80,11 @@ class LayerRun:
                 outputs = self._new_outputs()
                 self._compute(list(self._uses), outputs)
                 return combine(outputs, self._gates)
-            ids = np.array([slots[expert] for expert in self._ids.reshape(-1).tolist()], np.int32)
             weights = self._weights[planes.pop() - 1]
             self._count_bits(weights is self._weights[-1], len(slots))
             return run_experts(
                 self._x,
-                ids.reshape(self._ids.shape),
+                self._slots(),
                 self._gates,
                 weights,
                 activation=self._activation,
@@ -93,11 +94,14 @@ class LayerRun:
             self._table.unpin_all()
 
     def as_they_come(self, here: list[int], absent: list[int]) -> Float32:
-        outputs = self._new_outputs()
         waiting = deque(absent)
         flying: dict[int, int] = {}
         try:
             self._submit(waiting, flying)
+            if not waiting and isinstance(self._reads, RingReads) and self._are_alike(here):
+                result = self._in_one_call(self._reads, flying)
+                return self.all_at_once() if result is None else result
+            outputs = self._new_outputs()
             self._compute(here, outputs)
             self._unpin(here)
             while flying or waiting:
@@ -109,6 +113,36 @@ class LayerRun:
             self._settle(flying)
             self._table.unpin_all()
         return combine(outputs, self._gates)
+
+    def _are_alike(self, here: Sequence[int]) -> bool:
+        """Whether all experts of the batch can be computed together, and they are few enough for its memory."""
+        alike = not self._is_lossy or all(
+            self._planes.here(self._slot(expert)) == self._start_planes for expert in here
+        )
+        return alike and self._ids.size <= ONE_CALL_USES
+
+    def _in_one_call(self, reads: RingReads, flying: dict[int, int]) -> Float32 | None:
+        """None where something had to be put right: all experts are here now."""
+        slots = self._slots()
+        weights = self._weights[self._start_planes - 1]
+        result, arrivals, waited_seconds = reads.run_experts(
+            self.batch,
+            self._x,
+            slots,
+            self._gates,
+            weights,
+            activation=self._activation,
+            threads=self._threads,
+        )
+        self.waited_seconds += waited_seconds
+        for arrival in arrivals:
+            self._land(arrival, flying)
+        for arrival in arrivals:
+            if arrival.problem is not None:
+                raise arrival.problem
+        if result is not None:
+            self._count_bits(weights is self._weights[-1], len(self._uses))
+        return result
 
     def _submit(self, waiting: deque[int], flying: dict[int, int]) -> None:
         """As many reads as there are slots that nobody needs now; the rest waits for those to be computed.
@@ -196,6 +230,11 @@ class LayerRun:
 
     def _new_outputs(self) -> Float32:
         return np.empty((self._ids.size, self._layer.hidden), np.float32)
+
+    def _slots(self) -> Int32:
+        """Of each id."""
+        slots = [self._slot(expert) for expert in self._ids.reshape(-1).tolist()]
+        return np.array(slots, np.int32).reshape(self._ids.shape)
 
     def _slot(self, expert: int) -> int:
         return self._table.slot(self._first_key + expert)

@@ -14,13 +14,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
 from edge_kernels import flash
+from edge_kernels.experts import ExpertWeights
+from numpy.typing import NDArray
 
 from edge_runtime.bundle import hashing
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.lanes import open_for_reading
 from edge_runtime.experts.reader import Arrival, Cancelled, ExpertReader, ReadBatch
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+_LEFT_OUT = "the read was cancelled"
 
 
 class Reads(Protocol):
@@ -74,6 +82,7 @@ class RingReads:
         self._reader = reader
         self._native = flash.FlashReads(hashing.EXPERT_PIECE_BYTES)
         self._flying: dict[int, tuple[ExpertLayer, int, int, memoryview]] = {}
+        self._slots: list[tuple[int, int]] = []  # (key, slot) of what flies
         self._next_key = 0
         self._files: dict[str, int] = {}
         try:
@@ -101,6 +110,7 @@ class RingReads:
                 start, end = layer.plane_start(plane), layer.plane_start(plane + 1)
                 key = self._next_key = self._next_key + 1
                 self._flying[key] = layer, expert, plane, memory[start:end]
+                self._slots.append((key, slot))
                 target = slot * arena.slot_bytes + start
                 digest = layer.digest(expert, plane)
                 parts.append(flash.Part(key, file, layer.offset(expert, plane), end - start, target, digest))
@@ -113,12 +123,50 @@ class RingReads:
         before = self._native.waited_seconds
         landed = self._native.land(threads)
         waited_seconds = self._native.waited_seconds - before
+        return self._arrivals(landed), waited_seconds
+
+    def run_experts(
+        self,
+        batch: ReadBatch,
+        x: Float32,
+        ids: Int32,
+        gates: Float32,
+        weights: ExpertWeights,
+        *,
+        activation: str,
+        threads: int,
+    ) -> tuple[Float32 | None, list[Arrival], float]:
+        """All that `begin` asked for arrives, and experts that are here are computed meanwhile. `ids` are slots.
+
+        The result is None where something did not come right at once: its arrival says whether it is there now.
+        """
+        if batch.cancelled:
+            return None, self._give_up(), 0.0
+        before = self._native.waited_seconds
+        result, landed = self._native.run_experts(
+            self._slots, x, ids, gates, weights, activation=activation, threads=threads
+        )
+        waited_seconds = self._native.waited_seconds - before
+        return result, self._arrivals(landed), waited_seconds
+
+    def cancel(self) -> None:
+        """From any thread: what has not begun is not read."""
+        self._native.cancel()
+
+    def _arrivals(self, landed: Sequence[flash.Landed]) -> list[Arrival]:
         found = []
         for one in landed:
             layer, expert, plane, memory = self._flying.pop(one.key)
-            problem = self._reader.brought(layer, expert, plane, memory, one.problem)
+            problem: Exception | None
+            if one.problem == flash.LEFT_OUT:
+                problem = Cancelled(_LEFT_OUT)
+            else:
+                problem = self._reader.brought(layer, expert, plane, memory, one.problem)
             found.append(Arrival(layer.layer, expert, plane, problem))
-        return found, waited_seconds
+        self._slots = (
+            [(key, slot) for key, slot in self._slots if key in self._flying] if self._flying else []
+        )
+        return found
 
     def close(self) -> None:
         self._native.give_up()
@@ -128,11 +176,12 @@ class RingReads:
 
     def _give_up(self) -> list[Arrival]:
         self._native.give_up()
-        left_out = Cancelled("the read was cancelled")
+        left_out = Cancelled(_LEFT_OUT)
         found = [
             Arrival(layer.layer, expert, plane, left_out) for layer, expert, plane, _ in self._flying.values()
         ]
         self._flying.clear()
+        self._slots = []
         return found
 
 

@@ -18,6 +18,7 @@ inline void require(bool holds, const std::string& message) {
   if (!holds) throw nb::value_error(message.c_str());
 }
 
+void bind_arriving(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_chain(nb::module_& m);
 void bind_experts(nb::module_& m);

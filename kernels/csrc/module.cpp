@@ -11,6 +11,7 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return std::string(edge::kernels().name); });
   m.def("available_isas", &edge::available_isas);
   m.def("set_isa", &edge::set_isa);
+  edge::bind_arriving(m);
   edge::bind_attention(m);
   edge::bind_chain(m);
   edge::bind_experts(m);

@@ -197,7 +197,26 @@ class FlashReads:
     def submit(self, memory: _U8, places: _I64, targets: _I64, digests: _U8) -> None: ...
     def land(self, threads: int) -> list[tuple[int, int]]: ...
     def give_up(self) -> None: ...
+    def cancel(self) -> None: ...
     @property
     def waited_seconds(self) -> float: ...
     @property
     def parts(self) -> int: ...
+
+def run_arriving(
+    reads: FlashReads,
+    keys: _I64,
+    slots: _I32,
+    x: _F32,
+    ids: _I32,
+    gates: _F32,
+    buffer: _U8,
+    format: str,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    stride_bytes: int,
+    offsets: _I64,
+    y: _F32,
+    threads: int,
+) -> list[tuple[int, int]]: ...

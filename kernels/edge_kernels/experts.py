@@ -155,11 +155,16 @@ def run_experts(
         weights.hidden,
         weights.intermediate,
         weights.stride_bytes,
-        np.array([weights.offsets[name] for name in _part_names(weights.format)], np.int64),
+        part_offsets(weights),
         y,
         threads,
     )
     return y
+
+
+def part_offsets(weights: ExpertWeights) -> NDArray[np.int64]:
+    """In the order the native kernels take them."""
+    return np.array([weights.offsets[name] for name in _part_names(weights.format)], np.int64)
 
 
 def run_each(x: F32, ids: I32, weights: ExpertWeights, *, activation: str, threads: int = 1) -> F32:

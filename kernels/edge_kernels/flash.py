@@ -18,13 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels import _native
+from edge_kernels.experts import ExpertWeights, part_offsets
 
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
 GRAIN_BYTES = 2048  # parts and pieces are multiples of it
 DIGEST_BYTES = 32
 WRONG_BYTES = "its bytes are not those that were signed"
-_RIGHT, _WRONG = 0, 1
+LEFT_OUT = "it was not read, since nobody wants it any more"
+_RIGHT, _WRONG, _LEFT_OUT = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,49 @@ class FlashReads:
         """At least one part, and all that are here; none where none is on its way."""
         return [Landed(key, _problem(status)) for key, status in self._native.land(threads)]
 
+    def run_experts(
+        self,
+        slots_of: Sequence[tuple[int, int]],
+        x: F32,
+        ids: I32,
+        gates: F32,
+        weights: ExpertWeights,
+        *,
+        activation: str,
+        threads: int = 1,
+    ) -> tuple[F32 | None, list[Landed]]:
+        """What `run_experts` gives, bit for bit, while some experts are still on their way: those here are computed.
+
+        `slots_of`: (key, expert of `weights`) of every part on its way. The result is None where a part did not come
+        right; all have landed then, too.
+        """
+        if activation != "silu":
+            raise ValueError(f"unknown activation {activation!r}: experts know silu")
+        y = np.empty((len(x), weights.hidden), np.float32)
+        landed = _native.run_arriving(
+            self._native,
+            np.array([key for key, _ in slots_of], np.int64),
+            np.array([slot for _, slot in slots_of], np.int32),
+            np.ascontiguousarray(x, np.float32),
+            np.ascontiguousarray(ids, np.int32),
+            np.ascontiguousarray(gates, np.float32),
+            weights.buffer,
+            weights.format,
+            weights.num_experts,
+            weights.hidden,
+            weights.intermediate,
+            weights.stride_bytes,
+            part_offsets(weights),
+            y,
+            threads,
+        )
+        is_whole = all(status == _RIGHT for _, status in landed)
+        return y if is_whole else None, [Landed(key, _problem(status)) for key, status in landed]
+
+    def cancel(self) -> None:
+        """From any thread: what has not begun is not read, and lands as LEFT_OUT. Until the next `submit`."""
+        self._native.cancel()
+
     def give_up(self) -> None:
         """What has not begun is not read; returns when the rest has come, and forgets it."""
         self._native.give_up()
@@ -100,4 +147,6 @@ def _problem(status: int) -> str:
         return ""
     if status == _WRONG:
         return WRONG_BYTES
+    if status == _LEFT_OUT:
+        return LEFT_OUT
     return os.strerror(-status) if -status in errno.errorcode else f"error {-status}"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blake3 import blake3
-from edge_kernels.flash import FlashReads, Part, digest, works
+from edge_kernels.experts import ExpertWeights, run_experts
+from edge_kernels.flash import WRONG_BYTES, FlashReads, Part, digest, works
+from edge_kernels.quantization import quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 PIECE_BYTES = 64 << 10
 FILE_BYTES = 3 << 20
@@ -146,3 +150,73 @@ def test_impossible_parts_are_refused(file: tuple[int, bytes]) -> None:
             reads.submit(memory, [part])
     with pytest.raises(ValueError, match="pieces"):
         FlashReads(1000)
+
+
+@needs_ring
+@given(rows=st.integers(1, 9), absent=st.integers(0, 4), threads=st.integers(1, 3), seed=st.integers(0, 100))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_experts_on_their_way_give_the_bits_of_those_that_are_here(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, absent: int, threads: int, seed: int
+) -> None:
+    whole = random_experts(seed)
+    path = tmp_path_factory.mktemp("arriving") / "experts"
+    path.write_bytes(whole.buffer.tobytes())
+    rng = np.random.default_rng(seed)
+    ids = np.array([rng.permutation(EXPERTS)[:2] for _ in range(rows)], np.int32)
+    x = rng.normal(size=(rows, HIDDEN)).astype(np.float32)
+    gates = rng.random((rows, 2)).astype(np.float32)
+    wanted = run_experts(x, ids, gates, whole, activation="silu")
+    missing = [int(expert) for expert in np.unique(ids)[:absent]]
+    memory = whole.buffer.copy()
+    for expert in missing:
+        memory[expert * STRIDE_BYTES : (expert + 1) * STRIDE_BYTES] = 0xFF  # NaN, if it were used
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        stored = descriptor, path.read_bytes()
+        parts = [part_of(stored, e, e * STRIDE_BYTES, STRIDE_BYTES, e * STRIDE_BYTES) for e in missing]
+        reads = FlashReads(PIECE_BYTES)
+        here = replace(whole, buffer=memory)
+        slots = [(expert, expert) for expert in missing]
+
+        def run() -> tuple[NDArray[np.float32] | None, dict[int, str]]:
+            if parts:
+                reads.submit(memory, parts)
+            result, landed = reads.run_experts(slots, x, ids, gates, here, activation="silu", threads=threads)
+            return result, {one.key: one.problem for one in landed}
+
+        result, landed = run()
+        assert landed == dict.fromkeys(missing, "")
+        assert result is not None
+        np.testing.assert_array_equal(result.view(np.uint32), wanted.view(np.uint32))
+        if parts:
+            parts[0] = replace(parts[0], digest=bytes(32))
+            assert run() == (None, dict.fromkeys(missing, "") | {missing[0]: WRONG_BYTES})
+    finally:
+        os.close(descriptor)
+
+
+HIDDEN, INTERMEDIATE, EXPERTS = 256, 160, 6
+STRIDE_BYTES = 96 << 10
+
+
+def random_experts(seed: int) -> ExpertWeights:
+    """int4, each padded to 96 KiB."""
+    rng = np.random.default_rng(seed)
+    buffer = np.zeros(EXPERTS * STRIDE_BYTES, np.uint8)
+    offsets: dict[str, int] = {}
+    for expert in range(EXPERTS):
+        end = 0
+        for part, shape in {
+            "gate": (INTERMEDIATE, HIDDEN),
+            "up": (INTERMEDIATE, HIDDEN),
+            "down": (HIDDEN, INTERMEDIATE),
+        }.items():
+            matrix = quantize(rng.normal(size=shape).astype(np.float32), "int4")
+            for name, array in ((part, matrix.data), (f"{part}_scales", matrix.scales)):
+                data = np.frombuffer(array.tobytes(), np.uint8)
+                start = expert * STRIDE_BYTES + end
+                buffer[start : start + data.size] = data
+                offsets[name] = end
+                end += data.size
+    assert end <= STRIDE_BYTES
+    return ExpertWeights(buffer, "int4", EXPERTS, HIDDEN, INTERMEDIATE, STRIDE_BYTES, offsets)

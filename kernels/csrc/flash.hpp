@@ -1,0 +1,93 @@
+// Parts of files on their way into memory, each checked against its digest before anybody is told that it is there.
+//
+// One thread asks, polls and waits; any may hash. A part is read in pieces, and what has come is hashed while the rest is
+// still on its way.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "arrays.hpp"
+#include "blake3.hpp"
+#include "ring.hpp"
+
+namespace edge {
+
+constexpr int kPartRight = 0, kPartWrong = 1, kPartLeftOut = 2;  // what became of a part; below 0: an errno
+
+struct FlashPart {
+  std::int64_t key;
+  int file;
+  std::uint8_t* target;
+  std::int64_t bytes, offset;
+  std::uint8_t wanted[kBlake3DigestBytes];
+  std::vector<std::uint8_t> digests;  // of its pieces
+  std::atomic<std::int64_t> missing;  // pieces
+  int problem = kPartRight;
+  bool is_done = false;
+};
+
+struct FlashPiece {
+  FlashPart* part;
+  std::int64_t number, bytes, stride;
+  std::vector<std::uint32_t> values;
+  std::atomic<std::int64_t> leaves;  // not hashed yet
+  std::uint8_t* data() const { return part->target + number * stride; }
+};
+
+struct FlashLeaf {
+  FlashPiece* piece;
+  std::int64_t number;
+};
+
+class FlashReads {
+ public:
+  using Landed = std::vector<std::tuple<std::int64_t, int>>;  // (key, what became of it)
+
+  explicit FlashReads(std::int64_t piece_bytes);
+  ~FlashReads();
+
+  // places [n, 4]: key, file descriptor, offset in the file, bytes; each goes to `memory` from targets[n] on.
+  void submit(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets,
+              Array<const std::uint8_t, 2> digests);
+  // One part at least, and all that are there already; [] where none is on its way.
+  Landed land(int threads);
+  // What has not begun is not read; what is under way is waited for. All parts are forgotten.
+  void give_up();
+  // From any thread: what has not begun is not read, and comes as left out. Until the next `submit`.
+  void cancel() { is_cancelled_.store(true, std::memory_order_relaxed); }
+  double waited_seconds() const { return waited_seconds_; }
+  std::int64_t parts() const { return static_cast<std::int64_t>(parts_.size()); }
+  bool has(std::int64_t key) const {
+    return std::any_of(parts_.begin(), parts_.end(), [&](const auto& part) { return part->key == key; });
+  }
+
+  // ---- for those who do the work themselves, without the interpreter's lock
+  // What has come since: leaves to be hashed, and parts that failed.
+  void poll(std::vector<FlashLeaf>* leaves, std::vector<FlashPart*>* failed);
+  // From any thread. The part, where this was the last that it missed.
+  static FlashPart* hash(const FlashLeaf& leaf);
+  bool is_waiting() const { return !flying_.empty(); }
+  void wait();
+  // Takes out what is done.
+  void leave(Landed* landed);
+
+ private:
+  void feed();
+  static FlashPart* brought(FlashPart* part);
+
+  Ring ring_;
+  const std::int64_t piece_bytes_;
+  std::deque<std::unique_ptr<FlashPiece>> waiting_;  // not asked for yet
+  std::vector<std::unique_ptr<FlashPiece>> flying_, here_;
+  std::vector<std::unique_ptr<FlashPart>> parts_;    // in the order asked for
+  std::vector<Array<std::uint8_t, 1>> memory_;       // stays where it is while something is on its way into it
+  std::atomic<bool> is_cancelled_{false};
+  double waited_seconds_ = 0.0;
+};
+
+}  // namespace edge
