@@ -1,4 +1,4 @@
-"""Experts on flash against experts in memory: `python -m benchmarks.flash [--json] [--rounds N] [--arms A,B]`.
+"""Experts on flash against experts in memory: `python -m benchmarks.flash [--json] [--rounds N] [--only A,B]`.
 
 Two models: the demo's (trained, 6 layers of 16 experts, its own routing), and a random one with the depth and the
 number of experts of Qwen3-30B-A3B (48 layers of 128, narrower: 4.5 GB at int4, made in `.bench/` once) whose routing
@@ -46,6 +46,8 @@ OVERHEAD_BYTES = 300 << 20
 ARM_SECONDS = 300.0
 DEMO_TOKENS = 96
 
+PARTS = ("kernels", "policies", "demo", "large", "two_agents", "nested")
+
 Figures = dict[str, object]
 
 
@@ -77,10 +79,14 @@ def main() -> None:
         default="",
         help="only these of the large model, by name (product 50 %%,naive), and nothing else; memory always runs",
     )
+    parser.add_argument("--only", default="", help=f"only these parts: {', '.join(PARTS)} (default: all)")
     given = parser.parse_args()
-    from benchmarks.flash_nested import nested  # which takes its turns with arms of this module
+    from benchmarks.flash_nested import PAIRS, nested  # which takes its turns with arms of this module
 
-    chosen = tuple(name.strip() for name in given.arms.split(",") if name.strip())
+    chosen = _names(given.arms)
+    parts = _names(given.only) or PARTS
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {min(unknown)!r}: choose of {', '.join(PARTS)}")
     rounds = given.rounds or (1 if given.small else 2)
     report = Report("experts on flash", only_json=given.json, threads=given.threads, rounds=rounds)
     figures: Figures = {}
@@ -88,16 +94,30 @@ def main() -> None:
         figures["identical"] = _large(figures, report, given.threads, rounds, chosen, small=given.small)
         report.end(figures)
         return
-    _kernels(figures, report)
-    _policies(figures, report)
-    demo = _demo(report, given.threads)
-    large = _large(figures, report, given.threads, rounds, small=given.small)
-    two = two_agents(_two_agents_order(given.threads, small=given.small))
-    figures["two_agents_ratio"] = two["two_agents_ratio"]
-    report.line(f"two processes with half of the experts each: {two}")
-    figures |= nested(report, given.threads, 1 if given.small else rounds + 1, small=given.small)
-    figures["identical"] = all((demo, large, two["identical"], figures["nested_identical"]))
+    same: list[bool] = []
+    if "kernels" in parts:
+        _kernels(figures, report)
+    if "policies" in parts:
+        _policies(figures, report)
+    if "demo" in parts:
+        same.append(_demo(report, given.threads))
+    if "large" in parts:
+        same.append(_large(figures, report, given.threads, rounds, small=given.small))
+    if "two_agents" in parts:
+        two = two_agents(_two_agents_order(given.threads, small=given.small))
+        figures["two_agents_ratio"] = two["two_agents_ratio"]
+        same.append(bool(two["identical"]))
+        report.line(f"two processes with half of the experts each: {two}")
+    if "nested" in parts:
+        figures |= nested(report, given.threads, 1 if given.small else PAIRS, small=given.small)
+        same.append(bool(figures["nested_identical"]))
+    if same:
+        figures["identical"] = all(same)
     report.end(figures)
+
+
+def _names(given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
 # ---------------------------------------------------------------- without a model
