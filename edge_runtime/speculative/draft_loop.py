@@ -136,6 +136,7 @@ class DraftLoop:
         self.finish = ""
         self.counts = Counts()
         self.estimates = estimates or Estimates()
+        self.estimates.begin()
         self._first = prompt_length
         self._last_row = max_rows - 2  # the id of the last position is never run
         self._vocab_size = vocab_size

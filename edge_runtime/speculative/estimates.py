@@ -30,6 +30,7 @@ SCORE_EDGES = (
 )  # drafters' own estimates are corrected in buckets between these
 SCORE_SHARE = 0.01
 ALL_SCORES = -1  # in the place of a bucket
+CARRIED_VERDICTS = 32  # what verdicts of earlier requests count for at most: another text is another luck
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ class Mean:
     def add(self, sample: float) -> None:
         self.count += 1
         self.value += (sample - self.value) * max(self.share, 1 / self.count)
+
+    def carry(self, most_samples: int) -> None:
+        """From now on what was sampled before counts for so many samples at most."""
+        self.count = min(self.count, most_samples)
 
     def or_else(self, default: float) -> float:
         return self.value if self.count else default
@@ -131,6 +136,12 @@ class Estimates:
     _rescue: Mean = field(default_factory=lambda: Mean(ACCEPTANCE_SHARE))
     _scores: dict[tuple[str, int], Mean] = field(default_factory=dict)
     _verdicts: int = 0
+
+    def begin(self) -> None:
+        """Another request: times are those of the same devices, but acceptance is that of other text."""
+        by_depth = [mean for means in self._acceptance.values() for mean in means]
+        for mean in (*by_depth, *self._scores.values(), self._rescue):
+            mean.carry(CARRIED_VERDICTS)
 
     def judged(self, source: str, depth: int, accepted: bool, score: float | None = None) -> None:
         """`score`: the drafter's own estimate that it was right, given that all before it were."""

@@ -84,3 +84,18 @@ def test_an_id_that_a_draft_brought_is_not_the_targets_own_pace() -> None:
     times.arrived([Sent(1.01, 1.01)], 1, 1.2, is_more=False)  # the last draft: its row is sampled next
     times.arrived([], 1, 1.21, is_more=False)
     assert estimates.floor_seconds == pytest.approx(0.1)
+
+
+def test_one_requests_luck_is_a_start_for_the_next_and_no_more() -> None:
+    estimates = Estimates()
+    for _ in range(600):
+        estimates.judged("toy", 0, True, 0.95)
+    (before, *_) = estimates.acceptance("toy")
+    estimates.begin()
+    (carried, *_) = estimates.acceptance("toy")
+    assert 0.85 < carried < before  # nearer to what is believed before any verdict
+    for _ in range(32):
+        estimates.judged("toy", 0, False, 0.95)
+    (after, *_) = estimates.acceptance("toy")
+    assert after < 0.6
+    assert estimates.odds("toy", 0.95) == pytest.approx(1.0, abs=0.2)
