@@ -91,10 +91,12 @@ class CpuWorldStage(WorldStage):
             self._clock.after(pause_seconds, self._begin_step)
             return
         waiting = _rows_in(self._loaded.queue)
-        done = self._worker._step()
-        broken = next((event for event in done if isinstance(event, SessionBroke | StageBroke)), None)
+        step = self._worker._step()
+        assert step is not None
+        step.note()
+        broken = next((event for event in step.events if isinstance(event, SessionBroke | StageBroke)), None)
         assert broken is None, f"a step failed: {broken}"
-        self._take_time(waiting - _rows_in(self._loaded.queue), done)
+        self._take_time(waiting - _rows_in(self._loaded.queue), step.events)
 
     def _poison(self, session: SessionId, first: int) -> None:
         """Rows from `first` on, in every layer."""
