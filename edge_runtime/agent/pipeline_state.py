@@ -144,29 +144,28 @@ class PipelineState(SessionState):
         return self._go_on(session)
 
     def _issue_prompts(self) -> list[Instruction]:
-        """Chunk after chunk, no further ahead of the tail than keeps every stage busy."""
+        """Chunk after chunk, in turn, no further ahead of the tail than keeps every stage busy."""
         if self.order is None:
             return []
         grid, stages = self.order.prefill_chunk_tokens, len(self.order.devices)
         under_way_rows = 0 if self.is_tail else sum(each.rows_under_way for each in self.sessions.values())
         instructions: list[Instruction] = []
         while self._prompts:
-            session = self.sessions[self._prompts.peek(lambda key: self.sessions[key].rows_left)]
+            session = self.sessions[next(iter(self._prompts))]
             chunk_rows = max(grid, len(session.fed)) if session.is_bidirectional else grid
             if under_way_rows >= CHUNKS_UNDER_WAY * stages * chunk_rows and not self.is_tail:
                 break
+            del self._prompts[session.id]
             ids = session.take_chunk(grid)
-            if not ids:  # it comes back with its next ids, or with what the stages hold
-                self._prompts.discard(session.id)
-                continue
-            instructions.append(self._issue(session, ids))
-            under_way_rows += len(ids)
-            self._prompts.took()
+            if ids:  # else it comes back with its next ids, or with what the stages hold
+                instructions.append(self._issue(session, ids))
+                under_way_rows += len(ids)
+                self._prompts[session.id] = None
         return instructions
 
     def _go_on(self, session: Session) -> list[Instruction]:
         if session.fed:
-            self._prompts.add(session.id)
+            self._prompts[session.id] = None
         return self._issue_prompts()
 
     def _rows_held(self, session: Session, rows: int) -> list[Instruction]:

@@ -54,11 +54,6 @@ class Session:
         """Prompt rows between stage 1 and the tail."""
         return max(0, min(self.rows, self.order.forced_rows) - self.through)
 
-    @property
-    def rows_left(self) -> int:
-        """Stage 1: given rows not yet issued."""
-        return self.order.forced_rows - self.rows
-
     def abandon(self, row: int) -> None:
         """There is another id at position `row`: rows from there on, of the turns so far, count for nothing.
 

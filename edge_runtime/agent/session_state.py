@@ -20,7 +20,6 @@ from edge_runtime.agent.pipeline_events import (
     RowsOpened,
     Send,
 )
-from edge_runtime.agent.prompt_turns import PromptTurns
 from edge_runtime.agent.session import Session, problem_of, split_names
 from edge_runtime.core import SessionId
 from edge_runtime.engine.page_table import PAGE_TOKENS
@@ -34,7 +33,7 @@ class SessionState(LeaseState):
         super().__init__()
         self.sessions: dict[SessionId, Session] = {}
         self._closed: OrderedDict[SessionId, None] = OrderedDict()
-        self._prompts = PromptTurns()  # stage 1: with fed ids to be issued
+        self._prompts: OrderedDict[SessionId, None] = OrderedDict()  # stage 1: with fed ids to be issued
 
     @abstractmethod
     def _issue_prompts(self) -> list[Instruction]:
@@ -111,7 +110,7 @@ class SessionState(LeaseState):
         self._closed[key] = None
         while len(self._closed) > CLOSED_SESSIONS_KEPT:
             self._closed.popitem(last=False)
-        self._prompts.discard(key)
+        self._prompts.pop(key, None)
         if self.sessions.pop(key, None) is None:
             return [Ignore(f"session {key} is not open")]
         return [DropRows(self.lease, key, first_page, names, ids), *self._issue_prompts()]

@@ -197,16 +197,15 @@ def test_stage_1_runs_no_more_than_a_window_ahead_of_the_tail() -> None:
     assert rows_run(state.handle(held(64))) == [(WINDOW + 32, 16), (WINDOW + 48, 16)]
 
 
-def test_the_window_is_one_for_all_and_a_short_prompt_takes_turns_with_the_first() -> None:
+def test_the_window_is_one_for_all_and_prompts_take_turns_in_it() -> None:
     state = stage_of(0, 2)
     works = []
-    for session, rows in ((1, 180), (2, 180), (3, 32)):
-        order = replace(LONG, session=session, forced_rows=rows, prompt_rows=rows)
-        state.handle(Received(COORDINATOR, order))
-        works += rows_run(state.handle(Received(COORDINATOR, Feed(session, LEASE, 0, LONG_IDS[:rows]))))
+    for session in (1, 2):
+        state.handle(Received(COORDINATOR, replace(LONG, session=session)))
+        works += rows_run(state.handle(Received(COORDINATOR, Feed(session, LEASE, 0, LONG_IDS))))
     assert sum(rows for _, rows in works) == WINDOW
     done = state.handle(held(64))
-    assert [each.work.session for each in done if isinstance(each, RunRows)] == [1, 3, 1, 3]
+    assert [each.work.session for each in done if isinstance(each, RunRows)] == [1, 2, 1, 2]
 
 
 def test_a_closed_session_makes_room_for_others() -> None:
