@@ -56,6 +56,7 @@ class Order:
     threads: int = 2
     passes: int = 1  # only the last is timed
     ring: bool = True  # the kernel reads on its own; False: lanes do
+    one_call: bool = False
     start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
     cgroup_version: int = 0
@@ -196,6 +197,7 @@ def _options(order: Order, bundle: Bundle) -> CacheOptions | None:
         policy=order.policy,
         lanes=order.lanes,
         ring=order.ring,
+        one_call=order.one_call,
         start_bits=order.start_bits,
     )
 

@@ -98,8 +98,9 @@ class LayerRun:
         flying: dict[int, int] = {}
         try:
             self._submit(waiting, flying)
-            if not waiting and isinstance(self._reads, RingReads) and self._are_alike(here):
-                result = self._in_one_call(self._reads, flying)
+            reads = self._reads
+            if isinstance(reads, RingReads) and reads.one_call and not waiting and self._are_alike(here):
+                result = self._in_one_call(reads, flying)
                 return self.all_at_once() if result is None else result
             outputs = self._new_outputs()
             self._compute(here, outputs)

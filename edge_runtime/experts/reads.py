@@ -78,7 +78,10 @@ class LaneReads:
 class RingReads:
     """What is wrong goes to `reader`, which knows other ways to have it. Raises OSError, RuntimeError: use lanes."""
 
-    def __init__(self, layers: Sequence[ExpertLayer], reader: ExpertReader) -> None:
+    def __init__(
+        self, layers: Sequence[ExpertLayer], reader: ExpertReader, *, one_call: bool = False
+    ) -> None:
+        self.one_call = one_call
         self._reader = reader
         self._native = flash.FlashReads(hashing.EXPERT_PIECE_BYTES)
         self._flying: dict[int, tuple[ExpertLayer, int, int, memoryview]] = {}
@@ -185,11 +188,13 @@ class RingReads:
         return found
 
 
-def kernel_reads(layers: Sequence[ExpertLayer], reader: ExpertReader) -> RingReads | None:
+def kernel_reads(
+    layers: Sequence[ExpertLayer], reader: ExpertReader, *, one_call: bool = False
+) -> RingReads | None:
     """None where the kernel does not read on its own, or only through the page cache: lanes do it then."""
     if not reader.direct:
         return None
     try:
-        return RingReads(layers, reader)
+        return RingReads(layers, reader, one_call=one_call)
     except (OSError, RuntimeError):
         return None

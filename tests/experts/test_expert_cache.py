@@ -109,6 +109,7 @@ def slots_bytes(bundle: Bundle, slots: int) -> int:
     lanes=st.integers(1, 4),
     direct=st.booleans(),
     ring=st.booleans(),
+    one_call=st.booleans(),
     batches=st.lists(st.integers(1, 20), min_size=1, max_size=6),
     seed=st.integers(0, 50),
 )
@@ -120,10 +121,13 @@ def test_same_bits_for_any_policy_budget_and_lanes(
     lanes: int,
     direct: bool,
     ring: bool,
+    one_call: bool,
     batches: list[int],
     seed: int,
 ) -> None:
-    options = CacheOptions(slots_bytes(bundle, slots), policy=policy, lanes=lanes, direct=direct, ring=ring)
+    options = CacheOptions(
+        slots_bytes(bundle, slots), policy=policy, lanes=lanes, direct=direct, ring=ring, one_call=one_call
+    )
     cache = ExpertCache(layers_of(bundle), options)
     try:
         check_same(bundle, cache, batches, seed=seed, threads=1 + seed % 3)
