@@ -1,6 +1,7 @@
 """Text that repeats itself: documents in which earlier spans come again, verbatim or edited.
 
-Knows: how a span is edited (renamed identifiers, lines gone, new or moved) and how a document of copies is built.
+Knows: how a span is edited (renamed identifiers, lines gone, new or moved), how a document of copies is built, and
+which of its tokens are worth learning.
 Does not know: models. All randomness comes from the generator it is given.
 """
 
@@ -11,13 +12,18 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from text import Ids
 from tokenizers import Tokenizer
 
 IDENTIFIER = re.compile(r"\b[A-Za-z_][A-Za-z_0-9]{2,}\b")
 AFFIXES = ("new_{}", "{}_new", "old_{}", "my_{}", "{}2", "_{}", "{}_value", "{}s", "base_{}")
 MIN_SPAN_TOKENS = 24
+MIN_EDITED_TOKENS = 64  # room for a name that is changed to come more than once
 MAX_EDITS = 3
+COPY_WEIGHT = 2.0  # of a copied token in the loss, against 1 for a new one
+
+Weights = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -27,38 +33,49 @@ class CopyMixture:
     text: Ids
     tokenizer: Tokenizer
     plain_share: float = 0.4
-    copy_share: float = 0.5  # of the pieces of a document
-    edited_share: float = 0.5  # of the copies
+    copy_share: float = 0.6  # of the pieces of a document
+    edited_share: float = 0.4  # of the copies
     scrambled_share: float = 0.0  # of the documents: new text in random order, only copies can be foreseen
 
-    def rows(self, rng: np.random.Generator, count: int, tokens: int) -> Ids:
-        """Int64 [count, tokens]."""
-        return np.stack([self._row(rng, tokens) for _ in range(count)])
+    def rows(self, rng: np.random.Generator, count: int, tokens: int) -> tuple[Ids, Weights]:
+        """Int64 [count, tokens] and what each token counts in the loss, float32 of the same shape."""
+        rows = [self._row(rng, tokens) for _ in range(count)]
+        return np.stack([ids for ids, _ in rows]), np.stack([weights for _, weights in rows])
 
-    def _row(self, rng: np.random.Generator, tokens: int) -> Ids:
-        return self.window(rng, tokens) if rng.random() < self.plain_share else self.document(rng, tokens)
+    def _row(self, rng: np.random.Generator, tokens: int) -> tuple[Ids, Weights]:
+        if rng.random() < self.plain_share:
+            return self.window(rng, tokens), np.ones(tokens, np.float32)
+        return self.document(rng, tokens)
 
     def window(self, rng: np.random.Generator, tokens: int) -> Ids:
         start = int(rng.integers(0, len(self.text) - tokens))
         return self.text[start : start + tokens]
 
-    def document(self, rng: np.random.Generator, tokens: int) -> Ids:
-        """New text and copies of anything before them, in turn, `tokens` long."""
+    def document(self, rng: np.random.Generator, tokens: int) -> tuple[Ids, Weights]:
+        """New text and copies of anything before them, in turn, `tokens` long, and its weights.
+
+        Nobody can foresee a scrambled token, nor where a scrambled copy is taken from: they count nothing.
+        """
         is_scrambled = rng.random() < self.scrambled_share
-        document = self.window(rng, 0)
+        document, weights = self.window(rng, 0), np.zeros(0, np.float32)
         while len(document) < tokens:
-            piece = self.window(rng, span_tokens(rng, tokens // 2))
-            piece = scrambled(rng, piece) if is_scrambled else piece
             if len(document) and rng.random() < self.copy_share:
                 piece = self.copy(rng, document)
-            document = np.concatenate([document, piece])
-        return document[:tokens]
+                counts = np.full(len(piece), COPY_WEIGHT, np.float32)
+                counts[:1] = not is_scrambled
+            else:
+                piece = self.window(rng, span_tokens(rng, tokens // 2))
+                piece = scrambled(rng, piece) if is_scrambled else piece
+                counts = np.full(len(piece), not is_scrambled, np.float32)
+            document, weights = np.concatenate([document, piece]), np.concatenate([weights, counts])
+        return document[:tokens], weights[:tokens]
 
     def copy(self, rng: np.random.Generator, document: Ids) -> Ids:
-        length = span_tokens(rng, len(document))
+        is_edited = rng.random() < self.edited_share
+        length = span_tokens(rng, len(document), MIN_EDITED_TOKENS if is_edited else MIN_SPAN_TOKENS)
         start = int(rng.integers(0, len(document) - length + 1))
         span = document[start : start + length]
-        if rng.random() >= self.edited_share:
+        if not is_edited:
             return span
         text = self.tokenizer.decode(span.tolist(), skip_special_tokens=False)
         edited = edit(rng, text, self.tokenizer.decode(self.window(rng, 64).tolist()))
@@ -88,13 +105,13 @@ def edit(rng: np.random.Generator, text: str, elsewhere: str) -> str:
 
 
 def rename(rng: np.random.Generator, text: str, elsewhere: str) -> str:
-    """One identifier, everywhere in `text`, to a variant of itself or to one from `elsewhere`."""
+    """One identifier, everywhere in `text`, to a variant of itself or to one from `elsewhere`; often used ones most."""
     names = identifiers(text)
     if not names:
         return text
     old = str(rng.choice(names))
     others = identifiers(elsewhere)
-    is_foreign = bool(others) and rng.random() < 0.5
+    is_foreign = bool(others) and rng.random() < 0.4
     new = str(rng.choice(others)) if is_foreign else str(rng.choice(AFFIXES)).format(old)
     return re.sub(rf"\b{re.escape(old)}\b", new, text)
 
@@ -112,5 +129,5 @@ def change_lines(rng: np.random.Generator, text: str, elsewhere: str) -> str:
 
 
 def identifiers(text: str) -> list[str]:
-    """Distinct, in order of first use, keywords left out."""
-    return [name for name in dict.fromkeys(IDENTIFIER.findall(text)) if not keyword.iskeyword(name)]
+    """Every use of one, in order, keywords left out."""
+    return [name for name in IDENTIFIER.findall(text) if not keyword.iskeyword(name)]

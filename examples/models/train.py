@@ -50,6 +50,7 @@ class Plan:
     out: Path
     plain: float
     scrambled: float
+    seed: int
 
 
 def make_optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
@@ -67,17 +68,22 @@ def learning_rate_scale(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * max(LEAST_RATE, min(1.0, left))
 
 
-def batch(mixture: CopyMixture, step: int) -> torch.Tensor:
-    """Int64 [rows, tokens + 1], a function of the step alone."""
-    rng = np.random.default_rng((1, step))
+def batch(mixture: CopyMixture, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, int64 [rows, tokens + 1], and their weights, float32; a function of the step and the seed alone."""
+    rng = np.random.default_rng((seed, step))
     tokens = int(rng.choice(ROW_TOKENS, p=ROW_SHARES))
-    return torch.from_numpy(mixture.rows(rng, STEP_TOKENS // tokens, tokens + 1))
+    ids, weights = mixture.rows(rng, STEP_TOKENS // tokens, tokens + 1)
+    return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
-def text_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Cross entropy with the text, nats per token; for experts also how unevenly they are used."""
-    output = model(input_ids=ids[:, :-1])
-    loss = cross_entropy(output.logits.reshape(-1, VOCAB_SIZE), ids[:, 1:].reshape(-1))
+def text_loss(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross entropy with the text, nats per weight; for experts also how unevenly they are used."""
+    output = model.model(input_ids=ids[:, :-1])
+    weights = weights[:, 1:].reshape(-1)
+    counts = weights > 0  # the head is a third of a step: not for tokens that count nothing
+    logits = model.lm_head(output.last_hidden_state.reshape(len(weights), -1)[counts])
+    nats = cross_entropy(logits, ids[:, 1:].reshape(-1)[counts], reduction="none")
+    loss = (nats * weights[counts]).sum() / weights.sum().clamp(min=1.0)
     if model.config.model_type == "qwen3_moe":
         experts, used = model.config.num_experts, model.config.num_experts_per_tok
         loss = loss + BALANCE_WEIGHT * load_balancing_loss_func(output.router_logits, experts, used)
@@ -137,7 +143,7 @@ class Run:
         rate = self.plan.rate * learning_rate_scale(self.step, self.plan.steps)
         for group in (group for each in self.optimizers for group in each.param_groups):
             group["lr"] = rate
-        loss = self.loss(batch(self.mixture, self.step))
+        loss = self.loss(*batch(self.mixture, self.step, self.plan.seed))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -146,9 +152,9 @@ class Run:
         self.step += 1
         return loss.item()
 
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+    def loss(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.teacher is None:
-            return text_loss(self.model, ids)
+            return text_loss(self.model, ids, weights)
         progress = self.step / self.plan.steps
         return distillation_loss(self.model, self.teacher, ids, max(0.0, 2 * progress - 1))
 
@@ -195,6 +201,7 @@ def main() -> None:
     )
     parser.add_argument("--plain", type=float, default=0.4, help="share of rows that are plain text")
     parser.add_argument("--scrambled", type=float, default=0.0, help="share of scrambled documents")
+    parser.add_argument("--seed", type=int, default=1, help="of the text's order; another one to go on with")
     parser.add_argument("--state", type=Path, help="file to keep the run's state in, and to go on from")
     parser.add_argument("--out", type=Path, required=True, help="directory of the new checkpoint")
     arguments = parser.parse_args()
