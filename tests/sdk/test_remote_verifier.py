@@ -253,14 +253,17 @@ class TestWhatItCosts:
 
     async def test_while_drafts_are_right_the_next_window_is_on_its_way(self, serve: Serve) -> None:
         server = await serve("sglang")
-        server.faults.seconds = 0.15
         async with verifier_of(server) as verifier:
             await verifier.server()
             eager(verifier)
             before = server.most_at_once
+            server.faults.company_seconds = (
+                1.0  # longer than a window takes to draft, however busy the machine
+            )
             stream = verifier.stream(COPY, max_tokens=200)
             async for _ in stream:
                 pass
+        server.faults.company_seconds = 0.0
         assert list(stream.result.token_ids) == await plain(server, COPY, 200)
         assert (before, server.most_at_once) == (1, 2)
 

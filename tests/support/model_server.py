@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator, Sequence
@@ -88,6 +89,7 @@ class Faults:
     retry_after: str = "0"
     seconds: float = 0.0  # of every answer
     token_seconds: float = 0.0  # of every streamed token
+    company_seconds: float = 0.0  # how long an answer waits for another request to be here, too
     silent: bool = False
     cut_after_events: int = -1
     cut_answers: int = 0  # answers that break off in the middle
@@ -116,6 +118,7 @@ class ModelServer:
         self.brain = Brain(self.bundle)
         self.tokenizer = Tokenizer.from_str(self.bundle.tokenizer_json().decode())
         self._turn = asyncio.Lock()
+        self._company = asyncio.Event()
 
     # ------------------------------------------------------------ the model
 
@@ -198,11 +201,16 @@ class ModelServer:
             )
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
+        if self.at_once > 1:
+            self._company.set()
         try:
             await asyncio.sleep(faults.seconds)
+            await self._wait_for_company()
             answer: web.StreamResponse = await handler(request)
         finally:
             self.at_once -= 1
+            if self.at_once < 2:
+                self._company.clear()
         if faults.cut_answers > 0 and isinstance(answer, web.Response) and request.method == "POST":
             faults.cut_answers -= 1
             broken = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -212,6 +220,12 @@ class ModelServer:
             request.transport.close()
             return broken
         return answer
+
+    async def _wait_for_company(self) -> None:
+        if self.faults.company_seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.faults.company_seconds):
+                    await self._company.wait()
 
     async def _models(self, request: web.Request) -> web.Response:
         card = {"id": "demo", "object": "model", "owned_by": self.owner, "max_model_len": MAX_CONTEXT}
