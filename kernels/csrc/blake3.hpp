@@ -1,4 +1,5 @@
-// BLAKE3 of whole chunks, in parts that threads can share, and of a few bytes.
+// BLAKE3 of whole chunks, in parts that threads can share, and of a few bytes. Our own since the package that the rest
+// of the project uses offers Python one call for a whole piece, and the threads that compute are ours, without Python.
 #pragma once
 
 #include <cstddef>
