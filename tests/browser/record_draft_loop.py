@@ -2,8 +2,8 @@
 
     python -m tests.browser.record_draft_loop
 
-The pace is given, so that only positions, frames and orders are compared: how far ahead to draft, and when something
-counts as lost, each side decides by itself.
+The pace and the loop's time are given, so that positions, frames, orders and when something counts as lost are
+compared: how far ahead to draft, and how long a loop takes, each side decides by itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 from edge_runtime.speculative.controller import Choice, Controller
 from edge_runtime.speculative.draft_loop import Action, DraftLoop, Extend, Propose, Rewind, SendDrafts
 from edge_runtime.speculative.drafters.base import Proposal
+from edge_runtime.speculative.estimates import Estimates
 
 PATH = Path(__file__).with_name("draft_loop_golden.json")
 PROMPT, VOCABULARY, STOP_ID, CASES, EVENTS = 3, 50, 49, 24, 90
-LONG_SECONDS = 1000.0  # after so long everything unanswered is sent again
+TOO_SOON_SECONDS = 1e-3
 
 
 class Given(Controller):
@@ -32,6 +33,22 @@ class Given(Controller):
     def choose(self, *_: object) -> Choice:
         assert self._choice is not None
         return self._choice
+
+
+class GivenLoop(Estimates):
+    """A loop's time that is given; `is_measured`: whether it is known or guessed."""
+
+    def __init__(self, seconds: float, is_measured: bool) -> None:
+        super().__init__()
+        self._seconds, self._is_measured = seconds, is_measured
+
+    @property
+    def is_loop_measured(self) -> bool:
+        return self._is_measured
+
+    @property
+    def slow_loop_seconds(self) -> float:
+        return self._seconds
 
 
 def truth(position: int) -> int:
@@ -47,9 +64,15 @@ class Recorder:
             "window": self.random.choice((1, 2, 5, 16, 64)),
             "chunk": self.random.choice((1, 2, 4, 16)),
             "maxRows": self.random.choice((20, 90, 400)),
+            "loopSeconds": self.random.choice((0.02, 0.4, 12.5)),
+            "isLoopMeasured": self.random.random() < 0.7,
         }
+        estimates = GivenLoop(self.options["loopSeconds"], self.options["isLoopMeasured"])
         choice = Choice(self.options["window"], self.options["chunk"], 1)
-        self.loop = DraftLoop(PROMPT, self.options["maxRows"], VOCABULARY, Given(choice), stop_ids=(STOP_ID,))
+        rows = self.options["maxRows"]
+        self.loop = DraftLoop(
+            PROMPT, rows, VOCABULARY, Given(choice), estimates=estimates, stop_ids=(STOP_ID,)
+        )
         self.right = self.random.choice((0.5, 0.9, 0.98))
         self.sequence = PROMPT  # ids that the drafter follows
         self.asked: list[Propose] = []
@@ -75,18 +98,22 @@ class Recorder:
             counts.accepted,
             counts.wasted,
             counts.misses,
+            counts.resent_frames,
+            self.loop.wake_at,
         ]
-        self.events.append([event, arguments, round(self.now, 6), [plain(each) for each in actions], figures])
+        self.events.append([event, arguments, self.now, [plain(each) for each in actions], figures])
 
     def step(self) -> None:
         self.now = round(self.now + self.random.choice((0.001, 0.02, 0.3)), 6)
-        kind = self.random.choices(("committed", "proposed", "passed", "link"), (5, 14, 0.6, 0.6))[0]
+        kind = self.random.choices(("committed", "proposed", "passed", "link"), (5, 14, 1.2, 0.6))[0]
         if kind == "committed" and self.linked and not self.loop.finish:
             self.commit()
         elif kind == "proposed" and self.asked:
             self.propose()
         elif kind == "passed" and self.linked:
-            self.now += LONG_SECONDS
+            due = self.loop.wake_at
+            if due is not None:  # to the bit when it is due, or just before
+                self.now = max(self.now, due if self.random.random() < 0.7 else due - TOO_SOON_SECONDS)
             self.note("passed", [], self.loop.passed(self.now))
         elif kind == "link":
             self.linked = not self.linked

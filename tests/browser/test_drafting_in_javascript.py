@@ -239,26 +239,30 @@ async def test_a_memory_that_was_cleared_knows_nothing(modules: Page) -> None:
 
 DECIDE = """const { Estimates } = await import("/console/drafting/estimates.js");
 const plain = ({ do: name, ...rest }) => [name, ...Object.values(rest)];
-return given.cases.map(({ window, chunk, maxRows, events }) => {
-  const choosePace = () => ({ window, chunk });
-  const loop = new m.DraftLoop({ ...given.head, maxRows, choosePace, estimates: new Estimates() });
+return given.cases.map(({ window, chunk, maxRows, loopSeconds, isLoopMeasured, events }) => {
+  const choosePace = () => ({ window, chunk }), estimates = new Estimates();
+  Object.defineProperty(estimates, "slowLoopSeconds", { value: loopSeconds });
+  Object.defineProperty(estimates, "isLoopMeasured", { value: isLoopMeasured });
+  const loop = new m.DraftLoop({ ...given.head, maxRows, choosePace, estimates });
   return events.map(([name, values, now]) => {
     const [first, second, finish] = values;
     const actions = loop[name](...(name === "committed" ? [first, second, now, finish] : [...values, now])).map(plain);
-    const { drafted, accepted, wasted, misses } = loop.counts;
-    return [actions, [loop.length, loop.turn, drafted, accepted, wasted, misses]];
+    const { drafted, accepted, wasted, misses, resentFrames } = loop.counts;
+    return [actions, [loop.length, loop.turn, drafted, accepted, wasted, misses, resentFrames, loop.wakeAt]];
   });
 });"""
 
 
 async def test_the_page_decides_what_the_draft_loop_decided(modules: Page) -> None:
     found = await run(modules, "draft_loop.js", DECIDE, DECISIONS)
-    sent = 0
+    sent = resent = 0
     for case, results in zip(DECISIONS["cases"], found, strict=True):
         for event, result in zip(case["events"], results, strict=True):
             assert result == event[3:], event[:3]
             sent += sum(action[0] == "send" for action in event[3])
+        resent += case["events"][-1][4][6]
     assert sent > 300
+    assert resent > 30
 
 
 async def test_the_window_follows_acceptance_and_the_targets_load(modules: Page) -> None:
