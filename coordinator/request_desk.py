@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
 import numpy as np
@@ -119,10 +119,10 @@ class RequestDesk:
         self._begin(generation, class_map)
         return generation
 
-    async def resume(self, request: RequestId, after_index: int) -> AsyncIterator[TokenEvent]:
+    async def resume(self, request: RequestId, after_index: int) -> AsyncGenerator[TokenEvent, None]:
         running = self._sessions.get(request)
         if isinstance(running, Generation) and not running.ended:
-            return running.events(after_index)
+            return self._joined(running, after_index)
         found = await self._journal.request(request)
         if found is None:
             raise UsageError(f"there is no request {request!r}", code="request_not_found")
@@ -134,6 +134,22 @@ class RequestDesk:
             self._abandoned.pop(request, None)
             self._begin(generation, found.entry.class_map)
         return generation.events(after_index)
+
+    async def _joined(self, running: Generation, after_index: int) -> AsyncGenerator[TokenEvent, None]:
+        """Where its last reader left just before, it may end before this reads its first event: then it is begun anew."""
+        try:
+            async with aclosing(running.events(after_index)) as events:
+                async for event in events:
+                    after_index = event.index
+                    yield event
+            return
+        except RequestFailed:
+            if not running.was_abandoned:
+                raise
+        resumed = await self.resume(running.request.id, after_index)
+        async with aclosing(resumed) as events:
+            async for event in events:
+                yield event
 
     def draft(self, request: RequestId, draft: Draft, source: str) -> None:
         running = self._sessions.get(request)

@@ -55,8 +55,9 @@ class Embedding(LiveSession):
         if not self.vector.done():
             self.vector.set_exception(error)
 
-    async def _on_cancelled(self) -> None:
+    async def _on_cancelled(self) -> bool:
         self._close()
+        return True
 
     def _on_crashed(self) -> None:
         if not self.vector.done():

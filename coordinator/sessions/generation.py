@@ -296,10 +296,13 @@ class Generation(LiveSession):
         if self._journal is not None:
             await self._journal.finish_request(self.request.id, FAILED, error.message)
 
-    async def _on_cancelled(self) -> None:
+    async def _on_cancelled(self) -> bool:
         """The journal keeps the request open: a reader who comes back gets its ids, and the rest."""
+        if self._listeners > 0:
+            return False
         self._close(self._kept())
         self.was_abandoned = True
+        return True
 
     def _on_crashed(self) -> None:
         self.error = crashed()

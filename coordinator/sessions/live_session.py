@@ -126,8 +126,7 @@ class LiveSession(ABC):
             case Rebind():
                 await self._on_rebind(message)
             case Cancel():
-                await self._on_cancelled()
-                self.ended = True
+                self.ended = await self._on_cancelled()
             case Fail():
                 await self._on_failed(message.error)
                 self.ended = True
@@ -196,7 +195,8 @@ class LiveSession(ABC):
     async def _on_failed(self, error: EdgeRuntimeError) -> None: ...
 
     @abstractmethod
-    async def _on_cancelled(self) -> None: ...
+    async def _on_cancelled(self) -> bool:
+        """Whether this ends it: somebody may have come back for it meanwhile."""
 
     @abstractmethod
     def _on_crashed(self) -> None:

@@ -87,6 +87,22 @@ async def test_closing_the_iterator_frees_the_devices_and_the_stream_can_be_resu
         assert [event.id for event in again] == undisturbed(PROMPT, 7, 8)
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 5, 20])
+async def test_a_reader_who_comes_back_while_the_last_one_s_leaving_is_noticed_gets_the_rest(tmp_path, turns):
+    async with world(tmp_path) as w:
+        await w.serve("a", "b")
+        w.cluster.pace.allow(3)
+        stream = w.runtime.generate(request())
+        seen = [await anext(stream) for _ in range(3)]
+        await stream.aclose()
+        resumed = await w.runtime.resume(RequestId("r"), 2)
+        for _ in range(turns):  # of the event loop
+            await asyncio.sleep(0)
+        w.cluster.pace.allow_all()
+        rest = await collect(resumed)
+        assert [e.id for e in seen + rest] == undisturbed(PROMPT, 7, 8)
+
+
 async def test_an_unknown_request_cannot_be_resumed(tmp_path):
     async with world(tmp_path) as w:
         with pytest.raises(UsageError):
