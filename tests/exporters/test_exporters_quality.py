@@ -61,16 +61,17 @@ def held_out() -> tuple[Sequences, Scores]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "agreement"), [("fp32", 0.9995), ("int8", 0.985), ("int4", 0.93), ("nested4", 0.93)]
+    ("weights", "agreement", "ratio"),
+    [("fp32", 0.9995, 1.001), ("int8", 0.985, 1.003), ("int4", 0.93, 1.02), ("nested4", 0.93, 1.02)],
 )
 def test_the_demo_model_keeps_its_tokens_on_held_out_text(
-    held_out: tuple[Sequences, Scores], tmp_path: Path, weights: str, agreement: float
+    held_out: tuple[Sequences, Scores], tmp_path: Path, weights: str, agreement: float, ratio: float
 ) -> None:
     sequences, exact = held_out
     report = export_bundle(DEMO, tmp_path / "b", ExportOptions(weights))
     scores = bundle_scores(Bundle.open(report.path), sequences)
     assert scores.agreement(exact) >= agreement
-    assert scores.perplexity / exact.perplexity <= 1.01
+    assert scores.perplexity / exact.perplexity <= ratio
 
 
 @pytest.mark.filterwarnings("default")
