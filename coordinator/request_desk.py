@@ -136,7 +136,7 @@ class RequestDesk:
         return generation.events(after_index)
 
     async def _joined(self, running: Generation, after_index: int) -> AsyncGenerator[TokenEvent, None]:
-        """Where its last reader left just before, it may end before this reads its first event: then it is begun anew."""
+        """Where its last reader left just before, it may end before this has its first event: it is begun anew then."""
         try:
             async with aclosing(running.events(after_index)) as events:
                 async for event in events:
