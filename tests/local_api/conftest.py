@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.api_server import serving
-from tests.support.fake_service import TOKENIZER_JSON, FakeService
+from tests.support.fake_service import TOKENIZER_JSON
+from tests.support.served_api import service, url
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-async def url(service: FakeService) -> AsyncIterator[str]:
-    async with serving(service) as server:
-        yield server.url
+__all__ = ["service", "url"]
 
 
 @pytest.fixture(scope="module")

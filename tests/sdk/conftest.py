@@ -1,4 +1,4 @@
-"""A coordinator's API over a fake service, on a real socket."""
+"""What tests of the SDK are run against: a coordinator's API over a fake service, and other servers with a real model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.support.api_server import serving
 from tests.support.drafting import drafter_threads
-from tests.support.fake_service import FakeService
 from tests.support.model_server import ModelServer, model_server
 from tests.support.remote_verifiers import Serve
+from tests.support.served_api import service, url
 
-
-@pytest.fixture
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-async def url(service: FakeService) -> AsyncIterator[str]:
-    async with serving(service) as server:
-        yield server.url
+__all__ = ["service", "url"]
 
 
 @pytest.fixture
