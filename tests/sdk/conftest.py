@@ -1,4 +1,4 @@
-"""What tests of the SDK are run against: a coordinator's API over a fake service, and other servers with a real model."""
+"""What tests of the SDK run against: a coordinator's API over a fake service, and other servers with a real model."""
 
 from __future__ import annotations
 
