@@ -21,7 +21,14 @@ AFFIXES = ("new_{}", "{}_new", "old_{}", "my_{}", "{}2", "_{}", "{}_value", "{}s
 MIN_SPAN_TOKENS = 24
 MIN_EDITED_TOKENS = 64  # room for a name that is changed to come more than once
 MAX_EDITS = 3
+MIN_REWRITTEN_TOKENS, MAX_REWRITTEN_TOKENS = (
+    100,
+    480,
+)  # of a span that comes again at once, with a name changed
 COPY_WEIGHT = 2.0  # of a copied token in the loss, against 1 for a new one
+RENAMED_SHARE = 0.9  # of those copies, the others are verbatim
+ELSEWHERE_TOKENS = 64  # of the text that new names and lines are taken from
+BETWEEN = "\n\n\n"  # a span and its rewritten copy
 
 Weights = NDArray[np.float32]
 
@@ -36,6 +43,7 @@ class CopyMixture:
     copy_share: float = 0.6  # of the pieces of a document
     edited_share: float = 0.4  # of the copies
     scrambled_share: float = 0.0  # of the documents: new text in random order, only copies can be foreseen
+    rewritten_share: float = 0.0  # of the documents: each span is followed by itself with a name changed
 
     def rows(self, rng: np.random.Generator, count: int, tokens: int) -> tuple[Ids, Weights]:
         """Int64 [count, tokens] and what each token counts in the loss, float32 of the same shape."""
@@ -45,6 +53,8 @@ class CopyMixture:
     def _row(self, rng: np.random.Generator, tokens: int) -> tuple[Ids, Weights]:
         if rng.random() < self.plain_share:
             return self.window(rng, tokens), np.ones(tokens, np.float32)
+        if rng.random() < self.rewritten_share:
+            return self.rewritten_document(rng, tokens)
         return self.document(rng, tokens)
 
     def window(self, rng: np.random.Generator, tokens: int) -> Ids:
@@ -70,6 +80,22 @@ class CopyMixture:
             document, weights = np.concatenate([document, piece]), np.concatenate([weights, counts])
         return document[:tokens], weights[:tokens]
 
+    def rewritten_document(self, rng: np.random.Generator, tokens: int) -> tuple[Ids, Weights]:
+        """Some text, then spans that begin with a function where there is one, each followed by its rewritten copy."""
+        document = self.window(rng, int(rng.integers(0, MIN_REWRITTEN_TOKENS)))
+        weights = np.ones(len(document), np.float32)
+        most = min(MAX_REWRITTEN_TOKENS, 2 * tokens // 5)
+        while len(document) < tokens:
+            text = from_a_function(self._text(self.window(rng, span_tokens(rng, most, MIN_REWRITTEN_TOKENS))))
+            again = text
+            if rng.random() < RENAMED_SHARE:
+                again = rename(rng, text, self._text(self.window(rng, ELSEWHERE_TOKENS)), most_used=True)
+            first, second = self._ids(text + BETWEEN), self._ids(again + BETWEEN)
+            counts = np.full(len(first) + len(second), COPY_WEIGHT, np.float32)
+            counts[: len(first) + 1] = 1.0
+            document, weights = np.concatenate([document, first, second]), np.concatenate([weights, counts])
+        return document[:tokens], weights[:tokens]
+
     def copy(self, rng: np.random.Generator, document: Ids) -> Ids:
         is_edited = rng.random() < self.edited_share
         length = span_tokens(rng, len(document), MIN_EDITED_TOKENS if is_edited else MIN_SPAN_TOKENS)
@@ -77,9 +103,13 @@ class CopyMixture:
         span = document[start : start + length]
         if not is_edited:
             return span
-        text = self.tokenizer.decode(span.tolist(), skip_special_tokens=False)
-        edited = edit(rng, text, self.tokenizer.decode(self.window(rng, 64).tolist()))
-        return np.array(self.tokenizer.encode(edited).ids, np.int64)
+        return self._ids(edit(rng, self._text(span), self._text(self.window(rng, ELSEWHERE_TOKENS))))
+
+    def _text(self, ids: Ids) -> str:
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def _ids(self, text: str) -> Ids:
+        return np.array(self.tokenizer.encode(text).ids, np.int64)
 
 
 def scrambled(rng: np.random.Generator, piece: Ids) -> Ids:
@@ -104,12 +134,19 @@ def edit(rng: np.random.Generator, text: str, elsewhere: str) -> str:
     return text
 
 
-def rename(rng: np.random.Generator, text: str, elsewhere: str) -> str:
+def from_a_function(text: str) -> str:
+    """`text` from its first function on, or from its first whole line."""
+    found = re.search(r"^[ ]*(async )?def ", text, re.MULTILINE)
+    start = found.start() if found and found.start() < len(text) // 2 else text.find("\n") + 1
+    return text[start:].rstrip()
+
+
+def rename(rng: np.random.Generator, text: str, elsewhere: str, most_used: bool = False) -> str:
     """One identifier, everywhere in `text`, to a variant of itself or to one from `elsewhere`; often used ones most."""
     names = identifiers(text)
     if not names:
         return text
-    old = str(rng.choice(names))
+    old = max(names, key=names.count) if most_used and rng.random() < 0.5 else str(rng.choice(names))
     others = identifiers(elsewhere)
     is_foreign = bool(others) and rng.random() < 0.4
     new = str(rng.choice(others)) if is_foreign else str(rng.choice(AFFIXES)).format(old)

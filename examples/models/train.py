@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from copies import CopyMixture
 from muon import Muon
-from networks import BALANCE_WEIGHT, for_training, read_model, untrained, write_checkpoint
+from networks import (
+    BALANCE_WEIGHT,
+    for_training,
+    read_model,
+    set_rope_theta,
+    sharpen_attention,
+    untrained,
+    write_checkpoint,
+)
 from scores import agreement, bits_per_byte, copy_scores, evenly_spaced
 from text import VOCAB_SIZE, Corpus
 from tokenizers import Tokenizer
@@ -30,11 +38,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 STEP_TOKENS = 4096
 # Tokens of a row and how often: long rows are for copies from far back, and cost more.
-ROW_TOKENS, ROW_SHARES = (512, 1024, 2048), (0.6, 0.25, 0.15)
+ROW_TOKENS, ROW_SHARES = (512, 1024, 2048), (0.45, 0.4, 0.15)
 PEAK_RATE = {"moe": 2e-3, "draft": 3e-3}
 WARMUP_STEPS = 30
 DECAY_SHARE = 0.35  # of the steps, at the end
 LEAST_RATE = 0.02
+# How sharp attention can be is bound by the gains of its normalised queries and keys, and those start at 1.
+SHARPNESS_RATE_SCALE = 5.0
 REPORT_EVERY_STEPS = 150
 KEEP_EVERY_STEPS = 50
 
@@ -50,6 +60,9 @@ class Plan:
     out: Path
     plain: float
     scrambled: float
+    rewritten: float
+    rope_theta: float | None
+    sharpen: float
     seed: int
 
 
@@ -57,8 +70,14 @@ def make_optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Opt
     """Muon for the matrices between the embedding and the head, AdamW for the rest."""
     table = model.get_input_embeddings().weight
     hidden = [p for p in model.parameters() if p.ndim > 1 and p is not table]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": [table], "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 1]
+    sharpness = [p for name, p in named if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    others = [p for name, p in named if not name.endswith(("q_norm.weight", "k_norm.weight"))]
+    groups = [
+        {"params": [table], "weight_decay": 0.05},
+        {"params": others, "weight_decay": 0.0},
+        {"params": sharpness, "weight_decay": 0.0, "rate_scale": SHARPNESS_RATE_SCALE},
+    ]
     return [Muon(hidden, rate), torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))]
 
 
@@ -117,9 +136,16 @@ class Run:
     def __init__(self, plan: Plan, corpus: Corpus) -> None:
         self.plan, self.corpus, self.step = plan, corpus, 0
         self.mixture = CopyMixture(
-            corpus.train, corpus.tokenizer, plain_share=plan.plain, scrambled_share=plan.scrambled
+            corpus.train,
+            corpus.tokenizer,
+            plain_share=plan.plain,
+            scrambled_share=plan.scrambled,
+            rewritten_share=plan.rewritten,
         )
         self.model = for_training(read_model(plan.start) if plan.start else untrained(plan.kind))
+        if plan.rope_theta:
+            set_rope_theta(self.model, plan.rope_theta)
+        sharpen_attention(self.model, plan.sharpen)
         self.model.train()
         self.teacher = read_model(plan.teacher).eval() if plan.teacher else None
         self.optimizers = make_optimizers(self.model, plan.rate)
@@ -142,7 +168,7 @@ class Run:
         """One step; returns its loss."""
         rate = self.plan.rate * learning_rate_scale(self.step, self.plan.steps)
         for group in (group for each in self.optimizers for group in each.param_groups):
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_scale", 1.0)
         loss = self.loss(*batch(self.mixture, self.step, self.plan.seed))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -201,6 +227,18 @@ def main() -> None:
     )
     parser.add_argument("--plain", type=float, default=0.4, help="share of rows that are plain text")
     parser.add_argument("--scrambled", type=float, default=0.0, help="share of scrambled documents")
+    parser.add_argument(
+        "--rewritten",
+        type=float,
+        default=0.0,
+        help="share of documents of spans and their copies, a name changed",
+    )
+    parser.add_argument(
+        "--rope-theta", type=float, help="another base of the rotary frequencies to go on with"
+    )
+    parser.add_argument(
+        "--sharpen", type=float, default=1.0, help="factor on the query gains behind the first layer"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the text's order; another one to go on with")
     parser.add_argument("--state", type=Path, help="file to keep the run's state in, and to go on from")
     parser.add_argument("--out", type=Path, required=True, help="directory of the new checkpoint")
