@@ -1,68 +1,50 @@
-"""Many users: `python -m benchmarks.load [--json] [--model tiny] [--only latency|open]`, two 1-thread devices.
+"""Many users: `python -m benchmarks.load [--json] [--model tiny] [--only latency|open|overload]`, two 1-thread devices.
 
 First, four sessions decode alone, then while a long prompt is prefilled: the 99th percentile of the time between a
-session's tokens, one over the other. Then requests arrive open-loop, whether or not earlier ones are done: Gamma
-distributed times between arrivals with a coefficient of variation of 2 (bursts as in BurstGPT's traces), log-normal
-lengths, a fixed seed. A session counts as starved if it got no token for longer than a stated time while others
-together got many; waiting for the first token counts from the arrival.
+session's tokens, one over the other. Then what these devices can do at all: a closed loop of eight requests at once.
+Then requests arrive open-loop, whether or not earlier ones are done, with a stated share of that capacity as their
+load: Gamma distributed times between arrivals with a coefficient of variation of 2 (bursts as in BurstGPT's traces),
+log-normal lengths, a fixed seed. A session counts as starved if it got no token for longer than a stated time while
+others together got many; waiting for the first token counts from the arrival. `--only overload` (not part of a run
+without `--only`) offers more than the capacity: there some wait for long, in turn, or are refused at once, and nobody
+who has begun starves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from benchmarks import report
+from benchmarks.arrivals import (
+    BURSTINESS,
+    Arrival,
+    Capacity,
+    arrivals,
+    capacity,
+    most_overtaken,
+    offered,
+    starved,
+)
 from benchmarks.clusters import Running, device, running
 from benchmarks.models import MODELS, Model
 from benchmarks.other_work import Patience
 from benchmarks.samples import in_turns, listed, percentile
 from benchmarks.streams import Prompts, Stream, stream
+from edge_runtime.errors import CapacityError
 
-PARTS = ("latency", "open")
+PARTS = ("latency", "open", "overload")
+DEFAULT_PARTS = ("latency", "open")
 SESSIONS = 4
 WARM_TOKENS = 4
-BURSTINESS = 2.0  # coefficient of variation of the times between arrivals; 1 would be Poisson
+AT_ONCE = 8  # of the closed loop
+OFFERED_SHARE, OVERLOAD_SHARE = 0.7, 1.5  # of the capacity
 STARVED_SECONDS = 15.0
 STARVED_TOKENS = 32  # that others got meanwhile
-SEED = 20
-
-
-@dataclass(frozen=True)
-class Arrival:
-    at_seconds: float
-    prompt_tokens: int
-    new_tokens: int
-
-
-def arrivals(seed: int, count: int, per_second: float, prompt_tokens: int, new_tokens: int) -> list[Arrival]:
-    """Means as given; the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    shape = 1 / BURSTINESS**2
-    times = np.cumsum(rng.gamma(shape, 1 / (shape * per_second), count))
-    prompts = rng.lognormal(np.log(prompt_tokens), 0.6, count)
-    outputs = rng.lognormal(np.log(new_tokens), 0.4, count)
-    return [
-        Arrival(float(at), int(np.clip(prompt, 4, 4 * prompt_tokens)), int(np.clip(new, 4, 4 * new_tokens)))
-        for at, prompt, new in zip(times, prompts, outputs, strict=True)
-    ]
-
-
-def starved(streams: Sequence[Stream], *, seconds: float, tokens: int) -> int:
-    """Sessions with a silence of more than `seconds` in which others together got at least `tokens`."""
-    everything = sorted(at for each in streams for at in each.token_times)
-    count = 0
-    for each in streams:
-        times = [each.started, *each.token_times]
-        silences = [(a, b) for a, b in pairwise(times) if b - a > seconds]
-        count += any(bisect_right(everything, b) - bisect_right(everything, a) > tokens for a, b in silences)
-    return count
+SEED, CLOSED_SEED = 20, 21
 
 
 async def gaps_during_prefill(
@@ -104,14 +86,49 @@ def _gaps(streams: Sequence[Stream], begin: float, end: float) -> list[float]:
     ]
 
 
-async def open_loop(cluster: Running, prompts: Prompts, wanted: Sequence[Arrival]) -> list[Stream]:
+async def closed_loop(cluster: Running, prompts: Prompts, wanted: Sequence[Arrival]) -> list[Stream]:
+    """So many at once, the next one as soon as one ends."""
+    waiting, ended = list(reversed(wanted)), list[Stream]()
+
+    async def one_after_the_other() -> None:
+        while waiting:
+            ended.append(await asked(cluster, prompts, waiting.pop()))
+
+    await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))
+    return ended
+
+
+async def asked(cluster: Running, prompts: Prompts, arrival: Arrival) -> Stream:
+    return await stream(cluster.client, prompts.new(arrival.prompt_tokens), arrival.new_tokens)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What became of an open loop's requests."""
+
+    streams: list[Stream]
+    refused: int  # told at once that they are too many
+
+    @property
+    def rows_per_second(self) -> float:
+        """Until the last one's end."""
+        begin, end = min(each.started for each in self.streams), max(each.ended for each in self.streams)
+        return sum(each.prompt_tokens + len(each.token_times) for each in self.streams) / (end - begin)
+
+
+async def open_loop(cluster: Running, prompts: Prompts, wanted: Sequence[Arrival]) -> Served:
     begin = time.monotonic()
 
-    async def one(arrival: Arrival) -> Stream:
+    async def one(arrival: Arrival) -> Stream | None:
         await asyncio.sleep(max(0.0, begin + arrival.at_seconds - time.monotonic()))
-        return await stream(cluster.client, prompts.new(arrival.prompt_tokens), arrival.new_tokens)
+        try:
+            return await asked(cluster, prompts, arrival)
+        except CapacityError:
+            return None
 
-    return list(await asyncio.gather(*(one(arrival) for arrival in wanted)))
+    found = await asyncio.gather(*(one(arrival) for arrival in wanted))
+    streams = [each for each in found if each is not None]
+    return Served(streams, len(found) - len(streams))
 
 
 async def latency(
@@ -139,32 +156,71 @@ async def latency(
     }
 
 
-def open_loop_figures(streams: Sequence[Stream], page: report.Report) -> dict[str, object]:
+async def under_load(
+    cluster: Running, model: Model, prompts: Prompts, shares: dict[str, float], page: report.Report
+) -> dict[str, object]:
+    """Figures of the closed loop, and of an open one for each share of its capacity, under that name."""
+    report.say(f"closed loop: {model.load_closed_requests} requests, {AT_ONCE} at once")
+    can_do = capacity(await closed_loop(cluster, prompts, _requests(model, CLOSED_SEED)))
+    page.line(
+        f"capacity, {AT_ONCE} requests at once: {can_do.new_tokens_per_second:.1f} new and "
+        f"{can_do.prompt_tokens_per_second:.1f} prompt tokens/s"
+    )
+    figures: dict[str, object] = {
+        "capacity_new_tokens_per_second": can_do.new_tokens_per_second,
+        "capacity_prompt_tokens_per_second": can_do.prompt_tokens_per_second,
+    }
+    for name, share in shares.items():
+        wanted = offered(_requests(model, SEED), share * can_do.rows_per_second)
+        seconds = wanted[-1].at_seconds
+        page.line(
+            f"{name}: {len(wanted)} requests in {seconds:.0f} s, {share:g} of the capacity, in bursts"
+            f" (coefficient of variation {BURSTINESS:g})"
+        )
+        served = await open_loop(cluster, prompts, wanted)
+        prefix = name.replace(" ", "_")
+        figures[f"{prefix}_offered_requests_per_second"] = len(wanted) / seconds
+        figures |= open_loop_figures(served, can_do, name, page)
+    return figures
+
+
+def _requests(model: Model, seed: int) -> list[Arrival]:
+    count = model.load_closed_requests if seed == CLOSED_SEED else model.load_requests
+    return arrivals(seed, count, 1.0, model.load_prompt_tokens, model.load_new_tokens)
+
+
+def open_loop_figures(served: Served, can_do: Capacity, name: str, page: report.Report) -> dict[str, object]:
+    streams, prefix = served.streams, name.replace(" ", "_")
     first = [each.ttft_seconds for each in streams]
-    _show(page, "open loop: to the first token", first)
-    _show(page, "open loop: between tokens", [gap for each in streams for gap in each.gaps])
-    _show(page, "open loop: whole request", [each.ended - each.started for each in streams])
-    begin, end = min(each.started for each in streams), max(each.ended for each in streams)
-    throughput = sum(len(each.token_times) for each in streams) / (end - begin)
-    prefilled = sum(each.prompt_tokens for each in streams) / (end - begin)
-    page.line(f"open loop: {throughput:.1f} new and {prefilled:.1f} prompt tokens/s over {end - begin:.0f} s")
+    _show(page, f"{name}: to the first token", first)
+    _show(page, f"{name}: between tokens", [gap for each in streams for gap in each.gaps])
+    _show(page, f"{name}: whole request", [each.ended - each.started for each in streams])
+    utilisation = served.rows_per_second / can_do.rows_per_second
+    waited = starved(streams, seconds=STARVED_SECONDS, tokens=STARVED_TOKENS)
+    begun = starved(streams, seconds=STARVED_SECONDS, tokens=STARVED_TOKENS, once_begun=True)
+    overtaken = most_overtaken(streams)
+    page.line(
+        f"{name}: {utilisation:.2f} of the capacity was used; {waited} waited for more than {STARVED_SECONDS:g} s, "
+        f"{begun} of them after their first token; {served.refused} were refused; "
+        f"at most {overtaken} that came later began before one"
+    )
     return {
-        "starved": starved(streams, seconds=STARVED_SECONDS, tokens=STARVED_TOKENS),
-        "open_loop_ttft_p50_seconds": percentile(first, 0.5),
-        "open_loop_ttft_p99_seconds": percentile(first, 0.99),
-        "open_loop_tokens_per_second": throughput,
+        f"{prefix}_starved": waited,
+        f"{prefix}_starved_once_begun": begun,
+        f"{prefix}_refused": served.refused,
+        f"{prefix}_most_overtaken": overtaken,
+        f"{prefix}_utilisation": utilisation,
+        f"{prefix}_ttft_p50_seconds": percentile(first, 0.5),
+        f"{prefix}_ttft_p99_seconds": percentile(first, 0.99),
     }
 
 
 async def main() -> None:
     parser = report.arguments(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART")
     arguments = parser.parse_args()
     model = MODELS[arguments.model]
     rounds = arguments.rounds or max(1, model.rounds // 2)
-    wanted = arrivals(
-        SEED, model.load_requests, model.load_per_second, model.load_prompt_tokens, model.load_new_tokens
-    )
     page = report.Report(
         "load on two 1-thread devices",
         only_json=arguments.json,
@@ -173,22 +229,24 @@ async def main() -> None:
         decoding_sessions=SESSIONS,
         long_prompt_tokens=model.long_prompt_tokens,
         rounds=rounds,
-        open_loop=f"{len(wanted)} requests, {model.load_per_second:g}/s, coefficient of variation {BURSTINESS:g}, "
-        f"median prompt {model.load_prompt_tokens} and answer {model.load_new_tokens} tokens, seed {SEED}",
+        requests=f"median prompt {model.load_prompt_tokens} and answer {model.load_new_tokens} tokens, seed {SEED}",
         starved_after=f"{STARVED_SECONDS:g} s while others get {STARVED_TOKENS} tokens",
         parts=" ".join(arguments.only),
     )
     prompts, patience = Prompts(model.shape.vocab_size), Patience(arguments.patience)
     devices = [device(model, "front", 1), device(model, "back", 1)]
     figures: dict[str, object] = {}
+    shares = {"open loop": OFFERED_SHARE} if "open" in arguments.only else {}
+    shares |= {"overload": OVERLOAD_SHARE} if "overload" in arguments.only else {}
     async with running(model, devices, split=model.balanced) as cluster:
         await stream(cluster.client, prompts.new(model.decode_prompt_tokens), 4)
         if "latency" in arguments.only:
             figures |= await latency(cluster, model, prompts, rounds, patience, page)
-        if "open" in arguments.only:
+        if shares:
             await patience.wait()
-            report.say("open loop")
-            figures |= open_loop_figures(await open_loop(cluster, prompts, wanted), page)
+            figures |= await under_load(cluster, model, prompts, shares, page)
+    if "open" in arguments.only:
+        figures |= {"starved": figures["open_loop_starved"], "offered_share": OFFERED_SHARE}
     page.end(figures)
 
 

@@ -32,8 +32,8 @@ class Model:
     long_prompt_tokens: int
     load_session_tokens: int  # at most, of a session that decodes beside a long prefill
     load_alone_tokens: int  # of each session before that prefill begins
+    load_closed_requests: int  # of the closed loop that says what the cluster can do
     load_requests: int  # of the open loop
-    load_per_second: float
     load_prompt_tokens: int
     load_new_tokens: int
     memory: str  # of a device that holds everything
@@ -111,8 +111,8 @@ LARGE = Model(
     long_prompt_tokens=2048,
     load_session_tokens=2000,
     load_alone_tokens=100,
+    load_closed_requests=28,
     load_requests=60,
-    load_per_second=0.5,
     load_prompt_tokens=64,
     load_new_tokens=32,
     memory="3GiB",
@@ -129,8 +129,8 @@ TINY = Model(
     long_prompt_tokens=256,
     load_session_tokens=4000,
     load_alone_tokens=20,
+    load_closed_requests=24,
     load_requests=12,
-    load_per_second=8.0,
     load_prompt_tokens=24,
     load_new_tokens=12,
     memory="512MiB",

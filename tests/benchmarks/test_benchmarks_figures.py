@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from benchmarks.load import BURSTINESS, arrivals, starved
+from benchmarks.arrivals import BURSTINESS, arrivals, capacity, most_overtaken, offered, starved
 from benchmarks.plans import PlanResult, plan_errors
 from benchmarks.samples import Sample, Samples, in_turns, percentile, quiet_sample
 from benchmarks.steps import Step, read_steps, ring_hops, row_hops
@@ -107,6 +107,40 @@ def test_arrivals_are_as_bursty_and_as_many_as_asked() -> None:
     assert gaps.mean() == pytest.approx(0.5, rel=0.15)
     assert gaps.std() / gaps.mean() == pytest.approx(BURSTINESS, rel=0.15)
     assert np.median([each.prompt_tokens for each in wanted]) == pytest.approx(64, rel=0.1)
+
+
+def test_what_is_offered_is_the_stated_work_in_the_same_bursts() -> None:
+    wanted = arrivals(1, 60, 1.0, 64, 32)
+    slower = offered(wanted, 40.0)
+    assert sum(each.rows for each in slower) / slower[-1].at_seconds == pytest.approx(40.0)
+    assert slower[0].at_seconds == 0
+    before, after = (np.diff([each.at_seconds for each in requests]) for requests in (wanted, slower))
+    assert np.allclose(after / after.sum(), before / before.sum())
+
+
+def test_capacity_counts_while_as_many_run_as_are_meant_to() -> None:
+    streams = [
+        Stream(10, 0.0, [1.0, 2.0], 2.0),  # its end opens the window
+        Stream(10, 0.0, [1.0, 3.0, 5.0], 5.0),
+        Stream(30, 2.0, [4.0, 8.0], 8.0),
+        Stream(50, 6.0, [7.0, 9.0], 9.0),  # its start closes it
+    ]
+    found = capacity(streams)
+    assert (found.new_tokens_per_second, found.prompt_tokens_per_second) == (3 / 4, 30 / 4)
+    assert found.rows_per_second == 33 / 4
+    with pytest.raises(ValueError, match="more requests"):
+        capacity(streams[:2])
+
+
+def test_who_has_begun_and_who_waits_for_the_first_token_are_told_apart() -> None:
+    quick, waits = stream_of(0, *np.arange(1.0, 40.0)), stream_of(0, 30.0)
+    assert starved([quick, waits], seconds=15, tokens=10, once_begun=True) == 0
+    assert starved([quick, stream_of(0, 1.0, 30.0)], seconds=15, tokens=10, once_begun=True) == 1
+
+
+def test_overtaking_is_counted_by_first_tokens() -> None:
+    assert most_overtaken([stream_of(0, 9.0), stream_of(1, 3.0), stream_of(2, 8.0), stream_of(3, 10.0)]) == 2
+    assert most_overtaken([stream_of(0, 1.0), stream_of(1, 2.0)]) == 0
 
 
 def test_prompts_are_never_the_same_twice() -> None:

@@ -31,7 +31,7 @@ FIGURES = {
         },
         {"pipeline_vs_llamacpp_rpc"},
     ),
-    "load": ({"itl_p99_during_prefill_vs_alone", "starved"}, set()),
+    "load": ({"itl_p99_during_prefill_vs_alone", "starved", "offered_share"}, set()),
 }
 
 
