@@ -43,6 +43,7 @@ ARMS = (LOOP, IN_TURNS, PRODUCT)
 KNOWN_TIMES = 2  # the first one learns
 QUIET_SECONDS = 0.1  # after an answer, until rows that nobody wants any more have run
 SEED = 7
+ROUNDS = 6  # requests of each workload and temperature: which functions they ask for decides much
 NEAR, FAR = "near", "far"
 
 
@@ -242,7 +243,7 @@ def main() -> None:
     flags = parser.parse_args()
     draft = flags.draft or draft_bundle()
     tokenizer = Tokenizer.from_buffer(Bundle.open(DEMO.bundle()).tokenizer_json())
-    asked = requests(tokenizer, flags.rounds or 3, TEMPERATURES, flags.tokens)
+    asked = requests(tokenizer, flags.rounds or ROUNDS, TEMPERATURES, flags.tokens)
     settings = {"tokens": flags.tokens, "requests": len(asked), "loop_ms": 2000 * ONE_WAY_SECONDS}
     ours = report.Report("Drafts over real processes", only_json=flags.json, draft=draft.name, **settings)
     ours.end(figures(asyncio.run(measure(asked=asked, draft=draft, known=flags.known))))

@@ -192,10 +192,6 @@ class DraftLoop:
         self._load = load
         return self._go_on(now_seconds)
 
-    def measured_link(self, seconds: float) -> None:
-        """A round trip on the device's link."""
-        self.estimates.linked(seconds)
-
     # ------------------------------------------------------------ what was committed
 
     def committed(

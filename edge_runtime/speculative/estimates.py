@@ -131,7 +131,6 @@ class Estimates:
     _loops: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_LOOPS))
     _waits: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_LOOPS))  # and bounds
     _floor: Mean = field(default_factory=Mean)
-    _link: Mean = field(default_factory=Mean)
     _service: Line = field(default_factory=Line)
     _rescue: Mean = field(default_factory=lambda: Mean(ACCEPTANCE_SHARE))
     _scores: dict[tuple[str, int], Mean] = field(default_factory=dict)
@@ -190,10 +189,6 @@ class Estimates:
         """From a miss to the next id, which the target made by itself."""
         self._floor.add(seconds)
 
-    def linked(self, seconds: float) -> None:
-        """A round trip of the device's link."""
-        self._link.add(seconds)
-
     def served(self, interval_seconds: float, rows: int, *, queued: bool) -> None:
         """Between two verdicts in a row, the second one of so many rows.
 
@@ -205,10 +200,10 @@ class Estimates:
 
     @property
     def loop_seconds(self) -> float:
-        """The lower quartile of the last loops, as drafts may have queued in others; at first link and floor."""
+        """The lower quartile of the last loops, as drafts may have queued in others; at first the target's own pace."""
         if self._loops:
             return sorted(self._loops)[len(self._loops) // 4]
-        return self._link.value + self.floor_seconds
+        return self.floor_seconds
 
     @property
     def is_loop_measured(self) -> bool:
