@@ -19,13 +19,20 @@ _POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it
 _STEP_BYTES = 8 << 20  # other threads get their turn in between
 
 
+def _anonymous(size_bytes: int) -> mmap.mmap:
+    """Private: Linux backs shared anonymous memory by a file system of its own, which usually has no huge pages."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size_bytes)
+
+
 class Arena:
     """Where the system can't commit memory ahead, slots are committed when they are first written."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self._map = mmap.mmap(-1, slots * slot_bytes)
+        self._map = _anonymous(slots * slot_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: slower, no more
                 self._map.madvise(mmap.MADV_HUGEPAGE)
