@@ -9,7 +9,6 @@ Knows: reading at random, and the clock. Does not know: caches, or what the numb
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import statistics
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.lanes import direct_works, open_for_reading, read_fully
 from edge_runtime.experts.reader import ExpertReader, ReadBatch
@@ -26,6 +26,7 @@ LANES = (1, 2, 4)
 AS_GOOD = 1.05  # times the shortest time
 DEFAULT_SECONDS = 0.3
 MISSING = 2  # experts of a layer's row that are not in memory, typically
+TARGETS = 4  # slots that one reader reads into in turn: more than a huge page
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ def _missing_seconds(
     """Until `MISSING` experts asked for together are there, checked: the median. At least one try."""
     chance = random.Random(seed)
     stride_bytes = max(layer.stride_bytes for layer in layers)
-    memory = memoryview(mmap.mmap(-1, MISSING * stride_bytes))
-    slots = [memory[start : start + stride_bytes] for start in range(0, len(memory), stride_bytes)]
+    arena = Arena(MISSING, stride_bytes)
+    slots = [arena.slot(slot) for slot in range(MISSING)]
     reader = ExpertReader(layers, lanes=lanes, direct=direct)
     try:
         taken: list[float] = []
@@ -120,7 +121,7 @@ class _Reader:
         self.problem: OSError | None = None
         self._layers = layers
         self._chance = random.Random(seed)
-        self._target = memoryview(mmap.mmap(-1, max(layer.stride_bytes for layer in layers)))
+        self._arena = Arena(TARGETS, max(layer.stride_bytes for layer in layers))
         self._files = {layer.path: open_for_reading(layer.path, direct=direct) for layer in layers}
 
     def read_until(self, deadline: float, clock: Callable[[], float]) -> None:
@@ -129,7 +130,7 @@ class _Reader:
             while True:
                 layer = self._chance.choice(self._layers)
                 offset_bytes = layer.offset(self._chance.randrange(layer.experts))
-                target = self._target[: layer.stride_bytes]
+                target = self._arena.slot(self._chance.randrange(TARGETS))[: layer.stride_bytes]
                 read_fully(self._files[layer.path], target, offset_bytes)
                 self.done_bytes += layer.stride_bytes
                 if clock() >= deadline:
