@@ -19,6 +19,9 @@ Rows = NDArray[np.float32]
 
 COORDINATOR = ""  # as a source or destination, in place of a device id
 MAX_DECODE_ROWS = 64  # of one step: beyond it a step gets slower for everyone without doing more per second
+TURN_ROWS = (
+    256  # of a prompt, after which others have a turn: most end in one, in the order in which they came
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from edge_runtime.agent.draft_rules import in_frames, merge, rows_ahead
 from edge_runtime.agent.open_rows import pruned, rescued
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
+    TURN_ROWS,
     CancelRows,
     ControlLost,
     Event,
@@ -144,28 +145,31 @@ class PipelineState(SessionState):
         return self._go_on(session)
 
     def _issue_prompts(self) -> list[Instruction]:
-        """Chunk after chunk, in turn, no further ahead of the tail than keeps every stage busy."""
+        """Chunk after chunk, who came first first, no further ahead of the tail than keeps every stage busy."""
         if self.order is None:
             return []
         grid, stages = self.order.prefill_chunk_tokens, len(self.order.devices)
         under_way_rows = 0 if self.is_tail else sum(each.rows_under_way for each in self.sessions.values())
         instructions: list[Instruction] = []
         while self._prompts:
-            session = self.sessions[next(iter(self._prompts))]
+            key, turn_rows = next(iter(self._prompts.items()))
+            session = self.sessions[key]
             chunk_rows = max(grid, len(session.fed)) if session.is_bidirectional else grid
             if under_way_rows >= CHUNKS_UNDER_WAY * stages * chunk_rows and not self.is_tail:
                 break
-            del self._prompts[session.id]
             ids = session.take_chunk(grid)
+            turn_rows += len(ids)
+            if not ids or turn_rows >= TURN_ROWS:
+                del self._prompts[key]
             if ids:  # else it comes back with its next ids, or with what the stages hold
                 instructions.append(self._issue(session, ids))
                 under_way_rows += len(ids)
-                self._prompts[session.id] = None
+                self._prompts[key] = turn_rows if turn_rows < TURN_ROWS else 0
         return instructions
 
     def _go_on(self, session: Session) -> list[Instruction]:
         if session.fed:
-            self._prompts[session.id] = None
+            self._prompts.setdefault(session.id, 0)
         return self._issue_prompts()
 
     def _rows_held(self, session: Session, rows: int) -> list[Instruction]:

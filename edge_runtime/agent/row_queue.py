@@ -1,5 +1,8 @@
 """Which queued rows go into the next step: decode rows first, then prompt rows as far as they are allowed, in turn.
 
+A prompt's turn lasts TURN_ROWS rows, so that most prompts end in the order in which they came: if all were read alike,
+the last chunks of a burst, and with them all first tokens, would come at its end.
+
 Knows: work of each session, in order. Does not know: engines, threads, or how long rows take.
 """
 
@@ -10,18 +13,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from edge_runtime.agent.open_rows import rescued
-from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, CancelRows, Work
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, TURN_ROWS, CancelRows, Work
 from edge_runtime.core import SessionId
 
 
 class RowQueue:
-    """FIFO within a session, round-robin between sessions; a step takes at most one work of each."""
+    """FIFO within a session, turns between sessions; a step takes at most one work of each."""
 
     def __init__(self, prefill_rows: int, *, shared: bool = True) -> None:
         """`prefill_rows` of prompt chunks per step; `shared` False runs every work in a step of its own."""
         self.shared = shared
         self._prefill_rows = prefill_rows
         self._works: OrderedDict[SessionId, deque[Work]] = OrderedDict()
+        self._turn_rows: dict[SessionId, int] = {}  # of prompts, in the turns that they have begun
 
     def __len__(self) -> int:
         return sum(map(len, self._works.values()))
@@ -50,6 +54,7 @@ class RowQueue:
 
     def drop(self, session: SessionId) -> None:
         self._works.pop(session, None)
+        self._turn_rows.pop(session, None)
 
     def cancel(self, order: CancelRows) -> None:
         kept = deque(still_wanted(self._works.get(order.session, ()), order))
@@ -113,11 +118,15 @@ class RowQueue:
         works = self._works[work.session]
         works.popleft()
         if not works:
-            del self._works[work.session]
+            self.drop(work.session)
             return
+        turn_rows = self._turn_rows.get(work.session, 0) + work.row_count
         following = works[0]
         is_rest = (following.seq, following.base_row) == (work.seq, work.base_row + len(work.ids))
-        if not is_rest:
+        if is_rest or (work.is_prompt and turn_rows < TURN_ROWS):
+            self._turn_rows[work.session] = turn_rows
+        else:
+            self._turn_rows.pop(work.session, None)
             self._works.move_to_end(work.session)
 
 

@@ -33,7 +33,8 @@ class SessionState(LeaseState):
         super().__init__()
         self.sessions: dict[SessionId, Session] = {}
         self._closed: OrderedDict[SessionId, None] = OrderedDict()
-        self._prompts: OrderedDict[SessionId, None] = OrderedDict()  # stage 1: with fed ids to be issued
+        # Stage 1: with fed ids to be issued, and how many were in this turn of theirs.
+        self._prompts: OrderedDict[SessionId, int] = OrderedDict()
 
     @abstractmethod
     def _issue_prompts(self) -> list[Instruction]:

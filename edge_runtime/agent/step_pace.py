@@ -1,26 +1,31 @@
 """How many prompt rows ride in a step, so that those who decode hardly notice a prompt being read.
 
 A step with decode rows takes at most STRETCH times as long as it would without prompt rows, as measured here, on this
-device, lately. A step of prompt rows alone is begun while others decode only if it ends before their rows are expected
-back; otherwise their rows are waited for, since a row that just missed a step pays for two.
+device, lately. While those rows are on other stages, this one would stand still for half of the time and more, so steps
+of prompt rows alone run meanwhile: as many as end about when the next decode row is expected back (`away_time.py`). A
+row that such a step held up has fewer prompt rows beside it then. What is too short for such a step is waited out, since
+a row that just missed a step pays for two.
 
-Knows: how long steps took and when decode rows went and came. Does not know: clocks (times are given), queues, threads.
+Knows: when decode rows went and came. Does not know: clocks (times are given), queues, threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edge_runtime.agent.away_time import AwayTime
 from edge_runtime.agent.decode_groups import DecodeGroups
+from edge_runtime.agent.step_costs import FEW_ROWS, StepCosts
 from edge_runtime.core import SessionId
 
 STRETCH = 1.7  # promised is 2 at the 99th percentile: the rest is for what measuring misses
 PATIENCE_SECONDS = 5.0  # without a decode row, after which those who decode count as stuck
+SLACK = (
+    0.2  # of a step of one decode row, by which a step of prompt rows may end later than that row is expected
+)
 WAIT_SECONDS = 0.002  # beyond the time that decode rows usually stay away
 SEEN_SECONDS = 0.001  # what has arrived during a step is seen within so much of its end
 FIRST_ROWS = 4  # before anything was measured
-FEW_ROWS = 4  # below, kernels read weights more than they compute: a row's share says nothing of more rows
-PROBE_STEPS = 256  # of fewer rows, after which more are tried: a row may have become cheaper
 REFRESH_STEPS = 64  # a step without prompt rows now and then keeps the comparison honest
 WEIGHT = 0.2  # of the latest measurement
 ROW_WEIGHT = 0.05  # likewise, of a step with one decoded row: what the device says of itself
@@ -31,17 +36,18 @@ class StepPace:
     def __init__(self, *, forms_groups: bool = True) -> None:
         """`forms_groups`: of the sessions that decode; the first stage of a pipeline does."""
         self._alone: dict[int, float] = {}  # seconds of a step by number of decode rows (its power of two)
-        self._row_seconds = 0.0  # a row's share of a step with prompt rows; 0: not measured
+        self._costs = StepCosts()
         self._least_away = 0.0  # seconds from the end of a decode step to the next decode row
         self._most_away = 0.0
         self._decoded_at = float("-inf")  # end of the last step with decode rows
         self._decode_rows = 0  # of it
         self._fill_began = self._fill_ended = float("-inf")  # the last step without any
         self._since_refresh = 0  # steps with prompt rows since one without
-        self._since_probe = 0  # likewise, since one that says what a row takes
         self._decoding: set[SessionId] = set()
         self._single_rows = 0  # steps with one decoded row and nothing else
         self.row_seconds = 0.0  # of such a step, lately; 0: there was none
+        self._away = AwayTime()
+        self._due_at: float | None = None  # when rows were expected while the last step ran that had none
         self.groups = DecodeGroups(forms=forms_groups)
 
     # ------------------------------------------------------------ what happened
@@ -51,10 +57,12 @@ class StepPace:
         self._decoding.add(session)
         if now is not None:
             self.groups.came(session, now)
+            self._away.came(session, now)
 
     def left(self, session: SessionId) -> None:
         self._decoding.discard(session)
         self.groups.left(session)
+        self._away.left(session)
 
     def began(self, decode_rows: int, came_at: float) -> None:
         """A step with decode rows begins; the first of them came at `came_at`."""
@@ -77,9 +85,13 @@ class StepPace:
         if sessions:
             is_plain = len(sessions) == decode_rows and not prompt_rows
             self.groups.ended(sessions, seconds if is_plain else 0.0, now)
+            self._away.went((session for session in sessions if session in self._decoding), now)
         if decode_rows:
             self._decoded_at, self._decode_rows = now, decode_rows
+            self._due_at = None
         else:
+            self._due_at = self._away.next_at()
+            self._away.filled(now)
             self._fill_began, self._fill_ended = now - seconds, now
         if decode_rows == 1 and not prompt_rows:
             self._single_rows += 1
@@ -91,14 +103,7 @@ class StepPace:
             self._since_refresh = 0
             return
         self._since_refresh += 1
-        self._since_probe += 1
-        if decode_rows + prompt_rows < FEW_ROWS:
-            return
-        row_seconds = seconds / (decode_rows + prompt_rows)
-        is_known = self._row_seconds > 0 and self._since_probe < PROBE_STEPS
-        before = self._row_seconds if is_known else row_seconds
-        self._since_probe = 0
-        self._row_seconds = before + WEIGHT * (row_seconds - before)
+        self._costs.took(decode_rows + prompt_rows, seconds)
 
     # ------------------------------------------------------------ what to do
 
@@ -129,17 +134,28 @@ class StepPace:
         alone = self._alone_seconds(decode_rows)
         if alone is None or self._since_refresh >= REFRESH_STEPS:
             return 0
-        if not self._row_seconds or self._since_probe >= PROBE_STEPS:
+        if not self._costs.is_known:
             return FIRST_ROWS
-        return max(1, int(STRETCH * alone / self._row_seconds) - decode_rows)
+        held_up = self._held_up_seconds()
+        return max(0 if held_up else 1, self._costs.rows_within(STRETCH * alone - held_up) - decode_rows)
+
+    def _held_up_seconds(self) -> float:
+        """For which rows that decode may have waited for the last step, since it had none of them."""
+        if self._due_at is None:
+            return 0.0
+        return max(0.0, self._fill_ended - max(self._due_at, self._fill_began))
 
     def _rows_while_away(self, now: float) -> int:
-        """That a step can take and still end before decode rows are back; 0 where it is not worth it."""
-        base = self._alone_seconds(1)
-        left = self._decoded_at + 0.9 * self._least_away - now
-        if base is None or not self._row_seconds or left < 2 * base:
+        """That a step can take until decode rows are back, or little longer; 0 where it is not worth it."""
+        alone, due_at = self._alone_seconds(1), self._away.next_at()
+        if alone is None:
             return 0
-        return int(left / self._row_seconds)
+        if due_at is None:  # sessions that guess have several rows: nobody follows each of them
+            left = self._decoded_at + 0.9 * self._least_away - now
+            return 0 if left < 2 * alone else self._costs.rows_within(left)
+        left = due_at - now
+        rows = self._costs.rows_within(min(2 * left, left + SLACK * alone))
+        return rows if rows >= FEW_ROWS else 0
 
     def _alone_seconds(self, decode_rows: int) -> float | None:
         """Of as many decode rows or fewer: never more than it would take."""

@@ -9,6 +9,7 @@ import pytest
 
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
+    TURN_ROWS,
     DropRows,
     Ignore,
     Instruction,
@@ -197,15 +198,37 @@ def test_stage_1_runs_no_more_than_a_window_ahead_of_the_tail() -> None:
     assert rows_run(state.handle(held(64))) == [(WINDOW + 32, 16), (WINDOW + 48, 16)]
 
 
-def test_the_window_is_one_for_all_and_prompts_take_turns_in_it() -> None:
+def fed_with(state: PipelineState, session: int, rows: int) -> list[Instruction]:
+    order = replace(LONG, session=session, forced_rows=rows, prompt_rows=rows, max_rows=rows + 8)
+    state.handle(Received(COORDINATOR, order))
+    return state.handle(Received(COORDINATOR, Feed(session, LEASE, 0, tuple(n % 200 for n in range(rows)))))
+
+
+def until_all_is_through(state: PipelineState, instructions: list[Instruction]) -> list[int]:
+    """Sessions in the order in which their chunks are issued, while the tail takes one after the other."""
+    works = [each.work for each in instructions if isinstance(each, RunRows)]
+    for work in works:
+        done = held(work.base_row + len(work.ids), session=work.session)
+        works += [each.work for each in state.handle(done) if isinstance(each, RunRows)]
+    return [work.session for work in works]
+
+
+def test_the_window_is_one_for_all_and_prompts_go_through_it_as_they_came() -> None:
     state = stage_of(0, 2)
-    works = []
-    for session in (1, 2):
-        state.handle(Received(COORDINATOR, replace(LONG, session=session)))
-        works += rows_run(state.handle(Received(COORDINATOR, Feed(session, LEASE, 0, LONG_IDS))))
-    assert sum(rows for _, rows in works) == WINDOW
-    done = state.handle(held(64))
-    assert [each.work.session for each in done if isinstance(each, RunRows)] == [1, 2, 1, 2]
+    works = [each for session in (1, 2) for each in fed_with(state, session, 80)]
+    assert sum(rows for _, rows in rows_run(works)) == WINDOW
+    assert until_all_is_through(state, works) == [1] * 5 + [2] * 5
+
+
+def test_a_long_prompt_lets_others_have_a_turn() -> None:
+    state = stage_of(0, 2)
+    turn, long, short = TURN_ROWS // CHUNK, 3 * TURN_ROWS, CHUNK
+    works = [
+        each
+        for session, rows in ((1, long), (2, short), (3, short))
+        for each in fed_with(state, session, rows)
+    ]
+    assert until_all_is_through(state, works) == [1] * turn + [2, 3] + [1] * 2 * turn
 
 
 def test_a_closed_session_makes_room_for_others() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, CancelRows, Work
+from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, TURN_ROWS, CancelRows, Work
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.core import SessionId
 
@@ -36,12 +36,24 @@ def test_many_decoding_sessions_do_not_keep_a_prompt_waiting() -> None:
     assert 500 in taken(queue)
 
 
-def test_prompts_take_turns() -> None:
-    queue = RowQueue(4)
-    for seq in range(3):
-        queue.add(work(1, 4, seq))
-    queue.add(work(2, 4))
-    assert [taken(queue) for _ in range(4)] == [[1], [2], [1], [1]]
+def test_prompts_take_turns_of_many_rows() -> None:
+    queue, rows = RowQueue(TURN_ROWS // 4), TURN_ROWS // 4
+    for seq in range(10):
+        queue.add(work(1, rows, seq))
+    for seq in range(5):
+        queue.add(work(2, rows, seq))
+    assert [taken(queue)[0] for _ in range(15)] == [1] * 4 + [2] * 4 + [1] * 4 + [2] + [1] * 2
+
+
+def test_whoever_comes_back_begins_a_new_turn() -> None:
+    queue, rows = RowQueue(TURN_ROWS), TURN_ROWS * 3 // 4
+    for _ in range(2):
+        queue.add(work(1, rows))
+        assert taken(queue) == [1]
+    queue.add(work(1, rows, 1))
+    queue.add(work(1, rows, 2))
+    queue.add(work(2, rows))
+    assert [taken(queue) for _ in range(3)] == [[1], [1], [2]]
 
 
 def test_a_chunk_larger_than_the_budget_still_runs() -> None:
@@ -77,10 +89,10 @@ def test_a_prompt_whose_chunk_was_cut_stays_first_until_the_chunk_is_done() -> N
     assert taken_rows == [
         [(1, 0, 4)],
         [(1, 4, 2), (2, 0, 2)],
-        [(2, 2, 4)],
         [(1, 0, 4)],
-        [(1, 4, 2), (2, 0, 2)],
-        [(2, 2, 4)],
+        [(1, 4, 2), (2, 2, 2)],
+        [(2, 4, 2)],
+        [(2, 0, 4)],
     ]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from edge_runtime.agent.next_step import pause_seconds, take_step
 from edge_runtime.agent.pipeline_events import Work
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.agent.step_pace import StepPace
@@ -90,17 +91,16 @@ class Simulation:
 
     def turn(self, place: int) -> None:
         stage = self.stages[place]
-        if stage.busy or not stage.queue:
+        pause = None if stage.busy else pause_seconds(stage.queue, stage.pace, self.now)
+        if pause is None:
             return
-        decode_rows = stage.queue.decode_rows
-        pause = stage.pace.pause_seconds(decode_rows, self.now, stage.queue.decode_sessions)
         if pause > 0:
             self.at(pause + 1e-9, lambda: self.turn(place))
             return
-        if decode_rows:
-            stage.pace.began(decode_rows, self.now if stage.came_at is None else stage.came_at)
+        came_at = stage.came_at
+        if stage.queue.decode_rows:
             stage.came_at = None
-        works = stage.queue.take(stage.pace.prompt_rows(decode_rows, self.now), stage.pace.groups.most())
+        works = take_step(stage.queue, stage.pace, self.now, came_at)
         assert works
         rows = sum(len(work.ids) for work in works)
         decode_rows = sum(work.is_decode for work in works)
