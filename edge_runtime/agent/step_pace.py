@@ -3,8 +3,8 @@
 A step with decode rows takes at most STRETCH times as long as it would without prompt rows, as measured here, on this
 device, lately. While those rows are on other stages, this one would stand still for half of the time and more, so steps
 of prompt rows alone run meanwhile: as many as end about when the next decode row is expected back (`away_time.py`). A
-row that such a step held up has fewer prompt rows beside it then. What is too short for such a step is waited out: a row
-that just missed a step pays for two.
+row that such a step held up has fewer prompt rows beside it then. What is too short for such a step is waited out: rows
+that just missed a step pay for two.
 
 Knows: when decode rows went and came. Does not know: clocks (times are given), queues, threads.
 """
