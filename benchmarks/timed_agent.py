@@ -23,11 +23,12 @@ def watch(path: Path) -> None:
 
     Notes are written when the rows are on their way: writing them is not a part of what they measure.
     """
-    from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
+    from edge_runtime.agent.stage_steps import LoadedStage, StageSteps
+    from edge_runtime.agent.stage_worker import StageWorker
 
     notes = path.open("ab", buffering=0)
     rows = path.with_name(path.name + ".rows").open("ab", buffering=0)
-    construct, step, turn = LoadedStage.__init__, StageWorker._run, StageWorker._turn
+    construct, step, turn = LoadedStage.__init__, StageSteps._run, StageWorker._turn
     times = [0.0, 0.0]
     steps: list[tuple[float, float, int, list[Any], list[Any]]] = []  # of this turn
 
@@ -44,8 +45,8 @@ def watch(path: Path) -> None:
         stage.run = timed(stage.run)
         construct(loaded, lease, stage, **rest)
 
-    def stepped(worker: StageWorker, loaded: LoadedStage, works: list[Any]) -> list[Any]:
-        events = step(worker, loaded, works)
+    def stepped(stage_steps: StageSteps, loaded: LoadedStage, works: list[Any]) -> list[Any]:
+        events = step(stage_steps, loaded, works)
         end = time.monotonic() if loaded.is_tail else times[1]
         kv_bytes = loaded.stage.kv_committed_bytes  # type: ignore[attr-defined]
         steps.append((times[0], end, kv_bytes, works, events))
@@ -60,7 +61,7 @@ def watch(path: Path) -> None:
         steps.clear()
 
     LoadedStage.__init__ = constructed  # type: ignore[method-assign, assignment]
-    StageWorker._run = stepped  # type: ignore[method-assign, assignment]
+    StageSteps._run = stepped  # type: ignore[method-assign, assignment]
     StageWorker._turn = turned  # type: ignore[method-assign, assignment]
 
 

@@ -24,7 +24,7 @@ from edge_runtime.agent.pipeline_events import (
     StageBroke,
 )
 from edge_runtime.agent.row_queue import RowQueue
-from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
+from edge_runtime.agent.stage_steps import LoadedStage, StageSteps
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.cpu import CpuStage
@@ -43,24 +43,23 @@ class CpuWorldStage(WorldStage):
         """Late rows are not counted here."""
         super().__init__(name, clock, step_seconds, post)
         self._bundle = bundle
-        self._worker = StageWorker(self._deliver, lambda: clock.now_seconds)
+        self._steps = StageSteps(self._deliver, lambda: clock.now_seconds)
         self._loaded: LoadedStage | None = None
         self._stage: CpuStage | None = None
 
     def _obey(self, instruction: Instruction) -> None:
         if isinstance(instruction, OpenRows | RunRows | CancelRows | DropRows):
-            self._worker._obey(instruction)
+            self._steps.obey(instruction)
         if isinstance(instruction, CancelRows):
             self._poison(instruction.session, instruction.turn)
 
     def close(self) -> None:
-        retired = self._worker.take_retired()
+        retired = self._steps.take_retired()
         if retired is not None:
             retired.close()
-        self._worker.stop()
 
     def _load(self, order: LoadStage) -> None:
-        retired = self._worker.take_retired()
+        retired = self._steps.take_retired()
         if retired is not None:
             retired.close()
         layers = LayerRange(order.first_layer, order.last_layer)
@@ -77,7 +76,7 @@ class CpuWorldStage(WorldStage):
             queue=queue,
             is_first=order.stage == 0,
         )
-        self._worker.install(self._loaded)
+        self._steps.install(self._loaded)
         self.handle(Loaded(order.lease, "cpu", True, 1, self._stage.kv_capacity_tokens, vocab_size))
 
     def _deliver(self, events: object) -> None:
@@ -86,12 +85,12 @@ class CpuWorldStage(WorldStage):
     def _begin_step(self) -> None:
         if self._is_busy or self._loaded is None or not self._loaded.queue:
             return
-        pause_seconds = self._worker._pause_seconds()
+        pause_seconds = self._steps.pause_seconds()
         if pause_seconds:
             self._clock.after(pause_seconds, self._begin_step)
             return
         waiting = _rows_in(self._loaded.queue)
-        step = self._worker._step()
+        step = self._steps.step()
         assert step is not None
         step.note()
         broken = next((event for event in step.events if isinstance(event, SessionBroke | StageBroke)), None)

@@ -221,18 +221,18 @@ class Agent:
         )
 
     def _heartbeat(self, sequence: int) -> Heartbeat:
-        worker = self._worker
+        worker, stage = self._worker, self._worker.stage
         self._report_experts()
         if self._loop.time() - self._gave_back_at > GIVE_BACK_SECONDS:
             self._gave_back_at = self._loop.time()
             worker.give_back()
         return Heartbeat(
             sequence,
-            worker.steps,
-            worker.open_sessions,
-            worker.kv_used_tokens,
+            stage.steps,
+            stage.open_sessions,
+            stage.kv_used_tokens,
             resident_bytes(),
-            worker.row_seconds,
+            stage.row_seconds,
         )
 
     async def _until_broken(self) -> None:

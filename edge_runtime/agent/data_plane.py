@@ -126,7 +126,7 @@ class DataPlane:
     def _arrived(self, source: DeviceId, message: Message, payloads: Sequence[memoryview]) -> None:
         if isinstance(message, ExpertMessage):
             self.experts.arrived(source, message, payloads)
-            self.worker.steps += isinstance(message, ExpertRows)
+            self.worker.stage.steps += isinstance(message, ExpertRows)
             return
         rows = None
         if isinstance(message, FrameRows) and len(payloads) == 1:

@@ -15,7 +15,8 @@ from edge_runtime.agent.memory import EXPERTS_AUTO, ExpertCacheSetting, MemoryBu
 from edge_runtime.agent.pipeline_events import Loaded
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.agent.slice_fetcher import Progress, SliceFetcher
-from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
+from edge_runtime.agent.stage_steps import LoadedStage
+from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.bundle.store import PartialBundle

@@ -20,6 +20,11 @@ from edge_runtime.transport.base import Frame
 from edge_runtime.transport.channel import WINDOW_LISTS
 
 _COPY_BELOW_BYTES = 64 << 10  # smaller frames are cheaper to copy than to keep track of
+# Plain integers: each operation on zmq's flags is five calls of Python, and there are a dozen to a frame.
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE_FOLLOWS = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
 _LISTS_PER_ROUND = 64  # then other callbacks of the loop have their turn
 
 HANDSHAKE_MILLISECONDS = 1000  # idle strangers are dropped soon, or they would use up the descriptors
@@ -53,6 +58,25 @@ _WATCHED_EVENTS = (
 )
 
 
+def send_parts(socket: Any, parts: Sequence[Frame]) -> None:
+    """One list, without waiting. Raises zmq.Again (no link, or full) and zmq.ZMQError(EHOSTUNREACH)."""
+    send = socket.send
+    for part in parts[:-1]:
+        send(part, _MORE_FOLLOWS, len(part) < _COPY_BELOW_BYTES)
+    send(parts[-1], _NOBLOCK, len(parts[-1]) < _COPY_BELOW_BYTES)
+
+
+def receive_parts(socket: Any) -> list[zmq.Frame]:
+    """The next list, where one is there. Raises zmq.Again where there is none."""
+    receive = socket.recv
+    frame = receive(_NOBLOCK, False)  # without copying
+    parts = [frame]
+    while frame.more:
+        frame = receive(_NOBLOCK, False)
+        parts.append(frame)
+    return parts
+
+
 class LoopSocket:
     """Calls `on_list(parts)` for each list read, `on_event(event, value)` for each event of the link.
 
@@ -83,13 +107,9 @@ class LoopSocket:
 
     def send(self, parts: Sequence[Frame]) -> None:
         """Hand one list to libzmq. Raises zmq.Again (no link, or full) and zmq.ZMQError(EHOSTUNREACH)."""
-        send = self._socket.send
-        last = len(parts) - 1
-        for index, part in enumerate(parts):
-            flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-            send(part, flags, copy=len(part) < _COPY_BELOW_BYTES)
+        send_parts(self._socket, parts)
         # Sending may have consumed the signal that something arrived.
-        if not self._scheduled and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if not self._scheduled and int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
             self._schedule()
 
     def wait(self, seconds: float) -> None:
@@ -142,13 +162,8 @@ class LoopSocket:
         for _ in range(_LISTS_PER_ROUND):
             if self.closed:
                 return
-            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
                 self._on_idle()
                 return
-            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-            parts = [frame]
-            while frame.more:
-                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-                parts.append(frame)
-            self._on_list(parts)
+            self._on_list(receive_parts(self._socket))
         self._schedule()

@@ -21,7 +21,8 @@ from edge_runtime.agent.pipeline_events import (
     WorkFinished,
 )
 from edge_runtime.agent.row_queue import RowQueue
-from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
+from edge_runtime.agent.stage_steps import LoadedStage
+from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.core import LayerRange, SamplingParams, SessionId
 from edge_runtime.engine.base import Batch, Rows
 from edge_runtime.errors import CapacityError, EngineError
@@ -138,7 +139,7 @@ def bench() -> Iterator[Bench]:
     yield bench
     bench.stage.gate.set()
     assert bench.worker.stop()
-    assert bench.stage.closed or bench.worker._loaded is None
+    assert bench.stage.closed or bench.worker.stage.loaded is None
 
 
 def test_a_session_samples_at_the_rows_it_asks_for(bench: Bench) -> None:
@@ -236,7 +237,7 @@ def test_commands_of_another_lease_are_not_obeyed(bench: Bench) -> None:
     bench.rows(1, 0, 5, lease=LEASE - 1)
     bench.rows(1, 0, 6)
     assert bench.finished() == {1: [6]}
-    assert bench.worker.steps >= 0
+    assert bench.worker.stage.steps >= 0
 
 
 NAMES = (b"a" * 16, b"b" * 16, b"c" * 16)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.agent.pipeline_events import DropRows, Event, OpenRows, RunRows, SessionBroke, Work
 from edge_runtime.agent.row_queue import RowQueue
-from edge_runtime.agent.stage_worker import LoadedStage, StageWorker
+from edge_runtime.agent.stage_steps import LoadedStage
+from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams, SessionId
 from edge_runtime.engine.base import Batch
