@@ -103,7 +103,7 @@ class PeerExperts:
         outputs = np.empty((owner.size, x.shape[1]), np.float32)
         orders = [
             _Order(self._port, owners.devices[number - 1], layer, x, ids, away[owner[away] == number])
-            for number in np.unique(owner[away]).tolist()
+            for number in sorted(set(owner[away].tolist()))
         ]
         try:
             for order in orders:
@@ -138,9 +138,13 @@ class _Order:
     def ask(self) -> None:
         while self._waiting and len(self._asked) < PIECES_AHEAD:
             places = self._waiting.popleft()
-            rows, index = np.unique(places // self._top_k, return_inverse=True)
-            uses = np.stack([index.astype(np.int32), self._ids[places]], axis=1)
-            ticket = self._port.ask(self._device_id, self._layer, self._x[rows], np.ascontiguousarray(uses))
+            uses = np.zeros((len(places), 2), np.int32)
+            uses[:, 1] = self._ids[places]
+            rows = self._x
+            if len(rows) > 1:  # of one row there is nothing to choose: every decoded token waits for this
+                wanted, uses[:, 0] = np.unique(places // self._top_k, return_inverse=True)
+                rows = rows[wanted]
+            ticket = self._port.ask(self._device_id, self._layer, rows, uses)
             self._asked.append((ticket, places))
 
     def collect(self, outputs: Float32) -> int:

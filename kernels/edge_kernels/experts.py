@@ -10,7 +10,7 @@ Knows: that layout and the arithmetic. Does not know: bundles, files, caches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,9 @@ class ExpertWeights:
     intermediate: int
     stride_bytes: int
     offsets: Mapping[str, int]
+    part_offsets: NDArray[np.int64] = field(
+        init=False, repr=False, compare=False
+    )  # as native kernels take them
 
     def __post_init__(self) -> None:
         if self.format not in ("fp32", *BITS, *NESTED_BITS):
@@ -76,6 +79,8 @@ class ExpertWeights:
                 )
             if (name.endswith("_scales") or self.format == "fp32") and (offset | self.stride_bytes) % 4:
                 raise ValueError(f"{name} must lie on a 4-byte boundary")
+        ordered = np.array([self.offsets[name] for name in _part_names(self.format)], np.int64)
+        object.__setattr__(self, "part_offsets", ordered)
 
     def part_shape(self, part: str) -> tuple[int, ...]:
         name, _, kind = part.partition("_")
@@ -155,16 +160,11 @@ def run_experts(
         weights.hidden,
         weights.intermediate,
         weights.stride_bytes,
-        part_offsets(weights),
+        weights.part_offsets,
         y,
         threads,
     )
     return y
-
-
-def part_offsets(weights: ExpertWeights) -> NDArray[np.int64]:
-    """In the order the native kernels take them."""
-    return np.array([weights.offsets[name] for name in _part_names(weights.format)], np.int64)
 
 
 def run_each(x: F32, ids: I32, weights: ExpertWeights, *, activation: str, threads: int = 1) -> F32:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels import _native
-from edge_kernels.experts import ExpertWeights, part_offsets
+from edge_kernels.experts import ExpertWeights
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -110,7 +110,7 @@ class FlashReads:
             weights.hidden,
             weights.intermediate,
             weights.stride_bytes,
-            part_offsets(weights),
+            weights.part_offsets,
             y,
             threads,
         )
