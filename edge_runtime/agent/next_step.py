@@ -16,19 +16,21 @@ def pause_seconds(queue: RowQueue, pace: StepPace, now: float) -> float | None:
         return None
     if not queue.shared:
         return 0.0
-    return pace.pause_seconds(queue.decode_rows, now, queue.decode_sessions)
+    decode_rows, sessions, _prompts = queue.waiting()
+    return pace.pause_seconds(decode_rows, now, sessions)
 
 
 def take_step(queue: RowQueue, pace: StepPace, now: float, decode_came_at: float | None) -> list[Work]:
     """Take what the step that begins now runs. `decode_came_at`: the first decode row since such a step, if known."""
     if not queue.shared:
         return queue.take()
-    decode_rows = queue.decode_rows
+    decode_rows, waiting_sessions, prompts = queue.waiting()
     if decode_rows:
         pace.began(decode_rows, now if decode_came_at is None else decode_came_at)
-    sessions = pace.groups.most() if queue.decode_sessions is not None else None
+    sessions = pace.groups.most() if waiting_sessions is not None else None
+    if not prompts:
+        return queue.take(None, sessions)
     if sessions is not None:
-        decode_rows = min(
-            decode_rows, sessions
-        )  # the others wait for the next step, beside which prompt rows ride
+        # The others wait for the next step, beside which prompt rows ride.
+        decode_rows = min(decode_rows, sessions)
     return queue.take(pace.prompt_rows(decode_rows, now), sessions)

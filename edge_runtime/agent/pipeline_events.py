@@ -6,7 +6,7 @@ Does not know: sockets, threads, clocks, or engines; rows are opaque arrays to i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,15 +39,17 @@ class Work:
     bidirectional: bool
     is_prompt: bool = False  # rows that were given: nobody waits for each of them
     sides: SideRows = NO_SIDES
+    # These two are asked for a dozen times between a row's arrival and its step.
+    row_count: int = field(init=False)
+    is_decode: bool = field(
+        init=False
+    )  # rows that a person waits for, guessed ones too: no slice of a prompt
 
-    @property
-    def row_count(self) -> int:
-        return len(self.ids) + len(self.sides)
-
-    @property
-    def is_decode(self) -> bool:
-        """Rows that a person is waiting for, guessed ones too, not a slice of a prompt."""
-        return not self.is_prompt and not self.bidirectional and self.row_count <= MAX_DECODE_ROWS
+    def __post_init__(self) -> None:
+        rows = len(self.ids) if self.sides is NO_SIDES else len(self.ids) + len(self.sides)
+        object.__setattr__(self, "row_count", rows)
+        is_decode = not self.is_prompt and not self.bidirectional and rows <= MAX_DECODE_ROWS
+        object.__setattr__(self, "is_decode", is_decode)
 
     @property
     def is_divisible(self) -> bool:

@@ -53,7 +53,10 @@ def may_send(order: LoadStage, source: str, message: ForStages) -> bool:
             return source == COORDINATOR
 
 
-def tree_of(frame: FrameRows) -> tuple[tuple[int, ...], SideRows] | None:
+Tree = tuple[tuple[int, ...], SideRows]  # a chain's ids, and what stands beside it
+
+
+def tree_of(frame: FrameRows) -> Tree | None:
     """Its chain and its side rows. None where its parents make no such tree, or one that is too large for a step."""
     try:
         ids, sides = parted(frame.base_row, frame.parents, frame.ids)
@@ -62,11 +65,14 @@ def tree_of(frame: FrameRows) -> tuple[tuple[int, ...], SideRows] | None:
     return None if sides and len(frame.ids) > MAX_DECODE_ROWS else (ids, sides)
 
 
-def frame_problem(order: OpenSession, frame: FrameRows, rows: Rows | None) -> tuple[str, str] | None:
-    """(code, reason) of a frame that can never be run."""
-    tree = tree_of(frame)
+def frame_problem(
+    order: OpenSession, frame: FrameRows, tree: Tree | None, rows: Rows | None
+) -> tuple[str, str] | None:
+    """(code, reason) of a frame that can never be run. `tree`: of the frame."""
     ids, sides = tree or ((), NO_SIDES)
-    end = max((frame.base_row + len(ids), *(position + 1 for position in sides.positions())))
+    end = frame.base_row + len(ids)
+    if sides:
+        end = max(end, max(sides.positions()) + 1)
     if not ids or frame.base_row < 0 or rows is None or end > order.max_rows:
         return "protocol", f"frame {frame.seq} does not fit the plan of this session"
     if sides and (frame.bidirectional or frame.base_row < order.forced_rows):

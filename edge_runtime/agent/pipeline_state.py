@@ -34,6 +34,7 @@ from edge_runtime.agent.pipeline_events import (
 )
 from edge_runtime.agent.pipeline_rules import (
     ForStages,
+    Tree,
     fences,
     frame_of,
     frame_problem,
@@ -59,8 +60,6 @@ from edge_runtime.protocol.messages import (
     Tokens,
     UnloadStage,
 )
-
-Tree = tuple[tuple[int, ...], SideRows]  # a chain's ids, and what stands beside it
 
 CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would only fill memory
 
@@ -230,14 +229,14 @@ class PipelineState(SessionState):
         is_repeated = frame.seq == session.seq and frame.base_row < session.rows
         if frame.seq < session.seq or is_repeated or frame.turn < session.turn:
             return [Ignore(f"frame {frame.seq} of turn {frame.turn}: seen {session.seq} of {session.turn}")]
-        problem = frame_problem(session.order, frame, rows)
+        tree = tree_of(frame)
+        problem = frame_problem(session.order, frame, tree, rows)
         if problem is None and not self._are_ids(frame.ids):
             problem = "protocol", f"frame {frame.seq} has ids outside the model's vocabulary"
         if problem is not None:
             return self._fail(session, *problem)
         if frame.base_row > session.rows:
             return self._gap(session, session.rows)
-        tree = tree_of(frame)
         assert tree is not None
         wrong = session.chain.contradicts(frame.base_row, tree[0])
         if wrong is not None and wrong > session.turn:  # at the tail: it alone knows what is committed

@@ -11,10 +11,17 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from edge_runtime.agent.open_rows import rescued
 from edge_runtime.agent.pipeline_events import MAX_DECODE_ROWS, TURN_ROWS, CancelRows, Work
 from edge_runtime.core import SessionId
+
+
+class Waiting(NamedTuple):
+    decode_rows: int  # that the next step would take
+    decode_sessions: int | None  # that wait with one decode row each; None where one has several
+    prompts: int  # sessions with prompt rows
 
 
 class RowQueue:
@@ -33,17 +40,28 @@ class RowQueue:
     def __bool__(self) -> bool:
         return bool(self._works)
 
+    def waiting(self) -> Waiting:
+        """What stands first in each session's line."""
+        decode_rows = sessions = prompts = several = 0
+        for works in self._works.values():
+            work = works[0]
+            if work.is_decode:
+                decode_rows += work.row_count
+                sessions += 1
+                several |= work.row_count > 1
+            else:
+                prompts += 1
+        return Waiting(min(MAX_DECODE_ROWS, decode_rows), None if several else sessions, prompts)
+
     @property
     def decode_rows(self) -> int:
         """That the next step would take."""
-        heads = (works[0] for works in self._works.values())
-        return min(MAX_DECODE_ROWS, sum(work.row_count for work in heads if work.is_decode))
+        return self.waiting().decode_rows
 
     @property
     def decode_sessions(self) -> int | None:
         """That wait with one decode row each; None where one has several."""
-        works = [works[0] for works in self._works.values() if works[0].is_decode]
-        return len(works) if all(work.row_count == 1 for work in works) else None
+        return self.waiting().decode_sessions
 
     def add(self, work: Work) -> None:
         """Guessed rows that follow each other wait as one work: many rows cost little more than one."""
@@ -69,7 +87,7 @@ class RowQueue:
         `sessions`: no more than so many decode; None: as many as fit.
         """
         heads = [works[0] for works in self._works.values()]
-        if not self.shared:
+        if not self.shared or (len(heads) == 1 and heads[0].is_decode):
             chosen = heads[:1]
         else:
             decode = _within([work for work in heads if work.is_decode][:sessions], MAX_DECODE_ROWS)

@@ -207,10 +207,10 @@ class StageSteps:
         return Step(loaded, works, events, began_at, self._clock())
 
     def _take(self, loaded: LoadedStage, now: float) -> list[Work]:
-        came_at = self._decode_came_at
-        if loaded.queue.decode_rows:
+        works = take_step(loaded.queue, loaded.pace, now, self._decode_came_at)
+        if works and works[0].is_decode:  # they come first
             self._decode_came_at = None
-        return take_step(loaded.queue, loaded.pace, now, came_at)
+        return works
 
     def _run_apart(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
         """All in one batch; where that is refused, one by one, so that the guilty session fails alone."""

@@ -165,10 +165,10 @@ class StageWorker:
                 else:
                     self.stage.obey(command)
             step = self.stage.step()
-            self.stage.measure()
             if step is not None:
                 self._deliver(step.events)
                 step.note()  # later: the next stage waits for what is delivered
+            self.stage.measure()
         finally:
             self._plan_turn()
 

@@ -17,7 +17,8 @@ from edge_runtime.engine.side_pages import pages_wanted
 
 def placed(works: list[Work], stage: Stage) -> list[Work]:
     """Without side rows where memory is short, or the stage can't run them: they are worth no session's failure."""
-    if any(work.sides for work in works) and pages_wanted(batch_of(works).spans) > stage.spare_pages:
+    has_sides = [work for work in works if work.row_count > len(work.ids)]
+    if has_sides and pages_wanted(batch_of(works).spans) > stage.spare_pages:
         return [chain_of(work) for work in works]
     return works
 

@@ -109,6 +109,8 @@ def parted(base_row: int, parents: Sequence[int], ids: Sequence[int]) -> tuple[t
     if len(parents) != len(ids):
         raise ValueError("a frame has one parent for each row")
     count = chain_length(base_row, parents)
+    if count == len(ids):
+        return tuple(ids), NO_SIDES
     names: list[int] = []
     for index, parent in enumerate(parents[count:]):
         if not max(base_row - 1, 0) <= parent < base_row + count + index:

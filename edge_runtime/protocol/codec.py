@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, Union, get_args, get_origin, get_type
 import msgpack
 
 from edge_runtime.errors import ProtocolError, VersionError
+from edge_runtime.protocol import hot_messages
 from edge_runtime.protocol.messages import (
     MAX_CONTROL_BYTES,
     MAX_ITEMS,
@@ -252,6 +253,11 @@ _BY_TYPE: Final[dict[type, _Codec]] = {codec.cls: codec for codec in _BY_TAG.val
 
 def encode_message(message: Message) -> bytes:
     """The message's own frame. Raises ProtocolError for a value that may not travel."""
+    return hot_messages.encoded(message) or encode_by_schema(message)
+
+
+def encode_by_schema(message: Message) -> bytes:
+    """`encode_message` without its short cut."""
     codec = _BY_TYPE.get(type(message))
     if codec is None:
         raise ProtocolError(f"{type(message).__name__} is not a message")
@@ -270,6 +276,11 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(frame: bytes | bytearray | memoryview) -> Message:
     """The message in one frame. Raises ProtocolError, and nothing else, whatever the bytes are."""
+    return hot_messages.decoded(frame) or decode_by_schema(frame)
+
+
+def decode_by_schema(frame: bytes | bytearray | memoryview) -> Message:
+    """`decode_message` without its short cut."""
     if len(frame) > MAX_CONTROL_BYTES:
         raise ProtocolError(f"a message of {len(frame)} bytes, more than {MAX_CONTROL_BYTES}")
     name = "a message"
@@ -314,6 +325,6 @@ def decode(frames: Sequence[Frame]) -> tuple[Message, list[memoryview]]:
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise ProtocolError(f"{len(frames)} frames, a message has 1 to {MAX_FRAMES}")
     payloads = [memoryview(frame) for frame in frames[1:]]
-    if any(payload.nbytes > MAX_FRAME_BYTES for payload in payloads):
+    if payloads and max([payload.nbytes for payload in payloads]) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a payload frame of more than {MAX_FRAME_BYTES} bytes")
     return decode_message(frames[0]), payloads
