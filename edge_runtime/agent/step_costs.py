@@ -1,7 +1,9 @@
 """What steps with prompt rows took lately, by their number of rows: how many rows fit into a given time.
 
 Kernels compute rows in blocks, so that a step of three rows can take longer than one of four: small steps are looked up
-one by one. A size that was not seen for a while counts as what a row usually takes, so that it is tried again.
+one by one. Steps are held up more often than they are quick, and a size that counts as too slow is not measured any
+more: so quick steps count for more than slow ones, and a size that was not seen for a while counts as what a row
+usually takes.
 
 Knows: rows, seconds. Does not know: what the rows are, who waits for them.
 """
@@ -11,7 +13,8 @@ from __future__ import annotations
 FEW_ROWS = 4  # below, kernels read weights more than they compute: a row's share says nothing of more rows
 MOST_LISTED = 16  # beyond, a row costs what it costs in larger steps
 PROBE_STEPS = 256  # of fewer rows, after which more are tried: a row may have become cheaper
-WEIGHT = 0.2  # of the latest measurement
+WEIGHT = 0.2  # of the latest measurement of a row
+QUICKER, SLOWER = 0.3, 0.1  # likewise of a size, by what it said
 
 
 class StepCosts:
@@ -32,7 +35,8 @@ class StepCosts:
         if rows <= MOST_LISTED:
             before = self._seconds_lately(rows)
             before = seconds if before is None else before
-            self._listed[rows] = before + WEIGHT * (seconds - before), self._steps
+            weight = QUICKER if seconds < before else SLOWER
+            self._listed[rows] = before + weight * (seconds - before), self._steps
         if rows < FEW_ROWS:
             return
         share = seconds / rows

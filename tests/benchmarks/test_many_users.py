@@ -20,8 +20,8 @@ BACK = {1: 25.4, 2: 26.2, 3: 37.4, 4: 35.4, 5: 45.7, 6: 49.5, 7: 56.0, 8: 52.0}
 
 def step_seconds(listed: dict[int, float], row: float, luck: random.Random) -> Callable[[int], float]:
     def seconds(rows: int) -> float:
-        held_up = 0.4 * luck.random() if luck.random() < 0.08 else 0.0
-        return 1e-3 * listed.get(rows, row * rows) * (0.9 + 0.25 * luck.random() + held_up)
+        held_up = 0.6 * luck.random() if luck.random() < 0.2 else 0.0
+        return 1e-3 * listed.get(rows, row * rows) * (0.88 + 0.25 * luck.random() + held_up)
 
     return seconds
 
@@ -39,14 +39,17 @@ def requests(count: int, seed: int = 20) -> list[Arrival]:
     return arrivals(seed, count, 1.0, 64, 32)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_both_stages_are_at_work_while_there_is_enough_to_do(seed: int) -> None:
-    """81 rows a second where prompts rode beside decode rows only; 71 if they did so as they came."""
-    streams, users = served(requests(28, 21), seed, at_once=8)
-    seconds = max(each.ended for each in streams)
-    for stage in users.stages.values():
-        assert sum(step.ended - step.began for step in stage.steps) > 0.83 * seconds
-    assert sum(each.prompt_tokens + len(each.token_times) for each in streams) > 84 * seconds
+def test_both_stages_are_at_work_while_there_is_enough_to_do() -> None:
+    """79 rows a second where a size of steps that was slow once was not tried again for long; 71 and fewer where
+    prompts rode beside decode rows only."""
+    speeds = []
+    for seed in range(2):
+        streams, users = served(requests(28, 21), seed, at_once=8)
+        seconds = max(each.ended for each in streams)
+        for stage in users.stages.values():
+            assert sum(step.ended - step.began for step in stage.steps) > 0.83 * seconds
+        speeds.append(sum(each.prompt_tokens + len(each.token_times) for each in streams) / seconds)
+    assert sum(speeds) / len(speeds) > 85
 
 
 @pytest.mark.parametrize("seed", range(2))
