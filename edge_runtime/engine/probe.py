@@ -7,7 +7,6 @@ Knows: rows, bits, seconds. Does not know: links, plans, or what the numbers are
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,7 +160,7 @@ class _LayerProbe:
     def time_decode(self, clock: Clock, budget_seconds: float) -> float:
         base = self.max_rows // 2 if self.block.is_causal else 0
         self.fill(1, base)
-        return _median(lambda: self._again(base, 1), clock, budget_seconds)
+        return _quick_quartile(lambda: self._again(base, 1), clock, budget_seconds)
 
     def time_prefill(self, clock: Clock, budget_seconds: float, decode_seconds: float) -> float:
         """Seconds per row of a chunk; a slow device gets a shorter chunk than a full one."""
@@ -169,7 +168,7 @@ class _LayerProbe:
         count = max(1, min(CHUNK_ROWS, self.max_rows, max(8, affordable)))
         base = min(self.max_rows // 2, self.max_rows - count) if self.block.is_causal else 0
         self.fill(1, base)
-        return _median(lambda: self._again(base, count), clock, budget_seconds) / count
+        return _quick_quartile(lambda: self._again(base, count), clock, budget_seconds) / count
 
     def _again(self, base: int, count: int) -> None:
         session = SessionId(1)
@@ -239,11 +238,14 @@ def _time_head(layer: _LayerProbe, clock: Clock, budget_seconds: float) -> float
     def once() -> None:
         sampler.sample(layer.run_head(layer.rows[:1])[0], next(positions))
 
-    return _median(once, clock, budget_seconds)
+    return _quick_quartile(once, clock, budget_seconds)
 
 
-def _median(work: Callable[[], None], clock: Clock, budget_seconds: float) -> float:
-    """Of at least one run after a warm-up, and as many as the budget holds, up to 50."""
+def _quick_quartile(work: Callable[[], None], clock: Clock, budget_seconds: float) -> float:
+    """A quarter of the runs took no longer: what else a starting machine does only makes them slower.
+
+    Of at least one run after a warm-up, and as many as the budget holds, up to 50.
+    """
     work()
     seconds: list[float] = []
     deadline = clock() + budget_seconds
@@ -251,4 +253,4 @@ def _median(work: Callable[[], None], clock: Clock, budget_seconds: float) -> fl
         before = clock()
         work()
         seconds.append(clock() - before)
-    return statistics.median(seconds)
+    return sorted(seconds)[len(seconds) // 4]

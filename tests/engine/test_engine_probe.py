@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,19 @@ def test_open_sessions_are_not_disturbed(bundle: Bundle) -> None:
     probe(stage, clock=ticking(1e-2))
     assert stage.kv_used_tokens == used
     assert np.array_equal(stage.run(Batch((span(2, 10, [3]),), None)), before)
+
+
+def test_what_holds_most_runs_up_is_not_measured(bundle: Bundle) -> None:
+    luck, now = random.Random(0), 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-3 if luck.random() < 0.4 else 2e-3
+        return now
+
+    result = probe(load(bundle, 0, 2), clock=clock)
+    assert result.layer_decode_seconds == pytest.approx(1e-3)
+    assert result.head_seconds == pytest.approx(1e-3)
 
 
 def test_a_slow_machine_stops_at_its_budget(bundle: Bundle) -> None:
