@@ -56,7 +56,7 @@ class Order:
     threads: int = 2
     passes: int = 1  # only the last is timed
     ring: bool = True  # the kernel reads on its own; False: lanes do
-    one_call: bool = False
+    one_call: bool = True
     start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
     cgroup_version: int = 0

@@ -32,7 +32,7 @@ Int32 = NDArray[np.int32]
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
     """`budget_bytes` is for experts alone. `lanes`: reads in flight, where `ring` (the kernel reads on its own) is not
-    to be had. `one_call`: a layer's hits, hashing and misses in one native call: slower in what was measured so far.
+    to be had. `one_call`: a layer's hits, hashing and misses in one native call; False: a call for each step.
 
     `start_bits`: use bit-nested experts as soon as so many bits of them are here, and read the rest later: lossy, and
     results depend on when reads end. 0, or experts without planes: only whole ones, the same bits always. `upgrades`
@@ -44,7 +44,7 @@ class CacheOptions:
     lanes: int = DEFAULT_LANES
     direct: bool = True
     ring: bool = True
-    one_call: bool = False
+    one_call: bool = True
     refetch: Refetch | None = None
     read: ReadInto = read_into
     start_bits: int = ALL_BITS

@@ -21,22 +21,16 @@ using namespace expert_layer;
 
 namespace {
 
-constexpr auto kAwake = std::chrono::microseconds(60);         // of the caller, before it sleeps until something comes
-constexpr auto kHelperAwake = std::chrono::milliseconds(2);  // of helpers: flash that is slower than this has one thread waiting
+// Of helpers. One that leaves does not come back before the layer is done, so it is long: only flash that stalls, for a
+// moment of which one thread more or less makes no difference, outlasts it.
+constexpr auto kHelperAwake = std::chrono::milliseconds(20);
 
 class Spin {
  public:
   void lock() {
-    while (taken_.test_and_set(std::memory_order_acquire)) pause();
+    while (taken_.test_and_set(std::memory_order_acquire)) pause_awake();
   }
   void unlock() { taken_.clear(std::memory_order_release); }
-  static void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-  }
 
  private:
   std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
@@ -120,6 +114,11 @@ class Arriving {
 
   bool next(Work* work, bool is_caller) {
     const auto start = std::chrono::steady_clock::now();
+    bool waits = false;  // for flash
+    const auto leave = [&](bool found) {
+      if (waits) reads_.waited(std::chrono::steady_clock::now() - start);
+      return found;
+    };
     while (true) {
       if (is_caller) look();
       if (count_.load(std::memory_order_acquire)) {
@@ -128,14 +127,16 @@ class Arriving {
           *work = work_.front();
           work_.pop_front();
           count_.store(work_.size(), std::memory_order_relaxed);
-          return true;
+          return leave(true);
         }
       }
-      if (!open_.load(std::memory_order_acquire)) return false;
-      for (int i = 0; i < 8; ++i) Spin::pause();
+      if (!open_.load(std::memory_order_acquire)) return leave(false);
+      pause_awake();
       const auto idle = std::chrono::steady_clock::now() - start;
       if (!is_caller && (idle > kHelperAwake || !is_looked_after_.load(std::memory_order_relaxed))) return false;
-      if (is_caller && idle > kAwake && reads_.is_waiting()) reads_.wait();
+      if (!is_caller || !reads_.is_waiting()) continue;
+      waits = true;
+      if (idle > kFlashAwake) reads_.wait();
     }
   }
 

@@ -89,7 +89,10 @@ FlashReads::Landed FlashReads::land(int threads) {
     while (!parts_.empty() && done.empty()) {
       poll(&leaves, &done);
       if (leaves.empty() && done.empty()) {
-        wait();
+        const auto start = std::chrono::steady_clock::now();
+        while (!ring_.is_ready() && std::chrono::steady_clock::now() - start < kFlashAwake) pause_awake();
+        if (!ring_.is_ready()) wait();
+        waited(std::chrono::steady_clock::now() - start);
         continue;
       }
       const auto count = static_cast<std::int64_t>(leaves.size());
@@ -160,12 +163,6 @@ FlashPart* FlashReads::brought(FlashPart* part) {
   if (part->missing.fetch_sub(1, std::memory_order_acq_rel) != 1) return nullptr;
   if (part->problem == kPartRight && !is_right(*part)) part->problem = kPartWrong;
   return part;
-}
-
-void FlashReads::wait() {
-  const auto start = std::chrono::steady_clock::now();
-  ring_.wait();
-  waited_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void FlashReads::leave(Landed* landed) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <memory>
 #include <tuple>
@@ -18,6 +19,18 @@
 namespace edge {
 
 constexpr int kPartRight = 0, kPartWrong = 1, kPartLeftOut = 2;  // what became of a part; below 0: an errno
+
+// Of a thread that waits for flash, before it sleeps: what it waits for mostly comes sooner, and waking takes as long as
+// hashing a piece does.
+constexpr auto kFlashAwake = std::chrono::microseconds(500);
+
+inline void pause_awake() {
+#if defined(__x86_64__) || defined(_M_X64)
+  for (int i = 0; i < 8; ++i) __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  for (int i = 0; i < 8; ++i) __asm__ volatile("yield");
+#endif
+}
 
 struct FlashPart {
   std::int64_t key;
@@ -72,7 +85,9 @@ class FlashReads {
   // From any thread. The part, where this was the last that it missed.
   static FlashPart* hash(const FlashLeaf& leaf);
   bool is_waiting() const { return !flying_.empty(); }
-  void wait();
+  // Asleep until something has come.
+  void wait() { ring_.wait(); }
+  void waited(std::chrono::steady_clock::duration time) { waited_seconds_ += std::chrono::duration<double>(time).count(); }
   // Takes out what is done.
   void leave(Landed* landed);
 

@@ -25,6 +25,8 @@ class Ring {
   void submit();
   // The next completion, if there is one.
   bool take(Completion* completion);
+  // Whether `take` has one.
+  bool is_ready() const;
   // Until there is one; something must be in flight. Throws std::system_error.
   void wait();
 
