@@ -31,8 +31,18 @@ FIGURES = {
         },
         {"pipeline_vs_llamacpp_rpc"},
     ),
-    "load": ({"itl_p99_during_prefill_vs_alone", "starved", "offered_share"}, set()),
+    "load": (
+        {
+            "itl_p99_during_prefill_vs_alone",
+            "starved",
+            "offered_share",
+            "overload_refused",
+            "overload_starved_once_begun",
+        },
+        set(),
+    ),
 }
+MORE = {"load": ["--only", "latency", "open", "overload"]}  # overload is no part of a run that names none
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +54,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_benchmark_runs_and_says_its_figures(directory: Path, name: str) -> None:
     ours, with_peers = FIGURES[name]
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", "tiny", "--json"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", "tiny", "--json", *MORE.get(name, ())]
     done = subprocess.run(
         command if HAVE_PEERS else [*command, "--no-peers"],
         cwd=directory,
