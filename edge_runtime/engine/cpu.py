@@ -244,7 +244,9 @@ class CpuStage:
     def _run_blocks(self, batch: Batch, sides: Tables) -> Rows:
         context = run_context(batch.spans, self._cache, self.ropes, sides)
         wants_logits = self._shape.is_tail and self._shape.model.kind == "generator"
-        hidden = _NO_ROWS if batch.hidden is None else np.require(batch.hidden, requirements=("C", "A"))
+        hidden = _NO_ROWS if batch.hidden is None else batch.hidden
+        if not (hidden.flags.c_contiguous and hidden.flags.aligned):
+            hidden = hidden.copy()
         kv_layer = 0
         for block in self._chained if can_chain(context) else self._apart:
             if self._given_up:

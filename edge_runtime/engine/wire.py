@@ -18,6 +18,7 @@ Float32 = NDArray[np.float32]
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 WIRES = (FP32, FP16, INT8)
 
+_LITTLE_FLOAT = np.dtype("<f4")
 _LEVELS = np.float32(127)
 # 127 times a scale must be exact in fp32, or rounding twice would not be rounding once: a scale has 16 bits.
 _DROPPED_BITS = np.uint32(0xFF)
@@ -47,7 +48,7 @@ def rounded(rows: Float32, wire: str) -> Float32:
 def packed(rows: Float32, wire: str) -> memoryview:
     """The frame of rows that are `rounded` already: fp32 as they lie, no copy; int8 all scales first."""
     if wire == FP32:
-        return np.ascontiguousarray(rows, np.dtype("<f4")).data.cast("B")
+        return np.ascontiguousarray(rows, _LITTLE_FLOAT).data.cast("B")
     if wire == FP16:
         return _half(rows).astype("<f2", copy=False).data.cast("B")
     levels, scales = _levels(rows)
@@ -60,8 +61,8 @@ def unpacked(frame: memoryview, wire: str, count: int, hidden_size: int) -> Floa
         return None
     shape = (count, hidden_size)
     if wire == FP32:
-        rows = np.frombuffer(frame, np.dtype("<f4")).reshape(shape)
-        return np.require(rows, requirements=("ALIGNED",))  # small frames lie wherever the link put them
+        rows = np.frombuffer(frame, _LITTLE_FLOAT).reshape(shape)
+        return rows if rows.flags.aligned else rows.copy()  # small frames lie wherever the link put them
     if wire == FP16:
         return np.frombuffer(frame, np.dtype("<f2")).reshape(shape).astype(np.float32)
     scales = np.frombuffer(frame, np.dtype("<f4"), count).reshape(count, 1)
