@@ -47,8 +47,9 @@ class AwayTime:
     def left(self, session: SessionId) -> None:
         self._went.pop(session, None)
 
-    def next_at(self) -> float | None:
+    def next_at(self, now: float) -> float | None:
         """When the first of those that are away is expected. None: nobody is, or nothing is known."""
-        if not self._went or self._usual_seconds is None:
+        went = [at for at in self._went.values() if now - at < PATIENCE_SECONDS]
+        if not went or self._usual_seconds is None:
             return None
-        return min(self._went.values()) + self._usual_seconds
+        return min(went) + self._usual_seconds

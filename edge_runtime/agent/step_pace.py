@@ -90,7 +90,7 @@ class StepPace:
             self._decoded_at, self._decode_rows = now, decode_rows
             self._due_at = None
         else:
-            self._due_at = self._away.next_at()
+            self._due_at = self._away.next_at(now)
             self._away.filled(now)
             self._fill_began, self._fill_ended = now - seconds, now
         if decode_rows == 1 and not prompt_rows:
@@ -147,7 +147,7 @@ class StepPace:
 
     def _rows_while_away(self, now: float) -> int:
         """That a step can take until decode rows are back, or little longer; 0 where it is not worth it."""
-        alone, due_at = self._alone_seconds(1), self._away.next_at()
+        alone, due_at = self._alone_seconds(1), self._away.next_at(now)
         if alone is None:
             return 0
         if due_at is None:  # sessions that guess have several rows: nobody follows each of them

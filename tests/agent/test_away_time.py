@@ -21,11 +21,11 @@ def gone_and_back(away: AwayTime, now: float, seconds: float) -> float:
 def test_nothing_is_expected_before_anything_was_seen() -> None:
     away = AwayTime()
     away.went([A], 1.0)
-    assert away.next_at() is None
+    assert away.next_at(1.1) is None
     away.came(A, 1.2)
-    assert away.next_at() is None  # it is here
+    assert away.next_at(1.2) is None  # it is here
     away.went([A], 2.0)
-    assert away.next_at() == pytest.approx(2.2)
+    assert away.next_at(2.0) == pytest.approx(2.2)
 
 
 def test_the_first_of_several_counts_until_it_comes_or_leaves() -> None:
@@ -33,9 +33,9 @@ def test_the_first_of_several_counts_until_it_comes_or_leaves() -> None:
     gone_and_back(away, 0.0, 0.1)
     away.went([A], 1.0)
     away.went([B], 1.05)
-    assert away.next_at() == pytest.approx(1.1)
+    assert away.next_at(1.05) == pytest.approx(1.1)
     away.left(A)
-    assert away.next_at() == pytest.approx(1.15)
+    assert away.next_at(1.05) == pytest.approx(1.15)
 
 
 def test_who_stays_away_for_ever_teaches_nothing() -> None:
@@ -43,7 +43,16 @@ def test_who_stays_away_for_ever_teaches_nothing() -> None:
     now = gone_and_back(away, 0.0, 0.1)
     now = gone_and_back(away, now, PATIENCE_SECONDS)
     away.went([A], now)
-    assert away.next_at() == pytest.approx(now + 0.1)
+    assert away.next_at(now) == pytest.approx(now + 0.1)
+
+
+def test_who_is_stuck_hides_nobody() -> None:
+    away = AwayTime()
+    gone_and_back(away, 0.0, 0.1)
+    away.went([A], 1.0)
+    away.went([B], 1.0 + PATIENCE_SECONDS)
+    assert away.next_at(1.0 + PATIENCE_SECONDS) == pytest.approx(1.1 + PATIENCE_SECONDS)
+    assert away.next_at(1.0 + 2 * PATIENCE_SECONDS) is None
 
 
 @given(st.floats(0.01, 1.0), st.floats(0.01, 1.0))
@@ -57,7 +66,7 @@ def test_rows_that_come_unseen_are_looked_for_earlier_until_they_are_seen(
     late = []
     for _ in range(400):
         away.went([A], now)
-        due = away.next_at()
+        due = away.next_at(now)
         assert due is not None
         away.filled(due)
         late.append(max(0.0, due - (now + true)))
