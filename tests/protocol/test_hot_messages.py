@@ -62,6 +62,11 @@ def test_other_bytes_are_refused_alike(message: Message, at: int, other: bytes) 
 
 
 @given(st.binary(max_size=60))
+@example(b"\x91" * 2000)
+@example(b"\xdd\xff\xff\xff\xff")
+@example(b"\xc6\xff\xff\xff\xff")
+@example(b"\xd6\xff\x00\x00\x00\x00")
+@example(b"\x81\x91\x01\x02")
 def test_no_bytes_make_the_short_cut_fail(frame: bytes) -> None:
     assert outcome(codec.decode_message, frame) == outcome(codec.decode_by_schema, memoryview(frame))
 
