@@ -1,8 +1,8 @@
 """Two ways to have the missing experts of a layer: lanes, which are threads, and the kernel's own reading.
 
 With lanes somebody else reads and hashes while the batch computes; they share its processors, and wake each other. With
-`RingReads` the kernel reads and nobody waits for it: the batch's own threads hash what has come once they have computed
-what was here. The bytes, the checks, and what is done about wrong ones are the same.
+`RingReads` the kernel reads and nobody waits for it: the batch's own threads hash what has come, between computing what
+is here. The bytes, the checks, and what is done about wrong ones are the same.
 
 Knows: slots, planes, digests. Does not know: which expert is wanted why.
 """
