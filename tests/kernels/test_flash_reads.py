@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,47 @@ def test_experts_on_their_way_give_the_bits_of_those_that_are_here(
         os.close(descriptor)
 
 
+@needs_ring
+@pytest.mark.parametrize("threads", [1, 2])
+def test_flash_that_takes_longer_than_threads_stay_awake(threads: int) -> None:
+    """A pipe in its place, into which somebody writes later: first those who only wait, then those who also compute."""
+    import fcntl  # there where io_uring is
+
+    whole = random_experts(1)
+    expert = whole.buffer[:STRIDE_BYTES].tobytes()
+    ids, gates = np.array([[0, 1]], np.int32), np.ones((1, 2), np.float32)
+    x = np.random.default_rng(1).normal(size=(1, HIDDEN)).astype(np.float32)
+    wanted = run_experts(x, ids, gates, whole, activation="silu")
+    memory = whole.buffer.copy()
+    out, into = os.pipe()
+    try:
+        fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 2 * STRIDE_BYTES)  # all of it in one write
+        reads = FlashReads(STRIDE_BYTES)
+        part = Part(7, out, 0, STRIDE_BYTES, 0, blake3(expert).digest())
+        for computes in (False, True):
+            memory[:STRIDE_BYTES] = 0xFF
+            waited_before = reads.waited_seconds
+            reads.submit(memory, [part])
+            writer = threading.Timer(LATE_SECONDS, os.write, (into, expert))
+            writer.start()
+            if computes:
+                here = replace(whole, buffer=memory)
+                result, landed = reads.run_experts(
+                    [(7, 0)], x, ids, gates, here, activation="silu", threads=threads
+                )
+                assert result is not None
+                np.testing.assert_array_equal(result.view(np.uint32), wanted.view(np.uint32))
+            else:
+                landed = reads.land(threads)
+            writer.join()
+            assert [(one.key, one.problem) for one in landed] == [(7, "")]
+            assert reads.waited_seconds - waited_before > LATE_SECONDS / 2
+    finally:
+        os.close(out)
+        os.close(into)
+
+
+LATE_SECONDS = 0.03  # more than any thread waits awake
 HIDDEN, INTERMEDIATE, EXPERTS = 256, 160, 6
 STRIDE_BYTES = 96 << 10
 
