@@ -34,14 +34,16 @@ def sockets() -> int:
 
 def what_an_agent_holds(agent: Agent) -> dict[str, int]:
     worker, state = agent._plane.worker, agent._plane._state
-    loaded = worker._loaded
+    loaded = worker.stage.loaded
     assert loaded is not None
     table = loaded.stage._cache.table  # type: ignore[attr-defined]
     return {
         "sessions": len(state.sessions) + len(loaded.open) + len(loaded.tails) + len(table.sessions()),
         "prompts": len(state._prompts),
         "rows": len(loaded.queue),
+        "turns": len(loaded.queue._turn_rows),
         "decoding": len(loaded.pace._decoding),
+        "away": len(loaded.pace._away._went),
         "reserved": table.reserved_tokens,
         "used and not at rest": table.used_pages - len(table.prefixes.resting),
     }
