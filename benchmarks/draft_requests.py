@@ -82,7 +82,9 @@ def _code(function: str, temperature: float, tokens: int) -> Asked:
 def _edit(tokenizer: Tokenizer, function: str, temperature: float, tokens: int) -> Asked:
     edited = renamed(function)
     lines = edited.splitlines(keepends=True)
-    begun = "".join(lines[: max(1, int(BEGUN_SHARE * len(lines)))])
+    # Without the last line's end: this tokenizer has one id for it and the next line's indentation, and after a bare
+    # end the target takes up unindented text of its own.
+    begun = "".join(lines[: max(1, int(BEGUN_SHARE * len(lines)))]).rstrip("\n")
     left = len(tokenizer.encode(edited[len(begun) :]).ids)
     return Asked("edit", f"{function}\n\n\n{begun}", temperature, min(left, tokens))
 
