@@ -28,7 +28,7 @@ OPTIONS: GenerateOptions = {
     "temperature": 0.7,
     "top_p": 0.95,
     "repetition_penalty": 1.1,
-    "seed": 13,
+    "seed": 6,
 }
 WARM_UP_TOKENS = 16
 
