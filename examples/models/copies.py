@@ -25,7 +25,7 @@ MIN_REWRITTEN_TOKENS, MAX_REWRITTEN_TOKENS = (
     100,
     480,
 )  # of a span that comes again at once, with a name changed
-COPY_WEIGHT = 2.0  # of a copied token in the loss, against 1 for a new one
+COPY_WEIGHT = 4.0  # of a copied token in the loss, against 1 for a new one
 RENAMED_SHARE = 0.9  # of those copies, the others are verbatim
 ELSEWHERE_TOKENS = 64  # of the text that new names and lines are taken from
 BETWEEN = "\n\n\n"  # a span and its rewritten copy
