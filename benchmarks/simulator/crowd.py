@@ -197,8 +197,9 @@ class Crowd:
         self._offer(number, Draft(number, LEASE, frame.turn, frame.base_row, frame.parents, frame.ids))
 
     def _offer(self, number: int, draft: Draft) -> None:
-        if self.requests[number].ledger.offer(draft, self.load):
-            self._post(COORDINATOR, self._names[0], draft)
+        offered = self.requests[number].ledger.offer(draft, self.load)
+        if offered is not None:
+            self._post(COORDINATOR, self._names[0], offered)
 
     def _flood(self, number: int) -> None:
         """Wrong ids for the next positions, for those after, and for ones that nobody can know yet."""

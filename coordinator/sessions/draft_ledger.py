@@ -10,7 +10,7 @@ Knows: guesses by position, and credit. Does not know: links, stages, the wire.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_runtime.errors import ProtocolError
 from edge_runtime.protocol.messages import Draft
@@ -23,6 +23,7 @@ ACCEPTED_EARNS = 24.0  # rows: a window that is thrown away at every third guess
 COMMITTED_EARNS = 0.125  # so that a drafter that was wrong for long may try again when the text gets easier
 LOADED_CREDIT = 8.0  # the most, on a fully loaded target
 LOADED_EARNS = 1.1, 0.02  # there, of an accepted and of a committed id
+CUT_LOAD = 0.5  # up to which what there is no credit for is cut off a frame; beyond, all of it is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +89,46 @@ class DraftLedger:
     def turn(self) -> int:
         return self._turn
 
-    def offer(self, draft: Draft, load: float = 0.0) -> bool:
-        """Whether to forward it. A draft that is not forwarded costs its sender nothing but time.
+    def offer(self, draft: Draft, load: float = 0.0) -> Draft | None:
+        """What of it to forward. What is not forwarded costs its sender nothing but time.
 
-        `load` of the target, 0 .. 1.
+        Without credit for all of it the beginning of its chain goes on: one right guess there earns credit for many,
+        and to refuse the whole would leave a device that was wrong for long at the target's own pace until it has
+        credit for as large a frame as it happens to send. A loaded target forwards all or nothing: single rows would
+        be half wasted there. `load` of the target, 0 .. 1.
         """
         if draft.base_row > self._position + MAX_AHEAD or draft.turn >= self._position:
-            return False  # of a future that nobody can know yet
+            return None  # of a future that nobody can know yet
         new = self._new(draft)
-        if len(new) > min(self._credit, _between(MOST_CREDIT, LOADED_CREDIT, load)):
-            return False
+        credit = int(min(self._credit, _between(MOST_CREDIT, LOADED_CREDIT, load)))
+        if len(new) > credit:
+            cut = self._beginning(draft, credit) if load <= CUT_LOAD else None
+            if cut is None:
+                return None
+            draft, new = cut, self._new(cut)
         self._credit -= len(new)
         self.counts += DraftCounts(drafted=len(new))
         if draft.turn < self._turn:  # it was on its way when the miss came: stage 1 knows what to do with it
             self.counts += DraftCounts(wasted=len(new))
-            return True
+            return draft
         for position, identity, is_main in new:
             self._guesses.setdefault(position, {})[identity] = is_main
-        return True
+        return draft
+
+    def _beginning(self, draft: Draft, credit: int) -> Draft | None:
+        """Its chain as far as there is credit for new rows, without side rows; None where that is nothing."""
+        length = 0
+        for index, (parent, identity) in enumerate(zip(draft.parents, draft.ids, strict=True)):
+            position = draft.base_row + index
+            if parent != position - 1:
+                break  # side rows follow
+            is_known = identity in self._guesses.get(position, ())
+            if self._position <= position < self._max_rows and not is_known:
+                credit -= 1
+            if credit < 0:
+                break
+            length = index + 1
+        return replace(draft, parents=draft.parents[:length], ids=draft.ids[:length]) if length else None
 
     def _new(self, draft: Draft) -> list[tuple[int, int, bool]]:
         """(position, id, on the main chain) of rows that were not forwarded before."""

@@ -127,8 +127,9 @@ class Generation(LiveSession):
         if self.is_open and not self.ended:
             self._drafter = source
             before = self._drafts.counts
-            if self._drafts.offer(draft, self._port.draft_load(self._lease)):
-                self._port.draft(replace(draft, session=self._number, lease=self._lease))
+            offered = self._drafts.offer(draft, self._port.draft_load(self._lease))
+            if offered is not None:
+                self._port.draft(replace(offered, session=self._number, lease=self._lease))
             self._count_drafts(before)
 
     def _count_drafts(self, before: DraftCounts) -> None:
