@@ -108,9 +108,10 @@ class AgentNews:
                 raise ProtocolError(f"{type(message).__name__} is nothing an agent says to a coordinator")
 
     def _heartbeat(self, device_id: str, connection: int, beat: Heartbeat) -> None:
-        if beat.row_seconds < 0:
+        seconds = beat.row_seconds, beat.round_seconds
+        if min(seconds) < 0:
             raise ProtocolError("its steps took negative times")
-        self._loop.tell(ev.DeviceStepped(device_id, connection, beat.steps, self._clock(), beat.row_seconds))
+        self._loop.tell(ev.DeviceStepped(device_id, connection, beat.steps, self._clock(), *seconds))
 
     def _profile_arrived(self, device_id: str, connection: int, report: ProfileReport) -> None:
         device = self._loop.state.devices.get(device_id)

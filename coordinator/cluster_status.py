@@ -139,7 +139,7 @@ def _plan_status(
         split=split_text(split),
         stages=tuple((part.name, part.layers.first, part.layers.last) for part in pipeline.plan.stages),
         holders=tuple((part.name, part.experts, part.weight_bytes) for part in pipeline.plan.holders),
-        predicted_tokens_per_second=predicted_tokens_per_second(pipeline.plan, served),
+        predicted_tokens_per_second=predicted_tokens_per_second(pipeline.plan, served, pipeline.lease),
         measured_tokens_per_second=measured_tokens_per_second,
         reasons=(*broken, *refusal, *pipeline.plan.reasons, *told),
     )

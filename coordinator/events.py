@@ -44,6 +44,7 @@ class DeviceStepped:
     steps: int
     at: float
     row_seconds: float = 0.0  # of a step with one decoded row, lately; 0: there was none
+    round_seconds: float = 0.0  # from such a step to the next one of its session, likewise
 
 
 @dataclass(frozen=True, slots=True)

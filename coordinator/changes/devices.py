@@ -78,7 +78,7 @@ def _served(state: ClusterState, event: ev.DeviceStepped) -> Served | None:
     for pipeline in state.pipelines if event.row_seconds > 0 else ():
         for stage in pipeline.plan.stages if pipeline.is_ready else ():
             if stage.device_id == event.device_id:
-                return Served(stage.layers, event.row_seconds)
+                return Served(stage.layers, event.row_seconds, event.round_seconds, pipeline.lease)
     return None
 
 

@@ -23,6 +23,10 @@ class Served:
 
     layers: LayerRange
     row_seconds: float
+    round_seconds: float = (
+        0.0  # from such a step to the next one of its session: all stages and hops; 0: unknown
+    )
+    lease: int = 0  # of the plan in which that was
 
 
 def corrected(profile: DeviceProfile, served: Served | None, model: ModelProfile) -> DeviceProfile:
@@ -40,8 +44,14 @@ def corrected(profile: DeviceProfile, served: Served | None, model: ModelProfile
     )
 
 
-def predicted_tokens_per_second(plan: Plan, served: Mapping[str, Served]) -> float:
-    """Of one session. `served`: by device id; stages that served nothing yet count as planned."""
+def predicted_tokens_per_second(plan: Plan, served: Mapping[str, Served], lease: int) -> float:
+    """Of one session. `served`: by device id; stages that served nothing yet count as planned.
+
+    Where stage 1 has seen rows come round under this lease, that is the time of a token, hops and all.
+    """
+    first = served.get(plan.stages[0].device_id)
+    if first is not None and first.lease == lease and first.round_seconds > 0:
+        return 1 / first.round_seconds
     if plan.holders:
         return plan.predicted_tokens_per_second  # what they are asked for is in nobody's stage alone
     seconds = 0.0

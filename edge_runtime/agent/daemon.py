@@ -232,7 +232,7 @@ class Agent:
             stage.open_sessions,
             stage.kv_used_tokens,
             resident_bytes(),
-            stage.row_seconds,
+            *stage.served_seconds,
         )
 
     async def _until_broken(self) -> None:

@@ -92,7 +92,7 @@ class StageSteps:
         self._retired: Stage | None = None
         self.steps = 0  # moves with every batch; read by heartbeats
         self.kv_used_tokens = 0
-        self.row_seconds = 0.0  # of a step with one decoded row, in the stage that is loaded
+        self.served_seconds = 0.0, 0.0  # of a row here, and of its round, in the stage that is loaded
         self.open_sessions = 0
 
     def came(self, session: SessionId) -> None:
@@ -139,7 +139,8 @@ class StageSteps:
     def measure(self) -> None:
         loaded = self.loaded
         self.kv_used_tokens = loaded.stage.kv_used_tokens if loaded else 0
-        self.row_seconds = loaded.pace.row_seconds if loaded else 0.0
+        served = loaded.pace.served if loaded else None
+        self.served_seconds = (served.row_seconds, served.round_seconds) if served else (0.0, 0.0)
         self.open_sessions = len(loaded.open) if loaded else 0
 
     def obey(self, command: Order) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from edge_runtime.agent.away_time import AwayTime
 from edge_runtime.agent.decode_groups import DecodeGroups
+from edge_runtime.agent.served_times import ServedTimes
 from edge_runtime.agent.step_costs import FEW_ROWS, StepCosts
 from edge_runtime.core import SessionId
 
@@ -28,7 +29,6 @@ SEEN_SECONDS = 0.001  # what has arrived during a step is seen within so much of
 FIRST_ROWS = 4  # before anything was measured
 REFRESH_STEPS = 64  # a step without prompt rows now and then keeps the comparison honest
 WEIGHT = 0.2  # of the latest measurement
-ROW_WEIGHT = 0.05  # likewise, of a step with one decoded row: what the device says of itself
 QUICK, SLOW = 0.5, 0.05  # towards an extreme, and back from it
 
 
@@ -44,8 +44,7 @@ class StepPace:
         self._fill_began = self._fill_ended = float("-inf")  # the last step without any
         self._since_refresh = 0  # steps with prompt rows since one without
         self._decoding: set[SessionId] = set()
-        self._single_rows = 0  # steps with one decoded row and nothing else
-        self.row_seconds = 0.0  # of such a step, lately; 0: there was none
+        self.served = ServedTimes()
         self._away = AwayTime()
         self._due_at: float | None = None  # when rows were expected while the last step ran that had none
         self.groups = DecodeGroups(forms=forms_groups)
@@ -93,10 +92,7 @@ class StepPace:
             self._due_at = self._away.next_at(now)
             self._away.filled(now)
             self._fill_began, self._fill_ended = now - seconds, now
-        if decode_rows == 1 and not prompt_rows:
-            self._single_rows += 1
-            weight = max(ROW_WEIGHT, 1 / self._single_rows)
-            self.row_seconds += weight * (seconds - self.row_seconds)
+        self.served.ended(decode_rows, prompt_rows, seconds, now, sessions)
         if not prompt_rows:
             key = decode_rows.bit_length()
             self._alone[key] = seconds + (1 - WEIGHT) * (self._alone.get(key, seconds) - seconds)

@@ -63,6 +63,7 @@ class Heartbeat:
     kv_tokens: int
     rss_bytes: int
     row_seconds: float = 0.0  # of a step with one decoded row, lately; 0: there were none under this lease
+    round_seconds: float = 0.0  # from such a step to the next one of the same session, likewise
 
 
 @dataclass(frozen=True, slots=True)

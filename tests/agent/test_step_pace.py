@@ -14,6 +14,7 @@ import pytest
 from edge_runtime.agent.next_step import pause_seconds, take_step
 from edge_runtime.agent.pipeline_events import Work
 from edge_runtime.agent.row_queue import RowQueue
+from edge_runtime.agent.served_times import ServedTimes
 from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.core import SessionId
 
@@ -264,15 +265,32 @@ def test_a_slow_step_does_not_keep_prompts_at_one_row_a_step_for_ever(decode_row
 
 def test_the_time_of_a_row_is_that_of_steps_with_one_row_and_nothing_else() -> None:
     pace = StepPace()
-    assert pace.row_seconds == 0
+    assert pace.served.row_seconds == 0
     for seconds in (0.02, 0.04):
         pace.ended(1, 0, seconds, 1.0)
     pace.ended(1, 64, 5.0, 2.0)
     pace.ended(4, 0, 5.0, 3.0)
-    assert pace.row_seconds == pytest.approx(0.03)
+    assert pace.served.row_seconds == pytest.approx(0.03)
     for _ in range(200):
         pace.ended(1, 0, 0.1, 4.0)
-    assert pace.row_seconds == pytest.approx(0.1, rel=1e-3)
+    assert pace.served.row_seconds == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_round_is_from_row_to_row_of_a_session_that_is_alone() -> None:
+    served = ServedTimes()
+    one, other = SessionId(1), SessionId(2)
+    for now in (1.0, 1.05, 1.11):
+        served.ended(1, 0, 0.02, now, [one])
+    assert served.round_seconds == pytest.approx(0.055)
+    served.ended(1, 0, 0.02, 1.13, [other])  # somebody else's row came between
+    served.ended(1, 0, 0.02, 1.17, [one])
+    served.ended(2, 0, 0.02, 1.20, [one, other])
+    served.ended(1, 0, 0.02, 1.24, [one])
+    served.ended(1, 32, 0.02, 1.30, [one])  # a prompt rode beside it
+    served.ended(1, 0, 0.02, 1.34, [one])
+    served.ended(1, 0, 0.02, 8.0, [one])  # it stood still
+    assert served.round_seconds == pytest.approx(0.055)
+    assert served.row_seconds == pytest.approx(0.02)
 
 
 def test_after_the_last_decode_row_chunks_are_whole_again() -> None:

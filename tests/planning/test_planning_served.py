@@ -52,11 +52,20 @@ def test_a_prediction_takes_served_stages_as_they_were_and_others_as_planned() -
     planned = plan("a", "b")
     stages = [replace(stage, compute_seconds=0.02, hop_seconds=0.005) for stage in planned.stages]
     planned = replace(planned, stages=tuple(stages), predicted_tokens_per_second=20.0)
-    assert predicted_tokens_per_second(planned, {}) == pytest.approx(1 / 0.05)
+    assert predicted_tokens_per_second(planned, {}, 1) == pytest.approx(1 / 0.05)
     served = {"a": Served(LayerRange(0, 0), 0.03)}
-    assert predicted_tokens_per_second(planned, served) == pytest.approx(1 / 0.06)
+    assert predicted_tokens_per_second(planned, served, 1) == pytest.approx(1 / 0.06)
     elsewhere = {"a": Served(LayerRange(0, 1), 0.03)}
-    assert predicted_tokens_per_second(planned, elsewhere) == pytest.approx(1 / 0.05)
+    assert predicted_tokens_per_second(planned, elsewhere, 1) == pytest.approx(1 / 0.05)
+
+
+def test_rows_that_came_round_say_what_a_token_takes_with_all_hops_under_that_lease_alone() -> None:
+    planned = plan("a", "b")
+    stages = [replace(stage, compute_seconds=0.02, hop_seconds=0.005) for stage in planned.stages]
+    planned = replace(planned, stages=tuple(stages))
+    served = {"a": Served(LayerRange(0, 0), 0.02, 0.08, 1), "b": Served(LayerRange(1, 1), 0.02, 0.5, 1)}
+    assert predicted_tokens_per_second(planned, served, 1) == pytest.approx(1 / 0.08)
+    assert predicted_tokens_per_second(planned, served, 2) == pytest.approx(1 / 0.05)  # other hops, then
 
 
 def predictions(state: ClusterState) -> list[float]:
@@ -65,11 +74,11 @@ def predictions(state: ClusterState) -> list[float]:
 
 def test_heartbeats_of_a_ready_pipeline_say_how_long_rows_take() -> None:
     state = after(beat("a", 0.01), beat("b", 0.03), state=serving("a", "b"))
-    assert state.devices["a"].served == Served(LayerRange(0, 0), 0.01)
-    assert state.devices["b"].served == Served(LayerRange(1, 1), 0.03)
+    assert state.devices["a"].served == Served(LayerRange(0, 0), 0.01, lease=1)
+    assert state.devices["b"].served == Served(LayerRange(1, 1), 0.03, lease=1)
     assert predictions(state) == [pytest.approx(25.0)]
     idle = after(beat("a", 0.0), state=state)
-    assert idle.devices["a"].served == Served(LayerRange(0, 0), 0.01)
+    assert idle.devices["a"].served == Served(LayerRange(0, 0), 0.01, lease=1)
 
 
 def test_a_heartbeat_before_the_new_stage_is_ready_is_of_the_old_one() -> None:
