@@ -15,23 +15,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from edge_kernels.nested import NestedMatrix, quantize_nested
-from edge_kernels.quantization import quantize
+from edge_kernels.nested import NestedMatrix, nest
+from edge_kernels.quantization import QuantizedMatrix
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.hashing import digest_of_expert
 from edge_runtime.bundle.manifest import LOW_PLANE, SLICE_ALIGNMENT_BYTES, Part, Tensor
 from edge_runtime.bundle.writer import SliceWriter
-from exporters.checkpoint import Floats
+from exporters.quantize import Inputs, rounding
 from exporters.sources import Expert, ExpertsSource
 
 _PART_ALIGNMENT_BYTES = 64  # a cache line
 
-Importance = Callable[[int, str], Floats | None]  # (expert, part) -> weight of each input channel
+ExpertInputs = Callable[[int, str], Inputs | None]  # of (expert, part); gate and up see the same ones
 
 
 def write_experts(
-    out: SliceWriter, source: ExpertsSource, format: str, importance: Importance = lambda expert, part: None
+    out: SliceWriter, source: ExpertsSource, format: str, inputs: ExpertInputs = lambda expert, part: None
 ) -> Tensor:
     """Append all experts of a layer; one expert is in memory at a time."""
     plan = source.plan
@@ -39,7 +39,7 @@ def write_experts(
     digests: list[str] = []
     stride_bytes = 0
     for number in range(plan.experts):
-        arrays = _arrays(source.expert(number), number, format, importance)
+        arrays = _arrays(source.expert(number), number, format, inputs)
         packed, offsets = pack(arrays)
         whole = out.add(np.concatenate(packed))
         digests += [digest_of_expert(plane.data).hex() for plane in packed]
@@ -52,23 +52,23 @@ def write_experts(
     return Tensor(f"experts_{format}", plan.shape, parts, stride_bytes, tuple(digests))
 
 
-def _arrays(
-    expert: Expert, number: int, format: str, importance: Importance
-) -> dict[str, NDArray[np.generic]]:
+def _arrays(expert: Expert, number: int, format: str, inputs: ExpertInputs) -> dict[str, NDArray[np.generic]]:
     if format == "fp32":
         return dict(expert.parts())
+    quantized = quantized_expert(expert, number, format, inputs)
     if format == "nested4":
-        nested = {
-            part: quantize_nested(matrix, importance=importance(number, part))
-            for part, matrix in expert.parts()
-        }
-        return nested_arrays(nested)
-    quantized = {
-        part: quantize(matrix, format, importance=importance(number, part)) for part, matrix in expert.parts()
-    }
+        return nested_arrays({part: nest(each.data, each.scales) for part, each in quantized.items()})
     arrays: dict[str, NDArray[np.generic]] = {part: matrix.data for part, matrix in quantized.items()}
     arrays.update({f"{part}_scales": matrix.scales for part, matrix in quantized.items()})
     return arrays
+
+
+def quantized_expert(
+    expert: Expert, number: int, format: str, inputs: ExpertInputs
+) -> dict[str, QuantizedMatrix]:
+    """Its parts, of nested4 before they are cut into planes."""
+    inner, outer = rounding(format, inputs(number, "gate")), rounding(format, inputs(number, "down"))
+    return {part: (outer if part == "down" else inner)(matrix) for part, matrix in expert.parts()}
 
 
 def nested_arrays(matrices: Mapping[str, NestedMatrix]) -> dict[str, NDArray[np.generic]]:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from exporters.experts import write_experts
 from exporters.graph import compile_segments
 from exporters.quantize import WEIGHTS, experts_format_of, format_of, write_tensor
 from exporters.reference_pass import Observations, ReferencePass
-from exporters.sensitivity import DEFAULT_MAX_ERROR, ErrorMeter, experts_error, importance_of
+from exporters.sensitivity import DEFAULT_MAX_ERROR, ErrorMeter, experts_error, inputs_of
 from exporters.sources import Sources
 from exporters.tokenizer import TokenizerFiles, read_tokenizer
 
@@ -212,9 +213,7 @@ class _Export:
             if error > self._max_error:
                 self.kept_fp32[plan.name] = error
                 format = "fp32"
-        self.tensors[plan.name] = write_experts(
-            out, source, format, lambda expert, part: importance_of(observed, plan.name, expert, part)
-        )
+        self.tensors[plan.name] = write_experts(out, source, format, partial(inputs_of, observed, plan.name))
 
     def _write_tensors(self, out: SliceWriter, block: BlockPlan, observed: Observations) -> None:
         for plan in block.tensors:
@@ -226,8 +225,8 @@ class _Export:
                 out,
                 self.sources.tensors[plan.name],
                 format,
-                importance=None if seen is None else seen.importance,
-                meter=None if seen is None else ErrorMeter(seen.sample),
+                inputs=seen,
+                meter=None if seen is None else ErrorMeter(seen.judged),
                 max_error=self._max_error,
                 search=self.options.search_scales,
             )

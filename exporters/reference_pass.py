@@ -23,7 +23,8 @@ from exporters.checkpoint import Floats
 from exporters.scores import LOGIT_COLUMNS, ScoreBuilder, Scores
 from exporters.sources import Expert, Sources
 
-SAMPLE_ROWS = 256  # inputs of a linear kept to judge a quantized weight by
+SAMPLE_ROWS = 1024  # inputs of a linear kept, and up to twice as many: how its columns go together
+JUDGED_ROWS = 256  # of them, to judge a quantized weight by
 
 
 @dataclass(slots=True)
@@ -36,14 +37,22 @@ class Observed:
 
     @classmethod
     def of(cls, x: Floats) -> Observed:
-        step = max(1, len(x) // SAMPLE_ROWS)
-        return cls(np.square(x, dtype=np.float64).sum(axis=0), len(x), x[::step].copy())
+        return cls(np.square(x, dtype=np.float64).sum(axis=0), len(x), _thinned(x, SAMPLE_ROWS).copy())
+
+    @property
+    def judged(self) -> Floats:
+        return _thinned(self.sample, JUDGED_ROWS)
 
     @property
     def importance(self) -> Floats:
         """Never quite zero: a channel the text did not touch still matters a little."""
         mean = self.square_sum / max(self.rows, 1)
         return np.asarray(mean + 1e-3 * mean.mean() + 1e-12, np.float32)
+
+
+def _thinned(x: Floats, rows: int) -> Floats:
+    """Of many rows so many, and up to twice as many, evenly spread."""
+    return x[:: max(1, len(x) // rows)]
 
 
 Observations = dict[str, Observed]  # by tensor name; experts by "name/expert/part"

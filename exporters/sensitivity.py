@@ -6,13 +6,16 @@ Knows: that arithmetic. Does not know: what is done about a weight that fails.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from edge_kernels.quantization import BLOCK
 
 from edge_runtime.engine.reference_operations import silu
 from exporters.checkpoint import Floats
-from exporters.quantize import round_trip
-from exporters.reference_pass import Observations
+from exporters.experts import quantized_expert
+from exporters.quantize import restored
+from exporters.reference_pass import Observations, Observed
 from exporters.sources import ExpertsSource
 
 # Above these a weight stays fp32. Plain rounding of Gaussian weights gives about 0.01 and 0.09.
@@ -54,15 +57,16 @@ def experts_error(source: ExpertsSource, format: str, observed: Observations) ->
     """Relative error of a layer's busiest experts, gate, up and down together."""
     name = source.plan.name
     counts = {e: len(observed[f"{name}/{e}/gate"].sample) for e in range(source.plan.experts)}
+    inputs = partial(inputs_of, observed, name)
     error = norm = 0.0
     for number in sorted(counts, key=lambda e: (-counts[e], e))[:_JUDGED_EXPERTS]:
         if not counts[number]:
             continue
         expert = source.expert(number)
-        x = observed[f"{name}/{number}/gate"].sample
+        x = observed[f"{name}/{number}/gate"].judged
+        matrices = quantized_expert(expert, number, format, inputs)
         quantized = {
-            part: round_trip(matrix, format, importance_of(observed, name, number, part))
-            for part, matrix in expert.parts()
+            part: restored(matrices[part], format, matrix.shape[1]) for part, matrix in expert.parts()
         }
         exact = (silu(x @ expert.gate.T) * (x @ expert.up.T)) @ expert.down.T
         rounded = round_activations(x)
@@ -72,7 +76,6 @@ def experts_error(source: ExpertsSource, format: str, observed: Observations) ->
     return float(np.sqrt(error / norm)) if norm else 0.0
 
 
-def importance_of(observed: Observations, name: str, expert: int, part: str) -> Floats | None:
+def inputs_of(observed: Observations, name: str, expert: int, part: str) -> Observed | None:
     """gate and up see the same inputs; an expert no row reached has no `down` inputs to go by."""
-    entry = observed.get(f"{name}/{expert}/{'down' if part == 'down' else 'gate'}")
-    return None if entry is None else entry.importance
+    return observed.get(f"{name}/{expert}/{'down' if part == 'down' else 'gate'}")

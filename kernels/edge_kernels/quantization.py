@@ -39,13 +39,8 @@ def quantize(
     Without `search` one scale is tried per block: twenty times faster and a little worse.
     """
     bits = _bits(format)
-    if weights.ndim != 2 or weights.size == 0:
-        raise ValueError(f"quantize needs a matrix [N, K] that is not empty, not shape {weights.shape}")
-    if not np.isfinite(weights).all():
-        raise ValueError("quantize needs finite weights")
+    check_weights(weights, importance)
     rows, columns = weights.shape
-    if importance is not None and (importance.shape != (columns,) or not (importance >= 0).all()):
-        raise ValueError(f"importance needs {columns} values of at least 0, one for each input channel")
     blocks = -(-columns // BLOCK)
     codes = np.empty((rows, blocks, BLOCK), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
@@ -59,8 +54,28 @@ def quantize(
             bits,
             _divisors(bits) if search else (-float(1 << (bits - 1)),),
         )
-    data = codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return QuantizedMatrix(np.ascontiguousarray(data), scales)
+    return QuantizedMatrix(packed_codes(codes, bits), scales)
+
+
+def best_scales(weights: F32, importance: F32, bits: int) -> F32:
+    """Of one block of columns, [N, up to 32]: the scales [N] that `quantize` would choose."""
+    return _quantize_blocks(_padded(weights, 1), _padded(importance[None], 1), bits, _divisors(bits))[1][:, 0]
+
+
+def packed_codes(codes: U8, bits: int) -> U8:
+    """[N, B, 32], one code a byte, as `QuantizedMatrix.data`."""
+    return np.ascontiguousarray(codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4))
+
+
+def check_weights(weights: F32, importance: F32 | None = None) -> None:
+    """Raises ValueError for what can't be quantized."""
+    if weights.ndim != 2 or weights.size == 0:
+        raise ValueError(f"quantize needs a matrix [N, K] that is not empty, not shape {weights.shape}")
+    if not np.isfinite(weights).all():
+        raise ValueError("quantize needs finite weights")
+    columns = weights.shape[1]
+    if importance is not None and (importance.shape != (columns,) or not (importance >= 0).all()):
+        raise ValueError(f"importance needs {columns} values of at least 0, one for each input channel")
 
 
 def dequantize(quantized: QuantizedMatrix, format: str, columns: int) -> F32:
