@@ -32,27 +32,51 @@ inline V rotate_right(V x) {
 
 inline V all(std::uint32_t x) { return V{} + x; }
 
-// r[i][k] and r[k][i] change places, for bit S of i and k.
-template <int S, std::size_t... K>
-inline void exchange(V& a, V& b, std::index_sequence<K...>) {
-  const V low = __builtin_shufflevector(a, b, ((K & S) ? W + K - S : K)...);
-  b = __builtin_shufflevector(a, b, ((K & S) ? W + K : K + S)...);
-  a = low;
+// Blocks are turned four words at a time, in vectors whose 128-bit quarters hold words of one lane each. That takes one
+// shuffle a result and stage, and few registers, where turning W rows at once takes two or three.
+typedef std::uint32_t Quad __attribute__((vector_size(16)));
+
+inline Quad quad(const std::uint8_t* p) {
+  Quad words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
 }
 
-template <int S>
-inline void transpose_from(V* r) {
-  for (int i = 0; i < W; ++i)
-    if (!(i & S)) exchange<S>(r[i], r[i | S], std::make_index_sequence<W>{});
-  if constexpr (2 * S < W) transpose_from<2 * S>(r);
+// Of lanes first, first + 4, …: four words at `offset` bytes of each block.
+template <int Lanes = W>
+inline auto gather(const std::uint8_t* const* blocks, int first, int offset) {
+  if constexpr (Lanes == 4)
+    return quad(blocks[first] + offset);
+  else if constexpr (Lanes == 8)
+    return __builtin_shufflevector(quad(blocks[first] + offset), quad(blocks[first + 4] + offset), 0, 1, 2, 3, 4, 5, 6, 7);
+  else
+    return __builtin_shufflevector(gather<8>(blocks, first, offset), gather<8>(blocks, first + 8, offset), 0, 1, 2, 3, 4, 5, 6,
+                                   7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+// Of each quarter: `Count` words of a, then of b, and so on, from word `First` on.
+template <int First, int Count, std::size_t... K>
+inline V zip(V a, V b, std::index_sequence<K...>) {
+  constexpr int q = 4;
+  return Count == 1 ? __builtin_shufflevector(a, b, (K / q * q + First + K % q / 2 + (K % 2 ? W : 0))...)
+                    : __builtin_shufflevector(a, b, (K / q * q + First + K % 2 + (K % q / 2 ? W : 0))...);
+}
+
+template <int First, int Count>
+inline V zip(V a, V b) {
+  return zip<First, Count>(a, b, std::make_index_sequence<W>{});
 }
 
 // m[w]: word w of the block of every lane.
 inline void load_blocks(const std::uint8_t* const* blocks, V* m) {
-  for (int part = 0; part < 16 / W; ++part) {
-    V* r = m + part * W;
-    for (int lane = 0; lane < W; ++lane) std::memcpy(r + lane, blocks[lane] + part * 4 * W, sizeof(V));
-    transpose_from<1>(r);
+  for (int word = 0; word < 16; word += 4) {
+    const V a = gather(blocks, 0, 4 * word), b = gather(blocks, 1, 4 * word);
+    const V c = gather(blocks, 2, 4 * word), d = gather(blocks, 3, 4 * word);
+    const V low_ab = zip<0, 1>(a, b), low_cd = zip<0, 1>(c, d), high_ab = zip<2, 1>(a, b), high_cd = zip<2, 1>(c, d);
+    m[word] = zip<0, 2>(low_ab, low_cd);
+    m[word + 1] = zip<2, 2>(low_ab, low_cd);
+    m[word + 2] = zip<0, 2>(high_ab, high_cd);
+    m[word + 3] = zip<2, 2>(high_ab, high_cd);
   }
 }
 
