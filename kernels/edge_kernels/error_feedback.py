@@ -57,7 +57,7 @@ def quantize_with_feedback(weights: F32, feedback: ErrorFeedback) -> QuantizedMa
     pieces = []
     for index, factor in enumerate(feedback.factors):
         columns = slice(index * STRETCH, index * STRETCH + len(factor))
-        pieces.append(_stretch(weights[:, columns].copy(), feedback.importance[columns], factor))
+        pieces.append(_stretch(weights[:, columns], feedback.importance[columns], factor))
     codes = np.concatenate([codes for codes, _ in pieces], axis=1)
     scales = np.concatenate([scales for _, scales in pieces], axis=1)
     return QuantizedMatrix(packed_codes(codes, 4), np.ascontiguousarray(scales))
@@ -75,27 +75,28 @@ def _factor(inputs: F32, importance: F32) -> F32:
 
 
 def _stretch(weights: F32, importance: F32, factor: F32) -> tuple[U8, F32]:
-    """Codes [N, B, 32] and scales [N, B] of weights [N, C], which are overwritten."""
+    """Codes [N, B, 32] and scales [N, B] of weights [N, C]."""
     rows, columns = weights.shape
     blocks = -(-columns // BLOCK)
-    codes = np.full((rows, blocks, BLOCK), _ZERO, np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
+    codes = np.full((blocks, BLOCK, rows), _ZERO, np.uint8)
+    scales = np.empty((blocks, rows), np.float32)
+    turned = weights.T.copy()  # what is worked on, column after column, lies in one piece
     for block, start in enumerate(range(0, columns, BLOCK)):
         stop = min(start + BLOCK, columns)
         inside = slice(start, stop)
-        scales[:, block] = best_scales(weights[:, inside], importance[inside], 4)
-        errors = _round(weights[:, inside], scales[:, block], factor[inside, inside], codes[:, block])
-        weights[:, stop:] -= errors @ factor[inside, stop:]
-    return codes, scales
+        scales[block] = best_scales(np.ascontiguousarray(turned[inside].T), importance[inside], 4)
+        errors = _round(turned[inside], scales[block], factor[inside, inside], codes[block])
+        turned[stop:] -= factor[inside, stop:].T @ errors
+    return codes.transpose(2, 0, 1), scales.T
 
 
-def _round(weights: F32, scales: F32, factor: F32, codes: U8) -> F32:
-    """One block [N, <= 32], column by column. Fills `codes`; returns errors as the columns behind must take them."""
-    errors = np.empty_like(weights)
+def _round(turned: F32, scales: F32, factor: F32, codes: U8) -> F32:
+    """One block [up to 32, N], column by column. Fills `codes`; returns errors as the columns behind must take them."""
+    errors = np.empty_like(turned)
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    for column in range(weights.shape[1]):
-        rounded = np.clip(np.rint(weights[:, column] * inverse), _LOW, _HIGH)
-        codes[:, column] = (rounded + _ZERO).astype(np.uint8)
-        errors[:, column] = (weights[:, column] - rounded * scales) / factor[column, column]
-        weights[:, column + 1 :] -= errors[:, column, None] * factor[column, column + 1 :]
+    for column, wanted in enumerate(turned):
+        rounded = np.clip(np.rint(wanted * inverse), _LOW, _HIGH)
+        codes[column] = (rounded + _ZERO).astype(np.uint8)
+        errors[column] = (wanted - rounded * scales) / factor[column, column]
+        turned[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
     return errors
