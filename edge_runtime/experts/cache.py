@@ -17,6 +17,7 @@ from edge_runtime.errors import CapacityError, EngineError
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.lanes import ReadInto, read_into
 from edge_runtime.experts.layer_run import LayerRun
+from edge_runtime.experts.native_layer import NativeLayer, native_layers
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import make_pools
 from edge_runtime.experts.reader import DEFAULT_LANES, ExpertReader, ReadBatch, Refetch
@@ -85,6 +86,9 @@ class ExpertCache:
         self._ring: RingReads | None = None
         if options.ring and options.read is read_into:
             self._ring = kernel_reads(layers, self._reader, one_call=options.one_call)
+        self._native: dict[int, NativeLayer] = {}
+        if self._ring is not None and options.one_call:
+            self._native = native_layers(layers, self._pools, self._ring, self._reader)
         self._reads = self._ring or LaneReads(self._reader, clock)
         self._step = 0
         self._last_layer = -1
@@ -140,6 +144,7 @@ class ExpertCache:
         if self._ring is not None:
             self._ring.close()
         self._reader.close()
+        self._native = {}
         self._pools = {}
 
     def run(
@@ -154,6 +159,9 @@ class ExpertCache:
         self._last_layer = layer
         if self.upgrades is not None:
             self.upgrades.take_arrived()
+        native = self._native.get(layer)
+        if native is not None and native.takes(ids):
+            return self._run_native(native, layer, x, ids, gates, activation, threads)
         pool, own = self._pools[layer], self.layers[layer]
         run = LayerRun(self._reads, pool, own, x, ids, gates, activation, threads)
         here, absent = run.look_up(self._step)
@@ -175,6 +183,30 @@ class ExpertCache:
         )
         if self.upgrades is not None and layer == self._end_layer:
             self.upgrades.begin()
+        return result
+
+    def _run_native(
+        self,
+        native: NativeLayer,
+        layer: int,
+        x: Float32,
+        ids: Int32,
+        gates: Float32,
+        activation: str,
+        threads: int,
+    ) -> Float32:
+        self._batch = ReadBatch()
+        try:
+            result, found = native.run(x, ids, gates, step=self._step, activation=activation, threads=threads)
+        finally:
+            self._batch = None
+        self.statistics.count(
+            layer,
+            hits=found.hits,
+            misses=found.misses,
+            read_bytes=found.misses * self.layers[layer].stride_bytes,
+            waited_seconds=found.waited_seconds,
+        )
         return result
 
 

@@ -14,8 +14,7 @@ from edge_runtime.bundle.manifest import LOW_PLANE
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.planes import PlaneTable
-from edge_runtime.experts.policies import POLICIES
-from edge_runtime.experts.slot_table import SlotTable
+from edge_runtime.experts.slot_table import make_slots
 
 _FIRST_PLANE = {"nested4": "nested2"}  # format of an expert -> of its first plane alone
 
@@ -30,7 +29,7 @@ class Pool:
         experts = sum(layer.experts for layer in layers)
         slots = min(experts, budget_bytes // slot_bytes)
         self.arena = Arena(slots, slot_bytes)
-        self.table = SlotTable(slots, experts, POLICIES[policy](slots, experts))
+        self.table = make_slots(slots, experts, policy)
         self.planes = PlaneTable(slots, layers[0].planes)
         self.start_planes = 1 if is_start_enough else layers[0].planes
         self.first_key: dict[int, int] = {}

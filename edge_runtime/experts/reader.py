@@ -199,6 +199,12 @@ class ExpertReader:
             self.counters.read_bytes += len(target)
         return self._put_right(_Job(ReadBatch(), layer, expert, plane, target), why) if why else None
 
+    def count(self, reads: int, read_bytes: int) -> None:
+        """Somebody else read so many planes, and they were right."""
+        with self._lock:
+            self.counters.reads += reads
+            self.counters.read_bytes += read_bytes
+
     def close(self) -> None:
         """Ends when the reads under way have. Idempotent."""
         for _ in self._threads:

@@ -152,6 +152,15 @@ class RingReads:
         waited_seconds = self._native.waited_seconds - before
         return result, self._arrivals(landed), waited_seconds
 
+    @property
+    def native(self) -> flash.FlashReads:
+        """For who does all of a layer there; nothing that `begin` asked for may be on its way then."""
+        return self._native
+
+    def file(self, layer: ExpertLayer) -> int:
+        """Descriptor of the layer's slice, open for as long as this is."""
+        return self._files[layer.slice]
+
     def cancel(self) -> None:
         """From any thread: what has not begun is not read."""
         self._native.cancel()

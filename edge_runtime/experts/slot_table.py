@@ -7,25 +7,62 @@ Knows: slots, keys, pins. Does not know: bytes, files, threads (one thread uses 
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Protocol
 
-from edge_runtime.experts.policies import Policy
+import numpy as np
+from edge_kernels.flash_layer import ExpertSlots
+
+from edge_runtime.experts.policies import POLICIES, Policy
 
 ABSENT = -1
+NATIVE_POLICY = "lfru"
+
+
+class Slots(Protocol):
+    """What `SlotTable` does, here or in a kernel."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def resident(self) -> int: ...
+    def slot(self, key: int) -> int: ...
+    def key(self, slot: int) -> int: ...
+    def hold(self, slot: int) -> None: ...
+    def release(self, slot: int) -> None: ...
+    def use(self, key: int, step: int, rows: int) -> int: ...
+    def admit(self, key: int, step: int, rows: int) -> int: ...
+    def unpin(self, key: int) -> None: ...
+    def unpin_all(self) -> None: ...
+    def forget(self, key: int) -> None: ...
+
+
+def make_slots(slots: int, keys: int, policy: str) -> Slots:
+    """The kernel's table where it knows the policy; it decides as `SlotTable` does."""
+    if policy == NATIVE_POLICY:
+        return ExpertSlots(slots, keys)
+    return SlotTable(slots, keys, POLICIES[policy](slots, keys))
 
 
 class SlotTable:
     """Keys are 0 .. keys - 1. A pinned key stays: it is being read, or a kernel reads it."""
 
     def __init__(self, slots: int, keys: int, policy: Policy) -> None:
-        self.slots = slots
+        self._slots = slots
         self._policy = policy
         self._slot_of = [ABSENT] * keys
         self._key_of = [ABSENT] * slots
         self._free = list(reversed(range(slots)))
         self._pinned = np.zeros(slots, bool)
         self._held = np.zeros(slots, bool)
-        self.resident = 0
+        self._resident = 0
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def resident(self) -> int:
+        return self._resident
 
     def slot(self, key: int) -> int:
         """ABSENT where the expert is not here."""
@@ -57,7 +94,7 @@ class SlotTable:
             return ABSENT
         self._slot_of[key], self._key_of[slot] = slot, key
         self._pinned[slot] = True
-        self.resident += 1
+        self._resident += 1
         self._policy.admitted(slot, key, step)
         self._policy.used(slot, key, step, rows)
         return slot
@@ -92,4 +129,4 @@ class SlotTable:
         self._policy.evicted(slot, key)
         self._slot_of[key], self._key_of[slot] = ABSENT, ABSENT
         self._pinned[slot] = False
-        self.resident -= 1
+        self._resident -= 1

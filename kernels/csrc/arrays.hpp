@@ -21,8 +21,10 @@ inline void require(bool holds, const std::string& message) {
 void bind_arriving(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_chain(nb::module_& m);
+void bind_expert_slots(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_flash(nb::module_& m);
+void bind_flash_layer(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_sampling(nb::module_& m);

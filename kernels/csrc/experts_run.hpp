@@ -242,7 +242,8 @@ inline Format named(const std::string& name) {
   return Format::nested4;
 }
 
-inline Layer checked_layer(const Array<const std::uint8_t, 1>& buffer, const std::string& format, std::int64_t experts,
+template <typename Buffer>
+Layer checked_layer(const Buffer& buffer, const std::string& format, std::int64_t experts,
                     std::int64_t hidden, std::int64_t intermediate, std::int64_t stride_bytes,
                     const Array<const std::int64_t, 1>& offsets) {
   Layer layer{buffer.data(), named(format), experts, hidden, intermediate, stride_bytes, {}, {}, {}};

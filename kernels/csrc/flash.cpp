@@ -12,7 +12,8 @@
 namespace edge {
 namespace {
 
-constexpr unsigned kInFlight = 64;  // reads: more than flash needs to be busy, few enough to give up soon
+constexpr unsigned kInFlight = 4;  // reads: as many as flash needs to be busy where much is wanted
+constexpr std::int64_t kRequestBytes = 1 << 20;
 constexpr std::int64_t kGrain = 2 * kBlake3ChunkBytes;
 
 // The digest of a part is that of its only piece, or of the digests of its pieces (bundle/hashing.py).
@@ -34,9 +35,8 @@ FlashReads::FlashReads(std::int64_t piece_bytes) : ring_(kInFlight), piece_bytes
 
 FlashReads::~FlashReads() {
   waiting_.clear();
-  std::vector<FlashLeaf> leaves;
-  std::vector<FlashPart*> failed;
-  for (poll(&leaves, &failed); is_waiting(); poll(&leaves, &failed)) ring_.wait();
+  FlashNews news;
+  for (poll(&news); is_waiting(); poll(&news)) ring_.wait();
 }
 
 void FlashReads::submit(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places,
@@ -51,32 +51,56 @@ void FlashReads::submit(Array<std::uint8_t, 1> memory, Array<const std::int64_t,
                 places.data()[4 * i + 2] >= 0,
             "a part must fit into its memory, and be a multiple of 2 KiB");
   }
-  memory_.push_back(memory);
-  is_cancelled_.store(false, std::memory_order_relaxed);
+  begin(memory);
   nb::gil_scoped_release released;
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t* place = places.data() + 4 * i;
-    auto part = std::make_unique<FlashPart>();
-    part->key = place[0];
-    part->file = static_cast<int>(place[1]);
-    part->offset = place[2];
-    part->bytes = place[3];
-    part->target = memory.data() + targets.data()[i];
-    std::copy_n(digests.data() + i * kBlake3DigestBytes, kBlake3DigestBytes, part->wanted);
-    const std::int64_t pieces = (part->bytes + piece_bytes_ - 1) / piece_bytes_;
-    part->missing.store(pieces, std::memory_order_relaxed);
-    part->digests.resize(static_cast<std::size_t>(pieces) * kBlake3DigestBytes);
-    for (std::int64_t number = 0; number < pieces; ++number) {
-      auto piece = std::make_unique<FlashPiece>();
-      piece->part = part.get();
-      piece->number = number;
-      piece->stride = piece_bytes_;
-      piece->bytes = std::min(piece_bytes_, part->bytes - number * piece_bytes_);
-      waiting_.push_back(std::move(piece));
-    }
-    parts_.push_back(std::move(part));
+    ask({place[0], static_cast<int>(place[1]), place[2], place[3], memory.data() + targets.data()[i],
+         digests.data() + i * kBlake3DigestBytes, 0});
   }
+  end_of_asking();
   feed();
+}
+
+void FlashReads::begin(Array<std::uint8_t, 1> memory) {
+  memory_.push_back(std::move(memory));
+  is_cancelled_.store(false, std::memory_order_relaxed);
+}
+
+void FlashReads::ask(const Wanted& wanted) {
+  auto part = std::make_unique<FlashPart>();
+  part->key = wanted.key;
+  part->file = wanted.file;
+  part->offset = wanted.offset;
+  part->bytes = wanted.bytes;
+  part->target = wanted.target;
+  std::copy_n(wanted.digest, kBlake3DigestBytes, part->wanted);
+  part->count = (part->bytes + piece_bytes_ - 1) / piece_bytes_;
+  part->group = wanted.group;
+  part->unread = part->count;
+  part->missing.store(part->count, std::memory_order_relaxed);
+  part->digests.resize(static_cast<std::size_t>(part->count) * kBlake3DigestBytes);
+  part->pieces.reset(new FlashPiece[static_cast<std::size_t>(part->count)]);
+  for (std::int64_t number = 0; number < part->count; ++number) {
+    FlashPiece& piece = part->pieces[static_cast<std::size_t>(number)];
+    piece.part = part.get();
+    piece.number = number;
+    piece.data = part->target + number * piece_bytes_;
+    piece.bytes = std::min(piece_bytes_, part->bytes - number * piece_bytes_);
+  }
+  const std::int64_t together = std::max<std::int64_t>(1, kRequestBytes / piece_bytes_);
+  for (std::int64_t first = 0; first < part->count; first += together)
+    waiting_.push_back({part.get(), first, std::min(part->count, first + together)});
+  parts_.push_back(std::move(part));
+}
+
+void FlashReads::end_of_asking() {
+  if (waiting_.empty()) return;
+  FlashRequest& last = waiting_.back();
+  if (last.last - last.first < 2) return;
+  const FlashRequest rest{last.part, last.last - 1, last.last};
+  --last.last;
+  waiting_.push_back(rest);
 }
 
 FlashReads::Landed FlashReads::land(int threads) {
@@ -84,83 +108,86 @@ FlashReads::Landed FlashReads::land(int threads) {
   {
     nb::gil_scoped_release released;
     std::mutex mutex;
-    std::vector<FlashLeaf> leaves;
+    FlashNews news;
     std::vector<FlashPart*> done;
     while (!parts_.empty() && done.empty()) {
-      poll(&leaves, &done);
-      if (leaves.empty() && done.empty()) {
+      news.clear();
+      poll(&news);
+      done = news.lost;
+      if (news.leaves.empty() && done.empty()) {
         const auto start = std::chrono::steady_clock::now();
         while (!ring_.is_ready() && std::chrono::steady_clock::now() - start < kFlashAwake) pause_awake();
         if (!ring_.is_ready()) wait();
         waited(std::chrono::steady_clock::now() - start);
         continue;
       }
-      const auto count = static_cast<std::int64_t>(leaves.size());
+      const auto count = static_cast<std::int64_t>(news.leaves.size());
       run_phases(threads_worth(threads, count, 1), {count}, [&](int, std::int64_t item, int) {
-        FlashPart* part = hash(leaves[static_cast<std::size_t>(item)]);
+        FlashPart* part = hash(news.leaves[static_cast<std::size_t>(item)]);
         if (!part) return;
         const std::lock_guard<std::mutex> lock(mutex);
         done.push_back(part);
       });
-      leaves.clear();
     }
     for (FlashPart* part : done) part->is_done = true;
     leave(&landed);
   }
-  if (parts_.empty()) memory_.clear();
+  forget_memory();
   return landed;
 }
 
 void FlashReads::give_up() {
   {
     nb::gil_scoped_release released;
-    std::vector<FlashLeaf> leaves;
-    std::vector<FlashPart*> failed;
+    FlashNews news;
     waiting_.clear();
-    for (poll(&leaves, &failed); is_waiting(); poll(&leaves, &failed)) ring_.wait();
-    here_.clear();
+    for (poll(&news); is_waiting(); poll(&news)) ring_.wait();
     parts_.clear();
   }
   memory_.clear();
 }
 
-void FlashReads::poll(std::vector<FlashLeaf>* leaves, std::vector<FlashPart*>* failed) {
-  const auto lost = [&](FlashPart* part, int problem) {
-    part->problem = problem;
-    if (brought(part)) failed->push_back(part);
+void FlashReads::poll(FlashNews* news) {
+  const auto lost = [&](const FlashRequest& request, int problem) {
+    request.part->problem = problem;
+    if (brought(request.part, request.last - request.first)) news->lost.push_back(request.part);
   };
   for (Completion done; ring_.take(&done);) {
-    const auto* piece = reinterpret_cast<const FlashPiece*>(done.key);
-    const auto found = std::find_if(flying_.begin(), flying_.end(), [&](const auto& own) { return own.get() == piece; });
+    const auto* one = reinterpret_cast<const FlashRequest*>(done.key);
+    const auto found = std::find_if(flying_.begin(), flying_.end(), [&](const auto& own) { return own.get() == one; });
     if (found == flying_.end()) continue;  // never
-    here_.push_back(std::move(*found));
+    const FlashRequest request = **found;
     *found = std::move(flying_.back());
     flying_.pop_back();
-    FlashPiece& own = *here_.back();
-    if (done.result != own.bytes) {
-      lost(own.part, done.result < 0 ? done.result : kPartWrong);
+    if (done.result != bytes_of(request)) {
+      lost(request, done.result < 0 ? done.result : kPartWrong);
       continue;
     }
-    const std::int64_t count = blake3_leaves(own.bytes);
-    own.values.resize(static_cast<std::size_t>(count) * 8);
-    own.leaves.store(count, std::memory_order_relaxed);
-    for (std::int64_t leaf = 0; leaf < count; ++leaf) leaves->push_back({&own, leaf});
+    for (std::int64_t number = request.first; number < request.last; ++number) {
+      FlashPiece& piece = request.part->pieces[static_cast<std::size_t>(number)];
+      const std::int64_t count = blake3_leaves(piece.bytes);
+      piece.values.resize(static_cast<std::size_t>(count) * 8);
+      piece.leaves.store(count, std::memory_order_relaxed);
+      for (std::int64_t leaf = 0; leaf < count; ++leaf) news->leaves.push_back({&piece, leaf});
+    }
+    request.part->unread -= request.last - request.first;
+    if (!request.part->unread) news->came.push_back(request.part);
   }
   if (is_cancelled_.load(std::memory_order_relaxed))
-    for (; !waiting_.empty(); waiting_.pop_front()) lost(waiting_.front()->part, kPartLeftOut);
+    for (; !waiting_.empty(); waiting_.pop_front()) lost(waiting_.front(), kPartLeftOut);
   feed();
 }
 
 FlashPart* FlashReads::hash(const FlashLeaf& leaf) {
   FlashPiece& piece = *leaf.piece;
-  blake3_leaf(piece.data(), piece.bytes, leaf.number, piece.values.data());
+  blake3_leaf(piece.data, piece.bytes, leaf.number, piece.values.data());
   if (piece.leaves.fetch_sub(1, std::memory_order_acq_rel) != 1) return nullptr;
-  blake3_finish(piece.data(), piece.bytes, piece.values.data(), piece.part->digests.data() + piece.number * kBlake3DigestBytes);
-  return brought(piece.part);
+  blake3_finish(piece.data, piece.bytes, piece.values.data(), piece.part->digests.data() + piece.number * kBlake3DigestBytes);
+  return brought(piece.part, 1);
 }
 
-FlashPart* FlashReads::brought(FlashPart* part) {
-  if (part->missing.fetch_sub(1, std::memory_order_acq_rel) != 1) return nullptr;
+FlashPart* FlashReads::brought(FlashPart* part, std::int64_t pieces) {
+  if (part->missing.fetch_sub(pieces, std::memory_order_acq_rel) != pieces) return nullptr;
   if (part->problem == kPartRight && !is_right(*part)) part->problem = kPartWrong;
   return part;
 }
@@ -170,18 +197,25 @@ void FlashReads::leave(Landed* landed) {
     if (part->is_done) landed->emplace_back(part->key, part->problem);
   const auto gone = std::remove_if(parts_.begin(), parts_.end(), [](const auto& part) { return part->is_done; });
   parts_.erase(gone, parts_.end());
-  if (parts_.empty()) here_.clear();
+}
+
+std::int64_t FlashReads::bytes_of(const FlashRequest& request) const {
+  return std::min(request.part->bytes, request.last * piece_bytes_) - request.first * piece_bytes_;
 }
 
 void FlashReads::feed() {
   bool any = false;
-  for (; !waiting_.empty(); waiting_.pop_front(), any = true) {
-    FlashPiece& piece = *waiting_.front();
-    if (!ring_.read(piece.part->file, piece.data(), static_cast<std::uint32_t>(piece.bytes),
-                    static_cast<std::uint64_t>(piece.part->offset + piece.number * piece_bytes_),
-                    reinterpret_cast<std::uint64_t>(&piece)))
+  while (!waiting_.empty()) {
+    // The fewer are left, the fewer together, so that all but the last are hashed beside reading.
+    if (flying_.size() >= std::clamp<std::size_t>(waiting_.size() / 2, 1, kInFlight)) break;
+    auto request = std::make_unique<FlashRequest>(waiting_.front());
+    const std::int64_t start = request->first * piece_bytes_;
+    if (!ring_.read(request->part->file, request->part->target + start, static_cast<std::uint32_t>(bytes_of(*request)),
+                    static_cast<std::uint64_t>(request->part->offset + start), reinterpret_cast<std::uint64_t>(request.get())))
       break;
-    flying_.push_back(std::move(waiting_.front()));
+    flying_.push_back(std::move(request));
+    waiting_.pop_front();
+    any = true;
   }
   if (any) ring_.submit();
 }

@@ -1,7 +1,8 @@
 // Parts of files on their way into memory, each checked against its digest before anybody is told that it is there.
 //
-// One thread asks, polls and waits; any may hash. A part is read in pieces, and what has come is hashed while the rest is
-// still on its way.
+// One thread asks, polls and waits; any may hash. Few reads are under way at a time, and the last one is short, so that what
+// has come is hashed while the rest is on its way: some devices (of virtual machines) tell of several reads only when all
+// that they were asked for have ended.
 #pragma once
 
 #include <algorithm>
@@ -32,29 +33,49 @@ inline void pause_awake() {
 #endif
 }
 
+struct FlashPart;
+
+// What is hashed on its own, by one thread or several.
+struct FlashPiece {
+  FlashPart* part;
+  std::int64_t number, bytes;
+  std::uint8_t* data;
+  std::vector<std::uint32_t> values;
+  std::atomic<std::int64_t> leaves;  // not hashed yet
+};
+
 struct FlashPart {
   std::int64_t key;
   int file;
   std::uint8_t* target;
   std::int64_t bytes, offset;
   std::uint8_t wanted[kBlake3DigestBytes];
-  std::vector<std::uint8_t> digests;  // of its pieces
-  std::atomic<std::int64_t> missing;  // pieces
+  std::int64_t count = 0;                // of pieces
+  std::unique_ptr<FlashPiece[]> pieces;
+  std::vector<std::uint8_t> digests;     // of its pieces
+  std::atomic<std::int64_t> missing;     // pieces that are neither hashed nor given up
+  std::int64_t unread = 0;               // pieces
+  std::int64_t group = 0;                // of whoever waits for it
   int problem = kPartRight;
   bool is_done = false;
 };
 
-struct FlashPiece {
+// Pieces that are read in one go.
+struct FlashRequest {
   FlashPart* part;
-  std::int64_t number, bytes, stride;
-  std::vector<std::uint32_t> values;
-  std::atomic<std::int64_t> leaves;  // not hashed yet
-  std::uint8_t* data() const { return part->target + number * stride; }
+  std::int64_t first, last;  // pieces [first, last)
 };
 
 struct FlashLeaf {
   FlashPiece* piece;
   std::int64_t number;
+};
+
+// What a look brought: leaves to be hashed, parts of which every byte has come, parts that were lost.
+struct FlashNews {
+  std::vector<FlashLeaf> leaves;
+  std::vector<FlashPart*> came, lost;
+  void clear() { leaves.clear(), came.clear(), lost.clear(); }
 };
 
 class FlashReads {
@@ -63,6 +84,20 @@ class FlashReads {
 
   explicit FlashReads(std::int64_t piece_bytes);
   ~FlashReads();
+
+  // One part, which goes to `target`. `begin` comes first, and `end_of_asking` last; the next `poll` begins to read.
+  struct Wanted {
+    std::int64_t key;
+    int file;
+    std::int64_t offset, bytes;
+    std::uint8_t* target;
+    const std::uint8_t* digest;
+    std::int64_t group;
+  };
+  void ask(const Wanted& wanted);
+  void end_of_asking();
+  // What is asked for from now on goes somewhere in `memory`, and no cancelling from before is about it.
+  void begin(Array<std::uint8_t, 1> memory);
 
   // places [n, 4]: key, file descriptor, offset in the file, bytes; each goes to `memory` from targets[n] on.
   void submit(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets,
@@ -80,25 +115,34 @@ class FlashReads {
   }
 
   // ---- for those who do the work themselves, without the interpreter's lock
-  // What has come since: leaves to be hashed, and parts that failed.
-  void poll(std::vector<FlashLeaf>* leaves, std::vector<FlashPart*>* failed);
+  // What has come since is added to `news`; what was asked for begins.
+  void poll(FlashNews* news);
+  template <typename Visit>
+  void for_each(const Visit& visit) {
+    for (const auto& part : parts_) visit(*part);
+  }
   // From any thread. The part, where this was the last that it missed.
   static FlashPart* hash(const FlashLeaf& leaf);
-  bool is_waiting() const { return !flying_.empty(); }
+  bool is_waiting() const { return !flying_.empty() || !waiting_.empty(); }
   // Asleep until something has come.
   void wait() { ring_.wait(); }
   void waited(std::chrono::steady_clock::duration time) { waited_seconds_ += std::chrono::duration<double>(time).count(); }
   // Takes out what is done.
   void leave(Landed* landed);
+  // With the interpreter's lock, after the last `leave`.
+  void forget_memory() {
+    if (parts_.empty()) memory_.clear();
+  }
 
  private:
   void feed();
-  static FlashPart* brought(FlashPart* part);
+  std::int64_t bytes_of(const FlashRequest& request) const;
+  static FlashPart* brought(FlashPart* part, std::int64_t pieces);
 
   Ring ring_;
   const std::int64_t piece_bytes_;
-  std::deque<std::unique_ptr<FlashPiece>> waiting_;  // not asked for yet
-  std::vector<std::unique_ptr<FlashPiece>> flying_, here_;
+  std::deque<FlashRequest> waiting_;  // not begun
+  std::vector<std::unique_ptr<FlashRequest>> flying_;
   std::vector<std::unique_ptr<FlashPart>> parts_;    // in the order asked for
   std::vector<Array<std::uint8_t, 1>> memory_;       // stays where it is while something is on its way into it
   std::atomic<bool> is_cancelled_{false};

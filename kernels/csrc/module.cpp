@@ -14,8 +14,10 @@ NB_MODULE(_native, m) {
   edge::bind_arriving(m);
   edge::bind_attention(m);
   edge::bind_chain(m);
+  edge::bind_expert_slots(m);
   edge::bind_experts(m);
   edge::bind_flash(m);
+  edge::bind_flash_layer(m);
   edge::bind_program(m);
   edge::bind_rows(m);
   edge::bind_sampling(m);

@@ -61,6 +61,11 @@ class FlashReads:
         self._native = _native.FlashReads(piece_bytes)
 
     @property
+    def native(self) -> _native.FlashReads:
+        """For other kernels."""
+        return self._native
+
+    @property
     def waited_seconds(self) -> float:
         """Of this thread, for flash alone: nothing was there to be hashed."""
         return self._native.waited_seconds
@@ -114,8 +119,8 @@ class FlashReads:
             y,
             threads,
         )
-        is_whole = all(status == _RIGHT for _, status in landed)
-        return y if is_whole else None, [Landed(key, _problem(status)) for key, status in landed]
+        is_whole, found = landed_of(landed)
+        return y if is_whole else None, list(found)
 
     def cancel(self) -> None:
         """From any thread: what has not begun is not read, and lands as LEFT_OUT. Until the next `submit`."""
@@ -140,6 +145,12 @@ def digest(data: U8, threads: int = 1) -> bytes:
     found = np.empty(DIGEST_BYTES, np.uint8)
     _native.blake3(np.ascontiguousarray(data), found, threads)
     return found.tobytes()
+
+
+def landed_of(landed: Sequence[tuple[int, int]]) -> tuple[bool, tuple[Landed, ...]]:
+    """Of (key, status) as native kernels give them: whether all came right, and each."""
+    is_whole = all(status == _RIGHT for _, status in landed)
+    return is_whole, tuple([Landed(key, _problem(status)) for key, status in landed])
 
 
 def _problem(status: int) -> str:

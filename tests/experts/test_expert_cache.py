@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edge_kernels.experts import ExpertWeights, route, run_experts
+from edge_kernels.flash import works
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -136,6 +137,31 @@ def test_same_bits_for_any_policy_budget_and_lanes(
     total = cache.statistics.total
     assert total.misses == cache.reader.counters.reads
     assert total.read_bytes == cache.reader.counters.read_bytes
+
+
+@given(
+    slots=st.integers(LAYERS * TOP_K, LAYERS * EXPERTS + 2),
+    batches=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_call_decides_as_steps_do(bundle: Bundle, slots: int, batches: list[int], seed: int) -> None:
+    """The same hits, the same victims: whoever runs the layers, the same experts are in the same slots."""
+    if not works():
+        pytest.skip("this system has no io_uring")
+    found = []
+    for one_call in (True, False):
+        options = CacheOptions(slots_bytes(bundle, slots), one_call=one_call)
+        cache = ExpertCache(layers_of(bundle), options)
+        try:
+            assert bool(cache._native) == (one_call and cache.kernel_reads)
+            check_same(bundle, cache, batches, seed=seed, threads=1 + seed % 2)
+            table = cache._pools[0].table
+            by_layer = [(own.hits, own.misses, own.read_bytes) for own in cache.statistics.layers.values()]
+            found.append(([table.key(slot) for slot in range(table.slots)], by_layer))
+        finally:
+            cache.close()
+    assert found[0] == found[1]
 
 
 @given(seed=st.integers(0, 1000), slots=st.integers(LAYERS * TOP_K, LAYERS * EXPERTS))

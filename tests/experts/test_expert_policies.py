@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from edge_kernels.flash_layer import ExpertSlots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import UsageError
 from edge_runtime.experts.policies import POLICIES
 from edge_runtime.experts.replay import BELADY, replay
-from edge_runtime.experts.slot_table import ABSENT, SlotTable
+from edge_runtime.experts.slot_table import ABSENT, NATIVE_POLICY, Slots, SlotTable, make_slots
 from edge_runtime.experts.trace import Access, RoutingTrace, decode_routing, read_trace
 
 RECORDED = Path(__file__).parent / "data" / "qwen3_30b_4_layers_60_tokens.csv.gz"
@@ -88,6 +89,63 @@ def test_a_slot_holds_one_expert_and_pinned_ones_stay(
             pinned.discard(key)
         assert len(set(here.values())) == len(here) == table.resident
         assert {other: table.slot(other) for other in here} == here
+
+
+@given(
+    slots=st.integers(1, 7),
+    asked=st.lists(
+        st.tuples(
+            st.sampled_from(["ask", "ask", "ask", "unpin", "unpin all", "forget", "hold", "release"]),
+            st.integers(0, 9),
+            st.integers(1, 40),
+            st.integers(0, 2),
+        ),
+        max_size=120,
+    ),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_native_table_decides_as_its_reference_does(
+    slots: int, asked: list[tuple[str, int, int, int]]
+) -> None:
+    reference: Slots = SlotTable(slots, 10, POLICIES[NATIVE_POLICY](slots, 10))
+    native = make_slots(slots, 10, NATIVE_POLICY)
+    assert isinstance(native, ExpertSlots)
+    step = 0
+    for what, key, rows, pause in asked:
+        step += pause
+        if what == "ask":
+            found = [table.use(key, step, rows) for table in (reference, native)]
+            if found[0] == ABSENT:
+                found += [table.admit(key, step, rows) for table in (reference, native)]
+            assert found[::2] == found[1::2]
+        for table in (reference, native):
+            if what == "unpin":
+                table.unpin(key)
+            elif what == "unpin all":
+                table.unpin_all()
+            elif what == "forget":
+                table.forget(key)
+            elif what == "hold":
+                table.hold(key % slots)
+            elif what == "release":
+                table.release(key % slots)
+        assert [native.slot(key) for key in range(10)] == [reference.slot(key) for key in range(10)]
+        assert [native.key(slot) for slot in range(slots)] == [reference.key(slot) for slot in range(slots)]
+        assert (native.slots, native.resident) == (reference.slots, reference.resident)
+
+
+def test_the_native_table_refuses_what_it_does_not_have() -> None:
+    table = ExpertSlots(2, 3)
+    for call in (table.slot, table.unpin, table.forget):
+        with pytest.raises(ValueError, match="no such slot or key"):
+            call(3)
+    with pytest.raises(ValueError, match="no such slot or key"):
+        table.key(-1)
+    assert table.admit(1, 0, 1) == 0
+    with pytest.raises(ValueError, match="can't be admitted"):
+        table.admit(1, 0, 1)
+    with pytest.raises(ValueError, match="needs slots and keys"):
+        ExpertSlots(0, 3)
 
 
 def test_lru_below_one_cycle_never_hits() -> None:

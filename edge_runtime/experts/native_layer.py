@@ -1,0 +1,107 @@
+"""One layer of a batch in one native call: looked up, read, checked and computed without Python in between.
+
+What does not come right is put right here, and the layer computed again from memory. `LayerRun` does the same in steps,
+for other policies, other ways to read and batches of many rows; results and decisions are the same.
+
+Knows: the native layer, and the reader that mends. Does not know: budgets, statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from edge_kernels.experts import run_experts
+from edge_kernels.flash import LEFT_OUT, Landed
+from edge_kernels.flash_layer import ExpertSlots, FlashLayer, LayerOnFlash, LayerResult
+from numpy.typing import NDArray
+
+from edge_runtime.experts.flash_store import ExpertLayer
+from edge_runtime.experts.layer_run import ONE_CALL_USES
+from edge_runtime.experts.pool import Pool
+from edge_runtime.experts.reader import Cancelled, ExpertReader
+from edge_runtime.experts.reads import RingReads
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+class NativeLayer:
+    """Of a pool whose experts are only used whole. x [R, hidden], ids and gates [R, top_k]."""
+
+    def __init__(
+        self, layer: ExpertLayer, pool: Pool, slots: ExpertSlots, reads: RingReads, reader: ExpertReader
+    ) -> None:
+        self._layer, self._pool, self._slots, self._reader = layer, pool, slots, reader
+        self._weights = pool.weights[layer.layer][-1]
+        self._first_key = pool.first_key[layer.layer]
+        self._most_uses = min(ONE_CALL_USES, slots.slots)
+        place = LayerOnFlash(
+            reads.file(layer),
+            layer.first_byte,
+            self._first_key,
+            layer.experts,
+            layer.plane_bytes,
+            layer.digests,
+        )
+        self._native = FlashLayer(slots, reads.native, self._weights, place)
+
+    def takes(self, ids: Int32) -> bool:
+        """Whether so many uses go through one call."""
+        return ids.size <= self._most_uses
+
+    def run(
+        self, x: Float32, ids: Int32, gates: Float32, *, step: int, activation: str, threads: int
+    ) -> tuple[Float32, LayerResult]:
+        """Raises what a read failed with."""
+        found = self._native.run(x, ids, gates, step=step, activation=activation, threads=threads)
+        if found.rows is not None:
+            if found.misses:
+                self._reader.count(found.misses * self._layer.planes, found.misses * self._layer.stride_bytes)
+            return found.rows, found
+        try:
+            self._put_right(found.landed)
+            slots = [self._slots.slot(self._first_key + expert) for expert in ids.reshape(-1).tolist()]
+            rows = run_experts(
+                x,
+                np.array(slots, np.int32).reshape(ids.shape),
+                gates,
+                self._weights,
+                activation=activation,
+                threads=threads,
+            )
+        finally:
+            self._slots.unpin_all()
+        return rows, found
+
+    def _put_right(self, landed: Sequence[Landed]) -> None:
+        """What can't be had is not in memory afterwards. Raises the first problem."""
+        layer = self._layer
+        problems: dict[int, Exception] = {}
+        for one in landed:
+            expert, plane = divmod(one.key, layer.planes)
+            slot = self._pool.arena.slot(self._slots.slot(self._first_key + expert))
+            memory = slot[layer.plane_start(plane) : layer.plane_start(plane + 1)]
+            problem: Exception | None
+            if one.problem == LEFT_OUT:
+                problem = Cancelled("the read was cancelled")
+            else:
+                problem = self._reader.brought(layer, expert, plane, memory, one.problem)
+            if problem is not None:
+                problems.setdefault(expert, problem)
+        for expert in problems:
+            self._slots.forget(self._first_key + expert)
+        for problem in problems.values():
+            raise problem
+
+
+def native_layers(
+    layers: Sequence[ExpertLayer], pools: dict[int, Pool], reads: RingReads, reader: ExpertReader
+) -> dict[int, NativeLayer]:
+    """By number, of those that can run so."""
+    found: dict[int, NativeLayer] = {}
+    for layer in layers:
+        pool = pools[layer.layer]
+        if isinstance(pool.table, ExpertSlots) and not pool.is_lossy:
+            found[layer.layer] = NativeLayer(layer, pool, pool.table, reads, reader)
+    return found
