@@ -120,6 +120,9 @@ async def test_a_chunk_that_got_lost_is_asked_for_again(bundle: Bundle, tmp_path
     coordinator = Coordinator(bundle, lose_one)
     coordinator.channel = SliceChannel(coordinator.ask, chunk_seconds=0.1)
     (await coordinator.fetch(BundleStore(tmp_path))).verify(KEYS)
+    places = [(request.slice, request.offset_bytes) for request in lost]
+    assert places.count(places[1]) > 1
+    assert places.count(places[3]) > 1
 
 
 async def test_a_part_that_was_complete_but_unchecked_is_checked(bundle: Bundle, tmp_path: Path) -> None:
