@@ -3,7 +3,7 @@
 If all sessions go round as one group, every stage but one stands still. More groups keep more stages at work, but a
 step of few rows costs nearly what a step of many does. A round of g groups takes as long as g steps here, and at least
 one step here and everywhere else. Rows that once share a step come back together: a row that waits for company pays
-once, and gains for as long as both decode.
+once, and gains for as long as both decode. So it waits while there are more groups than there should be.
 
 Only the first stage forms groups. The others take what has come, and wait no longer than a group's frames take to come
 one after the other: two stages that both wait for company, or both divide, soon disagree, and each takes apart what the
@@ -20,12 +20,12 @@ from edge_runtime.core import SessionId
 
 MOST_GROUPS = 8
 GAIN = 0.95  # of the time of a round, below which one more group is worth its trouble
-COMPANY_STEPS = 1.2  # that a row waits for company, at most
+COMPANY_STEPS = 1.5  # that a row waits for company, at most
 FRAME_STEPS = 0.05  # that rows of a later stage wait for those they were last together with
-ALONE_STEPS = 8  # without such waiting, after one that was in vain
+ALONE_STEPS = 8  # without such waiting, at most, after one that was in vain: twice as many each time in a row
 PATIENCE_SECONDS = 5.0  # away for longer: stuck, and nothing is learnt from it
 WEIGHT = 0.2  # of the latest step
-QUICK, SLOW = 0.1, 0.005  # towards the least time away (nobody else was in the way), and back from it
+QUICK, SLOW = 0.3, 0.005  # towards the least time away (nobody else was in the way), and back from it
 
 
 def group_size(sessions: int, step_seconds: Callable[[int], float], elsewhere: float) -> int:
@@ -44,11 +44,6 @@ def group_size(sessions: int, step_seconds: Callable[[int], float], elsewhere: f
     return best
 
 
-def least_size(sessions: int, size: int) -> int:
-    """Of the groups of `size` that so many sessions make, the one that is left with what remains."""
-    return sessions - size * (-(-sessions // size) - 1)
-
-
 class DecodeGroups:
     """The sessions that decode here, how long their steps take, and how long they are away between two.
 
@@ -65,13 +60,17 @@ class DecodeGroups:
         self._mates: dict[SessionId, frozenset[SessionId]] = {}  # of each one's last step
         self._elsewhere: float | None = None  # the least time away, in steps
         self._waiting_since: float | None = None  # for company
-        self._alone_left = 0  # of ALONE_STEPS
+        self._waiting = 0  # sessions, when that began
+        self._alone_steps = 1  # after the next one that is in vain
+        self._alone_left = 0  # of those
 
     def came(self, session: SessionId, now: float) -> None:
         """With a decode row."""
         self._sessions.add(session)
         self._here.add(session)
         ended_at, sessions = self._ended.pop(session, (now, 0))
+        if any(self._ended.get(mate, (None, 0))[0] == ended_at for mate in self._mates.get(session, ())):
+            return  # a group is away until the last of it is back: another stage may have divided it
         seconds = self._seconds.get(sessions, 0.0)  # as usual: a step that was held up says nothing of others
         if seconds > 0 and now - ended_at < PATIENCE_SECONDS:
             steps = max(0.0, now - ended_at) / seconds
@@ -94,11 +93,16 @@ class DecodeGroups:
         self._mates.update((session, together) for session in sessions if session in self._sessions)
         count = len(sessions) if seconds > 0 else 0
         self._ended.update((session, (now, count)) for session in sessions if session in self._sessions)
-        if self._waiting_since is not None and len(sessions) < self._least():
-            self._alone_left = ALONE_STEPS
-        elif self._alone_left:
-            self._alone_left -= 1
+        self._learn_from_waiting(len(sessions) <= self._waiting)
         self._waiting_since = None
+
+    def _learn_from_waiting(self, is_alone: bool) -> None:
+        if self._waiting_since is None:
+            self._alone_left = max(0, self._alone_left - 1)
+        elif is_alone:
+            self._alone_left, self._alone_steps = self._alone_steps, min(ALONE_STEPS, 2 * self._alone_steps)
+        else:
+            self._alone_left, self._alone_steps = 0, 1
 
     def most(self) -> int | None:
         """Sessions of one step. None: all that are there."""
@@ -111,13 +115,13 @@ class DecodeGroups:
         if self._is_complete(waiting):
             return 0.0
         if self._waiting_since is None:
-            self._waiting_since = now
+            self._waiting_since, self._waiting = now, waiting
         limit_steps = COMPANY_STEPS if self._forms else FRAME_STEPS
         return max(0.0, self._waiting_since + limit_steps * self._step_seconds(waiting) - now)
 
     def _is_complete(self, waiting: int) -> bool:
         if self._forms:
-            return bool(self._alone_left) or waiting >= self._least()
+            return bool(self._alone_left) or self._are_enough(waiting)
         if waiting == 1:  # a group that was never together here is told from a single row by waiting
             return self._here >= self._sessions
         mates = frozenset[SessionId]().union(*(self._mates.get(session, ()) for session in self._here))
@@ -132,6 +136,10 @@ class DecodeGroups:
         share = (sessions - less) / max(1, more - less)
         return self._seconds[less] + share * (self._seconds[more] - self._seconds[less])
 
-    def _least(self) -> int:
+    def _are_enough(self, waiting: int) -> bool:
+        """For a step: a whole group, or no more groups with those that are away than there should be."""
         size = self.most()
-        return 1 if size is None else least_size(len(self._sessions), size)
+        if size is None or waiting >= size:
+            return True
+        away = {self._mates.get(each, frozenset((each,))) for each in self._sessions - self._here}
+        return 1 + len(away) <= -(-len(self._sessions) // size)

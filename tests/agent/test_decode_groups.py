@@ -60,3 +60,40 @@ def test_a_later_stage_waits_for_the_frames_of_a_group_and_for_nobody_else() -> 
     groups.came(b, 0.100)
     assert groups.company_seconds(2, 0.100) == 0  # c goes by itself now
     assert groups.most() is None
+
+
+def settled(*groups: tuple[int, ...]) -> DecodeGroups:
+    """Of a first stage, with equal stages behind it; each of these went together the last time."""
+    found = DecodeGroups()
+    for rows in range(1, 5):
+        found.ended([SessionId(9)] * rows, 1e-3 * MEASURED[rows], 0.0)
+    for group in groups:
+        for session in group:
+            found.came(SessionId(session), 0.0)
+    for group in groups:
+        found.ended([SessionId(session) for session in group], 0.027, 0.027)
+    found.came(SessionId(groups[0][0]), 0.057)  # away for 1.1 steps
+    assert found.most() == 2
+    return found
+
+
+def test_a_row_waits_for_company_while_there_are_more_groups_than_there_should_be() -> None:
+    four, three = settled((1,), (2,), (3,), (4,)), settled((1,), (2,), (3,))
+    assert four.company_seconds(1, 0.057) > 0
+    assert three.company_seconds(1, 0.057) > 0
+    four.came(SessionId(2), 0.060)
+    assert four.company_seconds(2, 0.060) == 0
+    assert settled((1,), (2, 3)).company_seconds(1, 0.057) == 0  # two whole groups, as there should be
+    assert settled((1,), (2,), (3, 4)).company_seconds(1, 0.057) > 0
+
+
+def test_who_waited_in_vain_goes_twice_as_often_without_waiting_each_time() -> None:
+    groups, now = settled((1,), (2,), (3,), (4,)), 0.057
+    waits = []
+    for _ in range(24):  # the others stay away
+        groups.came(SessionId(1), now)
+        waits.append(groups.company_seconds(1, now) > 0)
+        now += 0.1
+        assert groups.company_seconds(1, now) == 0
+        groups.ended([SessionId(1)], 0.027, now)
+    assert "".join(".W"[wait] for wait in waits) == "W.W..W....W........W...."

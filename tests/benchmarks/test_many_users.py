@@ -69,3 +69,14 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     long, short = Arrival(0.0, 2048, 8), Arrival(0.5, 32, 8)
     (first, second), _ = served([long, short], 0)
     assert second.ttft_seconds < 5 < first.ttft_seconds
+
+
+@pytest.mark.parametrize(("sessions", "least_tokens"), [(3, 2.2), (4, 2.85)])
+def test_sessions_that_decode_together_settle_into_groups_soon(sessions: int, least_tokens: float) -> None:
+    """Tokens in the time of two steps of one row. Three sessions: 1.9 to 2.1 where no two ever came together."""
+    for seed in range(4):
+        streams, _ = served([Arrival(0.0, 16, 64)] * sessions, seed, at_once=sessions)
+        begin = max(each.token_times[0] for each in streams)
+        end = min(each.token_times[-1] for each in streams)
+        tokens = sum(begin < at <= end for each in streams for at in each.token_times)
+        assert tokens / (end - begin) * 2e-3 * FRONT[1] > least_tokens
