@@ -2,9 +2,11 @@
 
 The device that runs the layers asks the others for each row's experts and computes its own meanwhile, so what costs is
 a round trip in every layer that needs one. ExFlow's objective (Yao et al. 2024, as few tokens as possible leave a
-device) becomes here: as many uses as possible where the layers run. It keeps the busiest experts, and the others are
-dealt to those who hold experts for it, the busiest first, each to whoever has the least to do (longest processing time
-first). Of devices of another numeric class none is asked: tokens would depend on who holds what.
+device) becomes here: as few layers as possible that ask. The device keeps the busiest experts of every layer, or all
+experts of some layers, whichever is faster: a token uses several experts of a layer, and one of them elsewhere is
+enough to ask, so that half of each layer, used alike, helps hardly any token. The others are dealt to those who hold
+experts for it, each to whoever has the least to do (longest processing time first). Of devices of another numeric class
+none is asked: tokens would depend on who holds what.
 
 Knows: bytes, loads, links. Does not know: routing, or how loads were measured.
 """
@@ -53,7 +55,9 @@ def place_experts(devices: Sequence[DeviceProfile], links: Links, model: ModelPr
     named = [devices[item] for item in named_devices(devices, split)]
     costs = Costs(tuple(named), links, model)
     runners = range(1 if split.devices else len(named))
-    found = [spread for runner in runners if (spread := spread_over(costs, runner)) is not None]
+    orders = (busiest_first(model), layer_by_layer(model))
+    spreads = [spread_over(costs, runner, order) for runner in runners for order in orders]
+    found = [spread for spread in spreads if spread is not None]
     if not found:
         raise _does_not_fit(costs, runners)
     best = min(
@@ -62,8 +66,8 @@ def place_experts(devices: Sequence[DeviceProfile], links: Links, model: ModelPr
     return _plan_of(costs, best)
 
 
-def spread_over(costs: Costs, runner: int) -> Spread | None:
-    """With the layers on `runner`; None: the others don't have room for the rest."""
+def spread_over(costs: Costs, runner: int, order: Sequence[Expert]) -> Spread | None:
+    """With the layers on `runner`, which keeps the first of `order`; None: the others don't have room for the rest."""
     room = {runner: _room_bytes(costs, runner)}
     numeric_class = costs.devices[runner].numeric_class
     for device, profile in enumerate(costs.devices):
@@ -73,7 +77,7 @@ def spread_over(costs: Costs, runner: int) -> Spread | None:
         return None
     held: dict[int, list[Expert]] = {device: [] for device in room}
     work = dict.fromkeys(room, 0.0)
-    for expert in busiest_first(costs.model):
+    for expert in order:
         size = expert_bytes(costs.model, expert[0])
         able = [device for device in room if room[device] >= size]
         if not able:
@@ -89,6 +93,11 @@ def busiest_first(model: ModelProfile) -> list[Expert]:
     """Equal ones in turn over the layers, so that every layer has some of its experts near."""
     everyone = [(layer, number) for layer, count in enumerate(model.layer_experts) for number in range(count)]
     return sorted(everyone, key=lambda expert: (-load(model, expert), expert[1], expert[0]))
+
+
+def layer_by_layer(model: ModelProfile) -> list[Expert]:
+    """The smallest layers first, of which more are held whole; of each the busiest first."""
+    return sorted(busiest_first(model), key=lambda expert: (model.layer_expert_bytes[expert[0]], expert[0]))
 
 
 def load(model: ModelProfile, expert: Expert) -> float:

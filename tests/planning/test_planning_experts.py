@@ -87,6 +87,14 @@ def test_the_device_that_runs_the_layers_keeps_the_busiest_experts() -> None:
     assert near == {(layer, expert) for layer in range(LAYERS) for expert in (2, 5)}
 
 
+def test_where_all_are_used_alike_whole_layers_are_near_so_that_few_ask() -> None:
+    devices = [device("runner", DENSE_MIB + 2 * EXPERTS), device("holder", 30)]
+    plan = placed(devices, split=Split("experts", devices=("runner", "holder")))
+    near = {expert for expert, device_id in where(plan).items() if device_id == "runner"}
+    assert len({layer for layer, _ in near}) == 2
+    assert len(near) == 2 * EXPERTS
+
+
 def test_the_others_have_alike_to_do() -> None:
     loads = tuple((0.3, 0.2, 0.14, 0.12, 0.1, 0.06, 0.05, 0.03) for _ in range(LAYERS))
     model = replace(MODEL, expert_loads=loads)
