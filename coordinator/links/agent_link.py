@@ -34,7 +34,10 @@ HELLO_SECONDS = 5.0
 REFUSAL_SECONDS = 1.0
 PROBE_SECONDS = 30.0
 SMALL_REPLY_BYTES, LARGE_REPLY_BYTES = 8, 1 << 20
-SMALL_PROBES = 3
+SMALL_PROBES = 9
+BETWEEN_PROBES_SECONDS = (
+    0.01  # rows come once in a while, to processes that sleep: back to back they are faster
+)
 MAX_SLICE_REQUESTS = 64  # waiting, of one device
 SEEN_SECONDS = 0.5  # how often the handler hears that a device is alive
 
@@ -189,8 +192,13 @@ class AgentLink:
     # ------------------------------------------------------------ probes
 
     async def _measure(self) -> None:
-        """Round trip: the best of a few small ones. Bandwidth: what a large reply takes beyond that."""
-        rtt_seconds = min([await self._ping(nonce, SMALL_REPLY_BYTES) for nonce in range(SMALL_PROBES)])
+        """Round trip: the first quarter of a few small ones, since one of the two may just be starting. Bandwidth: what
+        a large reply takes beyond that."""
+        found = []
+        for nonce in range(SMALL_PROBES):
+            found.append(await self._ping(nonce, SMALL_REPLY_BYTES))
+            await asyncio.sleep(BETWEEN_PROBES_SECONDS)
+        rtt_seconds = sorted(found)[SMALL_PROBES // 4]
         large_seconds = await self._ping(SMALL_PROBES, LARGE_REPLY_BYTES)
         transfer_seconds = max(large_seconds - rtt_seconds, 1e-6)
         self._handler.measured(self.device_id, self.number, rtt_seconds, LARGE_REPLY_BYTES / transfer_seconds)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +42,7 @@ BATCH_SIZES = (
 )  # the likeliest to differ first: the budget may end before the list
 PROBE_ROWS = 66
 CHUNK_ROWS = 128
+BURSTS = 5  # of each timing
 MAX_CONTEXT_ROWS = 1024  # of KV that the probe commits
 _SAMPLING = SamplingParams(temperature=0.8, top_p=0.95, top_k=50)
 
@@ -99,10 +101,24 @@ def probe(
     has_head = "head" in stage.blocks and stage.model.kind == "generator"
     if has_head and not why_not:
         why_not = _head_invariance(layer)
-    decode = layer.time_decode(clock, 0.15 * budget_seconds)
-    prefill = layer.time_prefill(clock, 0.2 * budget_seconds, decode)
-    head_seconds = _time_head(layer, clock, 0.1 * budget_seconds) if has_head else 0.0
-    return ProbeResult(stage.numeric_class, not why_not, why_not, checked, decode, prefill, head_seconds)
+    decode, prefill, head = _timings(layer, clock, budget_seconds, has_head=has_head)
+    return ProbeResult(stage.numeric_class, not why_not, why_not, checked, decode, prefill, head)
+
+
+def _timings(
+    layer: _LayerProbe, clock: Clock, budget_seconds: float, *, has_head: bool
+) -> tuple[float, float, float]:
+    """(decode, prefill row, head) seconds, medians of bursts in turns: what makes the machine slow for a part of a
+    second, or fast, says little of any of them."""
+    share = budget_seconds / BURSTS
+    end = clock() + 0.5 * budget_seconds
+    decode, prefill, head = list[float](), list[float](), list[float]()
+    while not decode or (len(decode) < BURSTS and clock() < end):
+        decode.append(layer.time_decode(clock, 0.15 * share))
+        prefill.append(layer.time_prefill(clock, 0.2 * share, 0.2 * budget_seconds, decode[0]))
+        if has_head:
+            head.append(_time_head(layer, clock, 0.1 * share))
+    return median(decode), median(prefill), median(head) if head else 0.0
 
 
 class _LayerProbe:
@@ -162,9 +178,11 @@ class _LayerProbe:
         self.fill(1, base)
         return _quick_quartile(lambda: self._again(base, 1), clock, budget_seconds)
 
-    def time_prefill(self, clock: Clock, budget_seconds: float, decode_seconds: float) -> float:
+    def time_prefill(
+        self, clock: Clock, budget_seconds: float, chunk_seconds: float, decode_seconds: float
+    ) -> float:
         """Seconds per row of a chunk; a slow device gets a shorter chunk than a full one."""
-        affordable = int(budget_seconds / max(decode_seconds, 1e-9))
+        affordable = int(chunk_seconds / max(decode_seconds, 1e-9))
         count = max(1, min(CHUNK_ROWS, self.max_rows, max(8, affordable)))
         base = min(self.max_rows // 2, self.max_rows - count) if self.block.is_causal else 0
         self.fill(1, base)
