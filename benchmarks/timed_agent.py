@@ -23,12 +23,12 @@ def watch(path: Path) -> None:
 
     Notes are written when the rows are on their way: writing them is not a part of what they measure.
     """
-    from edge_runtime.agent.stage_steps import LoadedStage, StageSteps
-    from edge_runtime.agent.stage_worker import StageWorker
+    from edge_runtime.agent.stage_steps import LoadedStage, StageSteps, Step
+    from edge_runtime.agent.tail import TailSession
 
     notes = path.open("ab", buffering=0)
     rows = path.with_name(path.name + ".rows").open("ab", buffering=0)
-    construct, step, turn = LoadedStage.__init__, StageSteps._run, StageWorker._turn
+    construct, run, note, sample = LoadedStage.__init__, StageSteps._run, Step.note, TailSession.sample
     times = [0.0, 0.0]
     steps: list[tuple[float, float, int, list[Any], list[Any]]] = []  # of this turn
 
@@ -46,14 +46,18 @@ def watch(path: Path) -> None:
         construct(loaded, lease, stage, **rest)
 
     def stepped(stage_steps: StageSteps, loaded: LoadedStage, works: list[Any]) -> list[Any]:
-        events = step(stage_steps, loaded, works)
-        end = time.monotonic() if loaded.is_tail else times[1]
+        events = run(stage_steps, loaded, works)
         kv_bytes = loaded.stage.kv_committed_bytes  # type: ignore[attr-defined]
-        steps.append((times[0], end, kv_bytes, works, events))
+        steps.append((times[0], times[1], kv_bytes, works, events))
         return events
 
-    def turned(worker: StageWorker) -> None:
-        turn(worker)
+    def sampled(tail: TailSession, *arguments: Any) -> Any:
+        tokens = sample(tail, *arguments)
+        times[1] = time.monotonic()
+        return tokens
+
+    def noted(done: Step) -> None:
+        note(done)
         for begin, end, kv_bytes, works, events in steps:
             count = sum(len(work.ids) for work in works)
             notes.write(RECORD.pack(begin, end, works[0].session, works[0].base_row, count, kv_bytes))
@@ -62,7 +66,8 @@ def watch(path: Path) -> None:
 
     LoadedStage.__init__ = constructed  # type: ignore[method-assign, assignment]
     StageSteps._run = stepped  # type: ignore[method-assign, assignment]
-    StageWorker._turn = turned  # type: ignore[method-assign, assignment]
+    TailSession.sample = sampled  # type: ignore[method-assign, assignment]
+    Step.note = noted  # type: ignore[method-assign, assignment]
 
 
 def row_note(began: float, ended: float, works: list[Any], events: list[Any]) -> bytes:

@@ -62,6 +62,11 @@ class PeerOutbox:
         lane.waiting += 1
         lane.queue.put_nowait((message, payloads))
 
+    def is_clear(self, device_id: str) -> bool:
+        """Whether nothing waits for the device."""
+        lane = self._lanes.get(device_id)
+        return lane is None or not lane.waiting
+
     def clear(self) -> None:
         """The plan is over: nothing of it is worth sending."""
         for lane in self._lanes.values():

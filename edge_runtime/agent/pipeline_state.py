@@ -65,9 +65,14 @@ CHUNKS_UNDER_WAY = 2  # per stage: one that runs and one that waits; more would 
 
 
 class PipelineState(SessionState):
-    """At most one lease at a time. `handle` is the only way in."""
+    """At most one lease at a time. `handle` is the only way in. `version` moves with every event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = 0
 
     def handle(self, event: Event) -> list[Instruction]:
+        self.version += 1
         match event:
             case Received():
                 return self._received(event)

@@ -36,6 +36,11 @@ class SessionState(LeaseState):
         # Stage 1: with fed ids to be issued, and how many were in this turn of theirs.
         self._prompts: OrderedDict[SessionId, int] = OrderedDict()
 
+    @property
+    def has_prompts(self) -> bool:
+        """Stage 1: with ids that wait to be issued."""
+        return bool(self._prompts)
+
     @abstractmethod
     def _issue_prompts(self) -> list[Instruction]:
         """Room became free, or ids came."""

@@ -24,12 +24,13 @@ from edge_runtime.agent.pipeline_events import (
     Work,
     WorkFinished,
 )
+from edge_runtime.agent.ran_ahead import RanAhead
 from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.agent.step_batch import batch_of, placed, split_rows
 from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.agent.tail import TailSession
 from edge_runtime.core import SessionId
-from edge_runtime.engine.base import Stage
+from edge_runtime.engine.base import Batch, Rows, Span, Stage
 from edge_runtime.errors import EdgeRuntimeError
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class StageSteps:
         self._decode_came_at: float | None = None  # the first decode row since the last step with any began
         self.loaded: LoadedStage | None = None
         self._retired: Stage | None = None
+        self._ahead: RanAhead | None = None  # until its command was obeyed
         self.steps = 0  # moves with every batch; read by heartbeats
         self.kv_used_tokens = 0
         self.served_seconds = 0.0, 0.0  # of a row here, and of its round, in the stage that is loaded
@@ -97,8 +99,12 @@ class StageSteps:
 
     def came(self, session: SessionId) -> None:
         """A decode row that will be obeyed. From any thread, one at a time."""
-        now = self._came_at[session] = self._clock()
+        now = self._came_at[session] = self._now()
         self._decode_came_at = now if self._decode_came_at is None else self._decode_came_at
+
+    def _now(self) -> float:
+        """Of a row that ran ahead: what follows is about the moment at which it came."""
+        return self._clock() if self._ahead is None else self._ahead.began_at
 
     def install(self, loaded: LoadedStage) -> None:
         self.retire()
@@ -134,7 +140,36 @@ class StageSteps:
     def pause_seconds(self) -> float | None:
         """How long to wait for a command before the next step. None: as long as it takes."""
         loaded = self.loaded
-        return None if loaded is None else pause_seconds(loaded.queue, loaded.pace, self._clock())
+        return None if loaded is None else pause_seconds(loaded.queue, loaded.pace, self._now())
+
+    @property
+    def only_decoding(self) -> SessionId | None:
+        """The one session that decodes, where its next row would run alone and nothing else may happen meanwhile."""
+        loaded = self.loaded
+        if loaded is None or loaded.queue or not loaded.queue.shared:
+            return None
+        if getattr(loaded.stage, "peer_experts", None) is not None:
+            return None  # links are read while such a step runs
+        return loaded.pace.only_decoding
+
+    def run_ahead(self, session: SessionId, base_row: int, token_id: int, hidden: Rows | None) -> RanAhead:
+        """Run the row that `only_decoding` waits for. Hidden [1, E]. The command for it has to be the next one."""
+        loaded = self.loaded
+        assert loaded is not None
+        assert self._ahead is None
+        began_at = self._clock()
+        where = session, base_row, token_id, began_at
+        try:
+            span = Span(session, base_row, (token_id,), int(loaded.is_tail))
+            rows = loaded.stage.run(Batch((span,), hidden))
+            if loaded.is_tail:
+                tokens = loaded.tails[session].sample(base_row, (token_id,), rows)
+                self._ahead = RanAhead(*where, self._clock(), tokens=tokens)
+            else:
+                self._ahead = RanAhead(*where, self._clock(), rows)
+        except Exception as problem:  # the step says what it means
+            self._ahead = RanAhead(*where, self._clock(), problem=problem)
+        return self._ahead
 
     def measure(self) -> None:
         loaded = self.loaded
@@ -194,7 +229,7 @@ class StageSteps:
         loaded = self.loaded
         if loaded is None or self.pause_seconds() != 0:
             return None
-        began_at = self._clock()
+        began_at = self._now()
         works = placed(self._take(loaded, began_at), loaded.stage)
         try:
             events = self._run_apart(loaded, works)
@@ -205,7 +240,8 @@ class StageSteps:
             reason = f"{type(problem).__name__}: {problem}"
             events = [StageBroke(loaded.lease, "engine", reason, "see the agent's log")]
         self.steps += 1
-        return Step(loaded, works, events, began_at, self._clock())
+        ahead, self._ahead = self._ahead, None
+        return Step(loaded, works, events, began_at, ahead.ended_at if ahead else self._clock())
 
     def _take(self, loaded: LoadedStage, now: float) -> list[Work]:
         works = take_step(loaded.queue, loaded.pace, now, self._decode_came_at)
@@ -224,6 +260,8 @@ class StageSteps:
             return [SessionBroke(loaded.lease, works[0].session, problem.code, problem.message)]
 
     def _run(self, loaded: LoadedStage, works: list[Work]) -> list[Event]:
+        if self._ahead is not None:
+            return self._ahead.events_of(works)
         result = loaded.stage.run(batch_of(works))
         if not loaded.is_tail:
             return split_rows(works, result)

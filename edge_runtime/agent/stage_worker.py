@@ -36,9 +36,16 @@ STOP_SECONDS = 10.0  # the longest step we wait for at the end; the thread is a 
 class StageWorker:
     """`put` from any thread; events come back through `deliver` on the compute thread, in order."""
 
-    def __init__(self, deliver: Deliver, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        deliver: Deliver,
+        clock: Callable[[], float] = time.perf_counter,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_idle` is called on the compute thread when a turn has left nothing to do."""
         self.stage = StageSteps(deliver, clock)
         self._deliver = deliver
+        self._on_idle = on_idle
         self._clock = clock
         self._lock = threading.Lock()  # of the two below: whoever puts the first command asks for a turn
         self._inbox: deque[Command] = deque()
@@ -164,13 +171,29 @@ class StageWorker:
                     command()
                 else:
                     self.stage.obey(command)
-            step = self.stage.step()
-            if step is not None:
-                self._deliver(step.events)
-                step.note()  # later: the next stage waits for what is delivered
-            self.stage.measure()
+            self._step()
         finally:
             self._plan_turn()
+
+    def _step(self) -> None:
+        step = self.stage.step()
+        if step is not None:
+            self._deliver(step.events)
+            step.note()  # later: the next stage waits for what is delivered
+        self.stage.measure()
+
+    @property
+    def is_idle(self) -> bool:
+        """On the compute thread, outside turns: whether nothing waits for one."""
+        return not self._turn_asked and not self._end.is_set()
+
+    def settle(self, command: RunRows) -> None:
+        """On the compute thread, outside turns: obey the command for a row that ran ahead (`StageSteps.run_ahead`)."""
+        self.stage.came(command.work.session)
+        self.stage.obey(command)
+        self._step()
+        if not self._turn_asked:
+            self._on_idle()
 
     def _plan_turn(self) -> None:
         pause_seconds = self.stage.pause_seconds()
@@ -180,6 +203,8 @@ class StageWorker:
             self._loop.call_soon(self._turn)
         elif pause_seconds is not None:
             self._later = self._loop.call_later(pause_seconds, self._turn)
+        else:
+            self._on_idle()
 
 
 def _resolve(future: asyncio.Future[Result], result: Result) -> None:

@@ -58,6 +58,11 @@ class StepPace:
             self.groups.came(session, now)
             self._away.came(session, now)
 
+    @property
+    def only_decoding(self) -> SessionId | None:
+        """The session that decodes, where there is just one."""
+        return next(iter(self._decoding)) if len(self._decoding) == 1 else None
+
     def left(self, session: SessionId) -> None:
         self._decoding.discard(session)
         self.groups.left(session)

@@ -33,6 +33,9 @@ _LIST_OVERHEAD_BYTES: Final = 64  # so that empty lists count, too
 _CREDIT_BODY: Final = struct.Struct("!QI")
 
 
+Look = Callable[[list[memoryview]], Callable[[], None] | None]
+
+
 class Wire(Protocol):
     """What carries a channel. `write` never blocks: the window bounds what can be queued in it."""
 
@@ -71,6 +74,7 @@ class Channel:
         self._inbox: deque[tuple[list[memoryview], int]] = deque()
         self._receivers: list[asyncio.Future[None]] = []
         self._take_list: Callable[[list[memoryview]], None] | None = None
+        self._look: Look | None = None
         self._senders: deque[tuple[asyncio.Future[None], int]] = deque()
         self._sent_bytes = self._sent_lists = 0  # not yet credited by the other side
         self._held_bytes = self._held_lists = 0  # received and not yet credited by us
@@ -114,12 +118,13 @@ class Channel:
         self._write(parts)
         return True
 
-    def on_list(self, take: Callable[[list[memoryview]], None]) -> None:
+    def on_list(self, take: Callable[[list[memoryview]], None], look: Look | None = None) -> None:
         """Instead of `receive`: every list, also those that wait here, is given to `take` as it arrives.
 
         It spares the wake-up of a task for each list. `take` may raise ProtocolError: the owner cuts the link.
+        `look` sees lists that arrive from now on before they are counted and taken; what it returns is called after.
         """
-        self._take_list = take
+        self._take_list, self._look = take, look
         while self._inbox:
             frames, cost = self._inbox.popleft()
             self._take(cost)
@@ -171,7 +176,12 @@ class Channel:
             if kind == CLOSE:
                 self._wire.cut()  # both sides closed at once: nothing more will come
         elif kind == DATA:
-            self._deliver_data(frames)
+            then = self._look(frames) if self._look is not None else None
+            try:
+                self._deliver_data(frames)
+            finally:
+                if then is not None:
+                    then()
         elif kind == CREDIT and len(frames) == 1 and frames[0].nbytes == _CREDIT_BODY.size:
             self._credited(*_CREDIT_BODY.unpack(frames[0]))
         elif kind == CLOSE and not frames:

@@ -39,6 +39,7 @@ _INBOX_MESSAGES = 256
 
 Received = tuple[DeviceId, Message, list[memoryview]]
 OnMessage = Callable[[DeviceId, Message, list[memoryview]], None]
+OnLook = Callable[[DeviceId, list[memoryview]], Callable[[], None] | None]
 
 
 @dataclass(slots=True)
@@ -59,7 +60,8 @@ class Mesh:
     """Use as `async with Mesh(...) as mesh`. `control_send` takes a message to the coordinator.
 
     `signing_key` is the coordinator's Ed25519 public key; `data_address` where to listen for peers ("" for nowhere).
-    With `on_message` each message is handed over as it arrives, and there is nothing to `receive`.
+    With `on_message` each message is handed over as it arrives, and there is nothing to `receive`. `look` sees its
+    frames before; what it returns is called after (`Channel.on_list`).
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Mesh:
         *,
         handshake_seconds: float = HANDSHAKE_SECONDS,
         on_message: OnMessage | None = None,
+        look: OnLook | None = None,
     ) -> None:
         self.data_address = data_address  # once entered: with the real port, for `Hello`
         self._key = key
@@ -81,6 +84,7 @@ class Mesh:
         self._admission = Admission()
         self._routes: dict[str, _Route] = {}
         self._on_message = on_message
+        self._on_look = look
         self._inbox: asyncio.Queue[Received | None] = asyncio.Queue(_INBOX_MESSAGES)
         self._relay = RelayPort(control_send, on_accepted=self._read_from)
         self._listener: zeromq.ZeromqListener | None = None
@@ -168,6 +172,13 @@ class Mesh:
             return route.channel.try_send(codec.encode(message, payloads))
         except ConnectionClosed:
             return False  # `send` dials anew
+
+    def ready(self, device_id: str) -> Channel | None:
+        """The link to a peer, where it is up and nobody waits for it."""
+        route = self._routes.get(device_id)
+        if route is None or route.channel is None or route.channel.closed or route.lock.locked():
+            return None
+        return route.channel
 
     async def reach(self, device_id: str) -> None:
         """Have a direct link to a peer. Raises TrustError (not in the lease), TransportError (there is none)."""
@@ -279,10 +290,15 @@ class Mesh:
             self._start(self._read(channel))
             return
         try:
-            channel.on_list(functools.partial(self._arrived, channel, DeviceId(channel.peer.device_id)))
+            source = DeviceId(channel.peer.device_id)
+            look = functools.partial(self._look, source) if self._on_look is not None else None
+            channel.on_list(functools.partial(self._arrived, channel, source), look)
         except ProtocolError as error:
             log.warning("cut the link to device %s: %s", channel.peer.device_id, error.message)
             channel.abort(error.message)
+
+    def _look(self, source: DeviceId, frames: list[memoryview]) -> Callable[[], None] | None:
+        return self._on_look(source, frames) if source in self._routes and self._on_look is not None else None
 
     def _arrived(self, channel: Channel, source: DeviceId, frames: list[memoryview]) -> None:
         message, payloads = codec.decode(frames)
