@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.agent.config import NO_DATA_PORT
+from edge_runtime.agent.fast_path import FastPath
 from edge_runtime.agent.status import Connected, Paired, Serving
 from edge_runtime.bundle import Bundle
 from edge_runtime.core import LayerRange, SamplingParams
@@ -40,6 +41,29 @@ SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=7, repetition_penalty=
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     model = TinyModel(layers=3, kind="encoder", qk_norm=False)
     return build_tiny_bundle(tmp_path_factory.mktemp("agents") / "encoder", model)
+
+
+async def test_rows_of_a_lone_session_are_foreseen_on_every_stage(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short way is taken over real links, for nearly all rows, and the ids are those of one device."""
+    taken: list[object] = []
+    settle = FastPath._settle
+
+    def noted(fast: FastPath) -> None:
+        settle(fast)
+        taken.append(fast)
+
+    monkeypatch.setattr(FastPath, "_settle", noted)
+    async with cluster_of(bundle, tmp_path) as cluster:
+        coordinator = cluster.coordinator
+        await cluster.start(*NAMES)
+        lease = await cluster.serve(NAMES, [1, 2])
+        session = await coordinator.open(NAMES, lease, PROMPT, 30, sampling=SAMPLED)
+        tokens = (await coordinator.tokens(NAMES[-1], session))[session]
+        assert [token.id for token in tokens] == one_device_loop(bundle, PROMPT, 30, SAMPLED)
+    assert len(set(taken)) == len(NAMES)
+    assert len(taken) > 2 * len(tokens)
 
 
 @pytest.mark.parametrize(("names", "edges"), [(NAMES[:1], []), (NAMES[:2], [1]), (NAMES, [1, 2])])
