@@ -1,10 +1,12 @@
 """Two processes with half of the experts each against one with all: `python -m benchmarks.flash_two_agents [--json]`.
 
 One runs all layers and holds half of each layer's experts, the other holds the other half and answers; rows travel over
-a CURVE link on loopback, with the messages and the code of agents. Routing is that of the recorded trace. The first
-holds those that the trace's prompt used most: what is known before the first decoded token.
+a CURVE link on loopback, with the messages and the code of agents. Routing is that of the recorded trace. Who holds
+what is the planner's answer for two alike devices with room for half each, and for the uses of the trace's prompt: what
+is known before the first decoded token.
 
-Knows: both arms. Does not know: plans; nobody decides here who holds what.
+On a machine with as many cores as one process has threads, the two share what the one has to itself; the output says
+how many of both there are. Knows: both arms. Does not know: how a plan is made.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from multiprocessing.connection import Connection
 from benchmarks.flash_arm import KV_BYTES, MEMORY, Notes, Order, Replay, _generate, _route
 from benchmarks.random_moe import LARGE, TINY, random_moe
 from benchmarks.report import Report, arguments, say
+from coordinator.placement import model_profile
+from coordinator.planning import place
+from coordinator.planning.model import COORDINATOR, DeviceProfile, Link, Split
 from edge_runtime.agent.expert_links import ExpertLinks, ExpertMessage
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange
@@ -29,6 +34,7 @@ from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.errors import TamperedError, TransportError
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers
 from edge_runtime.experts.lanes import open_for_reading, read_fully
+from edge_runtime.experts.loads import ExpertLoads
 from edge_runtime.experts.peer_runner import PeerOptions
 from edge_runtime.experts.peer_server import PeerServer
 from edge_runtime.experts.peer_shares import owners_of, pack_experts
@@ -40,6 +46,8 @@ from edge_runtime.transport.mesh import Mesh
 from edge_runtime.trust.identity import KeyPair, SigningKey, device_id
 from edge_runtime.trust.lease import sign_lease
 
+HERE, THERE = "here", "there"
+LOOPBACK = Link(1e-3, 1e9)
 LEASE = 1
 ARM_SECONDS = 120.0
 
@@ -50,7 +58,7 @@ def two_agents(order: Order) -> dict[str, object]:
     """Both arms, one after the other; `two_agents_ratio` is of decoded tokens per second."""
     memory = _alone(order)
     say(f"one process: {order.decode_tokens / memory.decode_seconds:.2f} tokens/s")
-    halves = halves_by_use(order)
+    halves = planned_halves(order)
     shared, uses = asyncio.run(_asker(order, halves))
     say(f"two processes: {order.decode_tokens / shared.decode_seconds:.2f} tokens/s")
     return {
@@ -58,21 +66,35 @@ def two_agents(order: Order) -> dict[str, object]:
         "identical": shared.digest == memory.digest,
         "one_tokens_per_second": order.decode_tokens / memory.decode_seconds,
         "two_tokens_per_second": order.decode_tokens / shared.decode_seconds,
+        "threads_of_each": order.threads,
         **uses,
     }
 
 
-def halves_by_use(order: Order) -> tuple[Held, Held]:
-    """Of each layer the half that the trace's prompt used most, and the other. Ties go to the lower number."""
-    layers = _layers(order)
+def planned_halves(order: Order) -> tuple[Held, Held]:
+    """What the device that runs the layers holds, and the other."""
+    bundle = Bundle.open(order.bundle)
+    layers = expert_layers(bundle, bundle.manifest.layers)
     used = Replay(read_trace(order.trace)).prompt
-    first: dict[int, list[int]] = {}
+    uses: list[tuple[int, ...]] = [()] * bundle.manifest.num_layers
     for layer in layers:
         counts = Counter(used[layer.layer])
-        ranked = sorted(range(layer.experts), key=lambda expert: (-counts[expert], expert))
-        first[layer.layer] = sorted(ranked[: layer.experts // 2])
-    rest = {n: [e for e in range(layers[0].experts) if e not in set(of)] for n, of in first.items()}
-    return first, rest
+        uses[layer.layer] = tuple(counts[expert] for expert in range(layer.experts))
+    model = model_profile(bundle.manifest, order.decode_tokens, loads=ExpertLoads(bundle.digest, tuple(uses)))
+    half_bytes = -(-sum(model.layer_expert_bytes) // 2)
+    devices = [
+        DeviceProfile(
+            name, name, 2 * bundle.manifest.weight_bytes, 1e-3, 1e-3, 1e-3, "", expert_cache_bytes=half_bytes
+        )
+        for name in (HERE, THERE)
+    ]
+    links = {(device.device_id, COORDINATOR): LOOPBACK for device in devices}
+    plan = place(devices, links, model, Split("experts", devices=(HERE, THERE)))
+    here, there = (
+        {held.layer: held.experts for held in plan.experts if held.device_id == name}
+        for name in (HERE, THERE)
+    )
+    return here, there
 
 
 def _layers(order: Order) -> tuple[ExpertLayer, ...]:
