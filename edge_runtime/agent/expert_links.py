@@ -79,22 +79,26 @@ class ExpertLinks:
 
     # ------------------------------------------------------------ asking, in a step
 
-    def ask(self, device_id: str, layer: int, rows: Float32, uses: Int32) -> int:
+    def ask(
+        self, device_id: str, layer: int, rows: Float32, uses: Int32, gates: Float32 | None = None
+    ) -> int:
         request = next(self._numbers)
         message = ExpertRows(self._lease, request, layer)
         payloads = [np.ascontiguousarray(rows).data, np.ascontiguousarray(uses).data]
+        if gates is not None:
+            payloads.append(np.ascontiguousarray(gates, np.float32).data)
         if not self._need_mesh().try_send(device_id, message, payloads):
             raise self._lost(device_id, "there is no link to it")
         self._asked[request] = device_id
         return request
 
-    def wait(self, device_id: str, ticket: int, uses: int, hidden: int) -> Float32:
+    def wait(self, device_id: str, ticket: int, outputs: int, hidden: int) -> Float32:
         answer = self._await_answer(device_id, ticket)
         if isinstance(answer, ExpertsRefused):
             raise EngineError(f"device {device_id[:8]} could not run its experts: {answer.reason}")
-        if answer.nbytes != 4 * uses * hidden:
+        if answer.nbytes != 4 * outputs * hidden:
             raise self._lost(device_id, "its answer does not have the size that was asked for")
-        return np.frombuffer(answer, np.float32).reshape(uses, hidden)
+        return np.frombuffer(answer, np.float32).reshape(outputs, hidden)
 
     def forget(self, device_id: str) -> None:
         for request in [request for request, whom in self._asked.items() if whom == device_id]:

@@ -4,13 +4,15 @@
             └─ the others: rows ──► peer ── run_each ──► ───┴─ outputs by (row, gate rank) ── combine ── row
 
 Every expert's output is computed alone, with the kernel and in fp32 wherever it is, and `combine` sums in gate-rank
-order: a row has the bits that it has on one device, whatever is where. Peers compute while this device does.
+order: a row has the bits that it has on one device, whatever is where. Peers compute while this device does. Where one
+peer holds all that a batch wants of a layer, the gates go along and it makes the sums: one output a row comes back.
 
 Knows: who holds what, and the order among asking, computing and waiting. Does not know: links (`PeerPort`), routing.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +38,17 @@ PIECES_AHEAD = 3  # asked of one peer and not yet answered
 class PeerPort(Protocol):
     """Devices that hold experts, as the compute thread asks them. Nothing here needs an event loop to turn."""
 
-    def ask(self, device_id: str, layer: int, rows: Float32, uses: Int32) -> int:
-        """Send rows [n, hidden] and uses [m, 2] (row, expert); the ticket to wait with. Raises TransportError."""
+    def ask(
+        self, device_id: str, layer: int, rows: Float32, uses: Int32, gates: Float32 | None = None
+    ) -> int:
+        """Send rows [n, hidden] and uses [m, 2] (row, expert); the ticket to wait with. Raises TransportError.
+
+        With gates [m] (row after row, equally many of each) sums over the uses of each row are asked for.
+        """
         ...
 
-    def wait(self, device_id: str, ticket: int, uses: int, hidden: int) -> Float32:
-        """The outputs [uses, hidden]. Raises TransportError (gone, silent), EngineError (refused)."""
+    def wait(self, device_id: str, ticket: int, outputs: int, hidden: int) -> Float32:
+        """[outputs, hidden], of each use or each row. Raises TransportError (gone, silent), EngineError (refused)."""
         ...
 
     def forget(self, device_id: str) -> None:
@@ -100,9 +107,11 @@ class PeerExperts:
         if not away.size:
             return self._store.run(layer, x, ids, gates, activation=activation, threads=threads)
         self.statistics.peer_uses += away.size
+        if away.size == owner.size and (owner == owner[0]).all():
+            return self._elsewhere(_Rows(self._port, owners.devices[owner[0] - 1], layer, x, ids, gates))
         outputs = np.empty((owner.size, x.shape[1]), np.float32)
         orders = [
-            _Order(self._port, owners.devices[number - 1], layer, x, ids, away[owner[away] == number])
+            _Uses(self._port, owners.devices[number - 1], layer, x, ids, away[owner[away] == number])
             for number in sorted(set(owner[away].tolist()))
         ]
         try:
@@ -122,30 +131,36 @@ class PeerExperts:
             raise
         return combine(outputs, gates)
 
+    def _elsewhere(self, order: _Rows) -> Float32:
+        outputs = np.empty_like(order.x)
+        try:
+            order.ask()
+            self.statistics.requests += order.collect(outputs)
+        except BaseException:
+            order.give_up()
+            raise
+        return outputs
 
-class _Order:
-    """What one peer is asked in one layer of one batch, in pieces."""
+
+class _Order(ABC):
+    """What one peer is asked in one layer of one batch, in pieces. `places`: of the outputs."""
 
     def __init__(
-        self, port: PeerPort, device_id: str, layer: int, x: Float32, ids: Int32, places: NDArray[np.intp]
+        self, port: PeerPort, device_id: str, layer: int, places: NDArray[np.intp], piece_places: int
     ) -> None:
         self._port, self._device_id, self._layer = port, device_id, layer
-        self._x, self._ids, self._top_k = x, ids.reshape(-1), ids.shape[1]
-        step = max(1, PIECE_BYTES // (4 * x.shape[1]))
+        step = max(1, piece_places)
         self._waiting = deque(places[start : start + step] for start in range(0, len(places), step))
         self._asked: deque[tuple[int, NDArray[np.intp]]] = deque()
+
+    @abstractmethod
+    def _send(self, places: NDArray[np.intp]) -> int:
+        """The ticket."""
 
     def ask(self) -> None:
         while self._waiting and len(self._asked) < PIECES_AHEAD:
             places = self._waiting.popleft()
-            uses = np.zeros((len(places), 2), np.int32)
-            uses[:, 1] = self._ids[places]
-            rows = self._x
-            if len(rows) > 1:  # of one row there is nothing to choose: every decoded token waits for this
-                wanted, uses[:, 0] = np.unique(places // self._top_k, return_inverse=True)
-                rows = rows[wanted]
-            ticket = self._port.ask(self._device_id, self._layer, rows, uses)
-            self._asked.append((ticket, places))
+            self._asked.append((self._send(places), places))
 
     def collect(self, outputs: Float32) -> int:
         """Answers into their places; how many there were."""
@@ -161,6 +176,45 @@ class _Order:
     def give_up(self) -> None:
         if self._asked:
             self._port.forget(self._device_id)
+
+
+class _Uses(_Order):
+    """Some of the experts of some rows; `places` in the ids, row after row."""
+
+    def __init__(
+        self, port: PeerPort, device_id: str, layer: int, x: Float32, ids: Int32, places: NDArray[np.intp]
+    ) -> None:
+        super().__init__(port, device_id, layer, places, PIECE_BYTES // (4 * x.shape[1]))
+        self._x, self._ids, self._top_k = x, ids.reshape(-1), ids.shape[1]
+
+    def _send(self, places: NDArray[np.intp]) -> int:
+        uses = np.zeros((len(places), 2), np.int32)
+        uses[:, 1] = self._ids[places]
+        rows = self._x
+        if len(rows) > 1:  # of one row there is nothing to choose: every decoded token waits for this
+            wanted, uses[:, 0] = np.unique(places // self._top_k, return_inverse=True)
+            rows = rows[wanted]
+        return self._port.ask(self._device_id, self._layer, rows, uses)
+
+
+class _Rows(_Order):
+    """All experts of all rows."""
+
+    def __init__(
+        self, port: PeerPort, device_id: str, layer: int, x: Float32, ids: Int32, gates: Float32
+    ) -> None:
+        super().__init__(
+            port, device_id, layer, np.arange(len(x)), PIECE_BYTES // (4 * x.shape[1] * ids.shape[1])
+        )
+        self.x, self._ids, self._gates = x, ids, gates
+
+    def _send(self, places: NDArray[np.intp]) -> int:
+        rows = slice(places[0], places[-1] + 1)
+        ids = self._ids[rows]
+        uses = np.empty((ids.size, 2), np.int32)
+        uses[:, 0] = np.arange(ids.size) // ids.shape[1]
+        uses[:, 1] = ids.reshape(-1)
+        return self._port.ask(self._device_id, self._layer, self.x[rows], uses, self._gates[rows])
 
 
 def peers_of(owners: Mapping[int, LayerOwners]) -> Sequence[str]:

@@ -31,11 +31,11 @@ class PeerServer:
         return self._store.held_bytes
 
     def answer(self, layer: int, payloads: Sequence[memoryview]) -> Float32:
-        """Payloads as `ExpertRows` has them; the outputs [uses, hidden]. Raises ProtocolError."""
-        if layer not in self._store.layers or len(payloads) != 2:
+        """Payloads as `ExpertRows` has them; outputs [uses, hidden] or sums [rows, hidden]. Raises ProtocolError."""
+        if layer not in self._store.layers or len(payloads) not in (2, 3):
             raise ProtocolError(f"rows for layer {layer} that do not fit this device's plan")
         row_bytes = 4 * self._store.layers[layer].hidden
-        rows, uses = payloads
+        rows, uses = payloads[:2]
         if not rows.nbytes or rows.nbytes % row_bytes or not uses.nbytes or uses.nbytes % _USE_BYTES:
             raise ProtocolError(f"rows of {row_bytes} bytes and uses of {_USE_BYTES} are needed")
         count = uses.nbytes // _USE_BYTES
@@ -49,10 +49,24 @@ class PeerServer:
         if not self._store.holds(layer, experts):
             raise ProtocolError(f"experts of layer {layer} that this device does not hold")
         self.answered_uses += count
-        x = np.frombuffer(rows, np.float32).reshape(-1, row_bytes // 4)[index]
-        return self._store.run_each(
-            layer, x, experts, activation=self._activations[layer], threads=self._threads
-        )
+        x = np.frombuffer(rows, np.float32).reshape(-1, row_bytes // 4)
+        activation = self._activations[layer]
+        if len(payloads) == 2:
+            return self._store.run_each(
+                layer, x[index], experts, activation=activation, threads=self._threads
+            )
+        gates = _gates(payloads[2], index, len(x))
+        ids = experts.reshape(gates.shape)
+        return self._store.run(layer, x, ids, gates, activation=activation, threads=self._threads)
 
     def close(self) -> None:
         self._store.close()
+
+
+def _gates(payload: memoryview, index: NDArray[np.int32], rows: int) -> Float32:
+    """[rows, uses of each]. Raises ProtocolError where they are not those of every row in turn."""
+    if payload.nbytes != 4 * len(index) or len(index) % rows:
+        raise ProtocolError("sums need a gate for every use, and equally many of every row")
+    if (index.reshape(rows, -1) != np.arange(rows)[:, None]).any():
+        raise ProtocolError("sums need the uses of one row after the other")
+    return np.frombuffer(payload, np.float32).reshape(rows, -1)

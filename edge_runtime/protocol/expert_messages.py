@@ -21,7 +21,8 @@ class ExpertShare:
 class ExpertRows:
     """Stage -> a device that holds experts of its layers, over a direct link; `request` is repeated in the answer.
 
-    Payloads: the rows [n, hidden] in fp32, and int32 [uses, 2]: which of these rows goes through which expert.
+    Payloads: the rows [n, hidden] in fp32, and int32 [uses, 2]: which of these rows goes through which expert. A third
+    one, fp32 [uses], has their gates and asks for sums; uses come row after row then, equally many of each.
     """
 
     lease: int
@@ -31,7 +32,7 @@ class ExpertRows:
 
 @dataclass(frozen=True, slots=True)
 class ExpertOutputs:
-    """The answer. Payload: fp32 [uses, hidden], what each expert made of its row, not weighted."""
+    """The answer. Payload: fp32 [uses, hidden], what each expert made of its row, not weighted; or sums [n, hidden]."""
 
     lease: int
     request: int

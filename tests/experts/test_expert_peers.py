@@ -54,18 +54,19 @@ class Direct:
 
     def __init__(self, servers: dict[str, PeerServer]) -> None:
         self.servers = servers
-        self.asked: dict[int, tuple[int, bytes, bytes]] = {}
+        self.asked: dict[int, tuple[int, list[bytes]]] = {}
         self.requests = 0
 
-    def ask(self, device_id: str, layer: int, rows: Rows, uses: Ints) -> int:
+    def ask(self, device_id: str, layer: int, rows: Rows, uses: Ints, gates: Rows | None = None) -> int:
         self.requests += 1
-        self.asked[self.requests] = (layer, rows.tobytes(), uses.tobytes())
+        sent = [rows, uses] if gates is None else [rows, uses, gates]
+        self.asked[self.requests] = (layer, [part.tobytes() for part in sent])
         return self.requests
 
-    def wait(self, device_id: str, ticket: int, uses: int, hidden: int) -> Rows:
-        layer, rows, wanted = self.asked.pop(ticket)
-        found = self.servers[device_id].answer(layer, [memoryview(rows), memoryview(wanted)])
-        assert found.shape == (uses, hidden)
+    def wait(self, device_id: str, ticket: int, outputs: int, hidden: int) -> Rows:
+        layer, payloads = self.asked.pop(ticket)
+        found = self.servers[device_id].answer(layer, [memoryview(payload) for payload in payloads])
+        assert found.shape == (outputs, hidden)
         return found
 
     def forget(self, device_id: str) -> None:
@@ -104,7 +105,14 @@ def whole(bundle: Bundle, layer: ExpertLayer) -> ExpertWeights:
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     places=st.lists(
-        st.lists(st.integers(1, 7), min_size=EXPERTS, max_size=EXPERTS), min_size=LAYERS, max_size=LAYERS
+        st.one_of(
+            st.lists(st.integers(1, 7), min_size=EXPERTS, max_size=EXPERTS),
+            st.sampled_from(
+                [[2] * EXPERTS, [4] * EXPERTS]
+            ),  # one peer has all of a layer, and makes the sums
+        ),
+        min_size=LAYERS,
+        max_size=LAYERS,
     ),
     rows=st.integers(1, 9),
     seed=st.integers(0, 1000),
@@ -172,7 +180,10 @@ def test_a_server_refuses_what_does_not_fit_its_own_plan(bundle: Bundle) -> None
     def uses(*pairs: tuple[int, int]) -> bytes:
         return np.array(pairs, np.int32).tobytes()
 
+    one = np.ones(1, np.float32).tobytes()
     assert server.answer(0, [memoryview(row), memoryview(uses((0, 5), (0, 2)))]).shape == (2, layer.hidden)
+    sums = server.answer(0, [memoryview(row), memoryview(uses((0, 5), (0, 2))), memoryview(one * 2)])
+    assert sums.shape == (1, layer.hidden)
     for number, payloads in (
         (0, [row]),
         (0, [row, uses((0, 5)), b""]),
@@ -188,6 +199,11 @@ def test_a_server_refuses_what_does_not_fit_its_own_plan(bundle: Bundle) -> None
         (1, [row, uses((0, 5))]),
         (7, [row, uses((0, 5))]),
         (0, [row, uses((0, 5)) * 100_000]),
+        (0, [row, uses((0, 5)), one * 2]),
+        (0, [row, uses((0, 5)), one[:-1]]),
+        (0, [row * 2, uses((0, 5), (1, 2), (1, 5)), one * 3]),
+        (0, [row * 2, uses((0, 5), (1, 2), (0, 5), (1, 2)), one * 4]),
+        (0, [row * 2, uses((0, 5)), one]),
     ):
         with pytest.raises(ProtocolError):
             server.answer(number, [memoryview(payload) for payload in payloads])
