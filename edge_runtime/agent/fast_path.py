@@ -2,15 +2,17 @@
 
 After 25 ms of reading weights all code is cold, and what a hop costs is how much of it lies between a frame and its
 step. While a stage is idle it prepares for the row that is due. When just that comes, the row runs and the answer goes
-out; then the message takes its ordinary way, through link, rules, queue and pace, where the step finds its result
-(`ran_ahead`) and the answer is found to be sent. Both ways do the same, in another order; if they ever differed, the
-device would be broken, and says so.
+out. Then the message takes its ordinary way, through link, rules, queue and pace, where the step finds its result
+(`ran_ahead`) and the answer is found to be sent; a moment later, since on a device of few cores, or on one that is both
+stages, the answer's own way through threads and kernel would wait for it. Both ways do the same, in another order; if
+they ever differed, the device would be broken, and says so.
 
 Knows: what was prepared, what ran ahead. Does not know: the rules, sockets, what a row means.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +24,9 @@ from edge_runtime.errors import ConnectionClosed, EdgeRuntimeError
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import Message
 from edge_runtime.transport.channel import Channel
+
+WAY_SECONDS = 0.001  # of an answer to the next stage: until then the cores are left to it
+WAY_STEPS = 0.05  # likewise, but no longer than this share of a step
 
 WayTo = Callable[[str], Channel | None]  # an open link with room, and nothing that waits for it
 
@@ -41,12 +46,14 @@ class FastPath:
         way_to: WayTo,
         rows_of: Callable[[memoryview], Rows | None],
         frame_of: Callable[[Rows], memoryview],
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._state = state
         self._worker = worker
         self._way_to = way_to
         self._rows_of = rows_of
         self._frame_of = frame_of
+        self._sleep = sleep
         self._due: _Due | None = None
         self._awaits_command = False  # of the row that ran ahead
         self._command: RunRows | None = None
@@ -82,6 +89,7 @@ class FastPath:
             answer = row.answer(token_id, ahead.tokens)
             if answer is not None and self._send(due.channel, answer, ahead.rows):
                 self._answer = row.to, answer
+                self._sleep(min(WAY_SECONDS, WAY_STEPS * (ahead.ended_at - ahead.began_at)))
         self._awaits_command = True
         return self._settle
 

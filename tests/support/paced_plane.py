@@ -149,6 +149,7 @@ class PacedPlane:
         self.plane: Any = DataPlane(self.control, KeyPair.generate(), "own", b"", "")  # Any: driven by hand
         self.worker = self.plane.worker
         self.worker._clock = self.worker.stage._clock = lambda: self.now
+        self.plane.fast._sleep = lambda seconds: None
         self.plane._mesh = self.links
         self.plane._peers = PeerOutbox(None, self.links.try_send, None, None)  # type: ignore[arg-type]
         if not fast:
