@@ -12,8 +12,7 @@
 namespace edge {
 namespace {
 
-constexpr unsigned kInFlight = 4;  // reads: as many as flash needs to be busy where much is wanted
-constexpr std::int64_t kRequestBytes = 1 << 20;
+constexpr unsigned kInFlight = 64;  // reads: more than flash needs to be busy, few enough to give up soon
 constexpr std::int64_t kGrain = 2 * kBlake3ChunkBytes;
 
 // The digest of a part is that of its only piece, or of the digests of its pieces (bundle/hashing.py).
@@ -58,7 +57,6 @@ void FlashReads::submit(Array<std::uint8_t, 1> memory, Array<const std::int64_t,
     ask({place[0], static_cast<int>(place[1]), place[2], place[3], memory.data() + targets.data()[i],
          digests.data() + i * kBlake3DigestBytes, 0});
   }
-  end_of_asking();
   feed();
 }
 
@@ -87,20 +85,9 @@ void FlashReads::ask(const Wanted& wanted) {
     piece.number = number;
     piece.data = part->target + number * piece_bytes_;
     piece.bytes = std::min(piece_bytes_, part->bytes - number * piece_bytes_);
+    waiting_.push_back(&piece);
   }
-  const std::int64_t together = std::max<std::int64_t>(1, kRequestBytes / piece_bytes_);
-  for (std::int64_t first = 0; first < part->count; first += together)
-    waiting_.push_back({part.get(), first, std::min(part->count, first + together)});
   parts_.push_back(std::move(part));
-}
-
-void FlashReads::end_of_asking() {
-  if (waiting_.empty()) return;
-  FlashRequest& last = waiting_.back();
-  if (last.last - last.first < 2) return;
-  const FlashRequest rest{last.part, last.last - 1, last.last};
-  --last.last;
-  waiting_.push_back(rest);
 }
 
 FlashReads::Landed FlashReads::land(int threads) {
@@ -148,33 +135,25 @@ void FlashReads::give_up() {
 }
 
 void FlashReads::poll(FlashNews* news) {
-  const auto lost = [&](const FlashRequest& request, int problem) {
-    request.part->problem = problem;
-    if (brought(request.part, request.last - request.first)) news->lost.push_back(request.part);
+  const auto lost = [&](FlashPart* part, int problem) {
+    part->problem = problem;
+    if (brought(part)) news->lost.push_back(part);
   };
   for (Completion done; ring_.take(&done);) {
-    const auto* one = reinterpret_cast<const FlashRequest*>(done.key);
-    const auto found = std::find_if(flying_.begin(), flying_.end(), [&](const auto& own) { return own.get() == one; });
-    if (found == flying_.end()) continue;  // never
-    const FlashRequest request = **found;
-    *found = std::move(flying_.back());
-    flying_.pop_back();
-    if (done.result != bytes_of(request)) {
-      lost(request, done.result < 0 ? done.result : kPartWrong);
+    FlashPiece& piece = *reinterpret_cast<FlashPiece*>(done.key);
+    --flying_;
+    if (done.result != piece.bytes) {
+      lost(piece.part, done.result < 0 ? done.result : kPartWrong);
       continue;
     }
-    for (std::int64_t number = request.first; number < request.last; ++number) {
-      FlashPiece& piece = request.part->pieces[static_cast<std::size_t>(number)];
-      const std::int64_t count = blake3_leaves(piece.bytes);
-      piece.values.resize(static_cast<std::size_t>(count) * 8);
-      piece.leaves.store(count, std::memory_order_relaxed);
-      for (std::int64_t leaf = 0; leaf < count; ++leaf) news->leaves.push_back({&piece, leaf});
-    }
-    request.part->unread -= request.last - request.first;
-    if (!request.part->unread) news->came.push_back(request.part);
+    const std::int64_t count = blake3_leaves(piece.bytes);
+    piece.values.resize(static_cast<std::size_t>(count) * 8);
+    piece.leaves.store(count, std::memory_order_relaxed);
+    for (std::int64_t leaf = 0; leaf < count; ++leaf) news->leaves.push_back({&piece, leaf});
+    if (--piece.part->unread == 0) news->came.push_back(piece.part);
   }
   if (is_cancelled_.load(std::memory_order_relaxed))
-    for (; !waiting_.empty(); waiting_.pop_front()) lost(waiting_.front(), kPartLeftOut);
+    for (; !waiting_.empty(); waiting_.pop_front()) lost(waiting_.front()->part, kPartLeftOut);
   feed();
 }
 
@@ -183,11 +162,11 @@ FlashPart* FlashReads::hash(const FlashLeaf& leaf) {
   blake3_leaf(piece.data, piece.bytes, leaf.number, piece.values.data());
   if (piece.leaves.fetch_sub(1, std::memory_order_acq_rel) != 1) return nullptr;
   blake3_finish(piece.data, piece.bytes, piece.values.data(), piece.part->digests.data() + piece.number * kBlake3DigestBytes);
-  return brought(piece.part, 1);
+  return brought(piece.part);
 }
 
-FlashPart* FlashReads::brought(FlashPart* part, std::int64_t pieces) {
-  if (part->missing.fetch_sub(pieces, std::memory_order_acq_rel) != pieces) return nullptr;
+FlashPart* FlashReads::brought(FlashPart* part) {
+  if (part->missing.fetch_sub(1, std::memory_order_acq_rel) != 1) return nullptr;
   if (part->problem == kPartRight && !is_right(*part)) part->problem = kPartWrong;
   return part;
 }
@@ -199,23 +178,14 @@ void FlashReads::leave(Landed* landed) {
   parts_.erase(gone, parts_.end());
 }
 
-std::int64_t FlashReads::bytes_of(const FlashRequest& request) const {
-  return std::min(request.part->bytes, request.last * piece_bytes_) - request.first * piece_bytes_;
-}
-
 void FlashReads::feed() {
   bool any = false;
-  while (!waiting_.empty()) {
-    // The fewer are left, the fewer together, so that all but the last are hashed beside reading.
-    if (flying_.size() >= std::clamp<std::size_t>(waiting_.size() / 2, 1, kInFlight)) break;
-    auto request = std::make_unique<FlashRequest>(waiting_.front());
-    const std::int64_t start = request->first * piece_bytes_;
-    if (!ring_.read(request->part->file, request->part->target + start, static_cast<std::uint32_t>(bytes_of(*request)),
-                    static_cast<std::uint64_t>(request->part->offset + start), reinterpret_cast<std::uint64_t>(request.get())))
+  for (; !waiting_.empty(); waiting_.pop_front(), ++flying_, any = true) {
+    FlashPiece& piece = *waiting_.front();
+    if (!ring_.read(piece.part->file, piece.data, static_cast<std::uint32_t>(piece.bytes),
+                    static_cast<std::uint64_t>(piece.part->offset + piece.number * piece_bytes_),
+                    reinterpret_cast<std::uint64_t>(&piece)))
       break;
-    flying_.push_back(std::move(request));
-    waiting_.pop_front();
-    any = true;
   }
   if (any) ring_.submit();
 }

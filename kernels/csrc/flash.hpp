@@ -1,8 +1,7 @@
 // Parts of files on their way into memory, each checked against its digest before anybody is told that it is there.
 //
-// One thread asks, polls and waits; any may hash. Few reads are under way at a time, and the last one is short, so that what
-// has come is hashed while the rest is on its way: some devices (of virtual machines) tell of several reads only when all
-// that they were asked for have ended.
+// One thread asks, polls and waits; any may hash. A part is read in pieces, all at once, and what has come is hashed while
+// the rest is still on its way.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +34,7 @@ inline void pause_awake() {
 
 struct FlashPart;
 
-// What is hashed on its own, by one thread or several.
+// What is read in one go, and hashed on its own, by one thread or several.
 struct FlashPiece {
   FlashPart* part;
   std::int64_t number, bytes;
@@ -60,12 +59,6 @@ struct FlashPart {
   bool is_done = false;
 };
 
-// Pieces that are read in one go.
-struct FlashRequest {
-  FlashPart* part;
-  std::int64_t first, last;  // pieces [first, last)
-};
-
 struct FlashLeaf {
   FlashPiece* piece;
   std::int64_t number;
@@ -85,7 +78,7 @@ class FlashReads {
   explicit FlashReads(std::int64_t piece_bytes);
   ~FlashReads();
 
-  // One part, which goes to `target`. `begin` comes first, and `end_of_asking` last; the next `poll` begins to read.
+  // One part, which goes to `target`. `begin` comes first; the next `poll` begins to read.
   struct Wanted {
     std::int64_t key;
     int file;
@@ -95,7 +88,6 @@ class FlashReads {
     std::int64_t group;
   };
   void ask(const Wanted& wanted);
-  void end_of_asking();
   // What is asked for from now on goes somewhere in `memory`, and no cancelling from before is about it.
   void begin(Array<std::uint8_t, 1> memory);
 
@@ -123,7 +115,7 @@ class FlashReads {
   }
   // From any thread. The part, where this was the last that it missed.
   static FlashPart* hash(const FlashLeaf& leaf);
-  bool is_waiting() const { return !flying_.empty() || !waiting_.empty(); }
+  bool is_waiting() const { return flying_ || !waiting_.empty(); }
   // Asleep until something has come.
   void wait() { ring_.wait(); }
   void waited(std::chrono::steady_clock::duration time) { waited_seconds_ += std::chrono::duration<double>(time).count(); }
@@ -136,13 +128,12 @@ class FlashReads {
 
  private:
   void feed();
-  std::int64_t bytes_of(const FlashRequest& request) const;
-  static FlashPart* brought(FlashPart* part, std::int64_t pieces);
+  static FlashPart* brought(FlashPart* part);
 
   Ring ring_;
   const std::int64_t piece_bytes_;
-  std::deque<FlashRequest> waiting_;  // not begun
-  std::vector<std::unique_ptr<FlashRequest>> flying_;
+  std::deque<FlashPiece*> waiting_;  // not begun
+  std::int64_t flying_ = 0;          // pieces
   std::vector<std::unique_ptr<FlashPart>> parts_;    // in the order asked for
   std::vector<Array<std::uint8_t, 1>> memory_;       // stays where it is while something is on its way into it
   std::atomic<bool> is_cancelled_{false};

@@ -111,7 +111,6 @@ class FlashLayer {
       put(groups[i], slot, at);
       ask(expert, slot, static_cast<std::int64_t>(i));
     }
-    reads_.end_of_asking();
   }
 
   void ask(std::int64_t expert, std::int64_t slot, std::int64_t group) {

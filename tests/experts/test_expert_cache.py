@@ -140,7 +140,7 @@ def test_same_bits_for_any_policy_budget_and_lanes(
 
 
 @given(
-    slots=st.integers(LAYERS * TOP_K, LAYERS * EXPERTS + 2),
+    slots=st.integers(EXPERTS, LAYERS * EXPERTS + 2),  # fewer: what goes depends on what came first
     batches=st.lists(st.integers(1, 12), min_size=1, max_size=8),
     seed=st.integers(0, 50),
 )
