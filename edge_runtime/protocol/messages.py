@@ -107,7 +107,7 @@ __all__ = [
     "Welcome",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_STRING_BYTES = 64 << 10
 MAX_ITEMS = 1 << 20  # of one list (ids of a long prompt)
