@@ -163,7 +163,7 @@ def test_the_invariants_of_nested_values_hold_for_received_ones() -> None:
         codec.decode([msgpack.packb(values)])
 
 
-@pytest.mark.parametrize("version", [0, 2, 2**40])
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1, 2**40])
 def test_another_version_is_refused_in_words(version: int) -> None:
     frame = msgpack.packb([version, 13, 1, 8])
     with pytest.raises(VersionError, match=f"protocol {version}") as caught:
