@@ -21,6 +21,7 @@ from edge_runtime.core import Token
 from edge_runtime.errors import ConnectionClosed
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import (
+    PROTOCOL_VERSION,
     CloseSession,
     Feed,
     Heartbeat,
@@ -177,7 +178,7 @@ class FakeAgent:
             f"tcp://127.0.0.1:{runtime.port}", self.key, runtime.registry.keys.link.public
         )
         self.cluster.agents[self.device_id] = self
-        await self.send(Hello(1, "test", self.name, boot_id, "", self.memory_bytes, 1, 4242))
+        await self.send(Hello(PROTOCOL_VERSION, "test", self.name, boot_id, "", self.memory_bytes, 1, 4242))
         self.cluster.tasks.create_task(self._run())
 
     async def start(self, runtime: CoordinatorRuntime) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edge_runtime.core import DeviceId
 from edge_runtime.errors import TransportError, TrustError
 from edge_runtime.protocol import codec
-from edge_runtime.protocol.messages import EnrollRequest, Hello, Message, Refused
+from edge_runtime.protocol.messages import PROTOCOL_VERSION, EnrollRequest, Hello, Message, Refused
 from edge_runtime.transport import zeromq
 from edge_runtime.trust.identity import KeyPair, SigningKey
 from edge_runtime.trust.pairing import (
@@ -196,7 +196,7 @@ async def test_a_registry_that_fails_refuses_and_the_next_device_is_served(coord
         [b""],
         [b"\x93\x01\x01"],
         [bytes(60_000)],
-        codec.encode(Hello(1, "1", "phone", "b", "", 1, 1, 0)),
+        codec.encode(Hello(PROTOCOL_VERSION, "1", "phone", "b", "", 1, 1, 0)),
         [codec.encode_message(EnrollRequest("t", "n")), b"payload"],
     ],
 )
