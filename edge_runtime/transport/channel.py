@@ -24,7 +24,7 @@ DATA: Final = b"D"
 CREDIT: Final = b"W"
 CLOSE: Final = b"C"
 
-WIRE_VERSION: Final = b"\x01"
+WIRE_VERSION: Final = b"\x02"
 WINDOW_BYTES: Final = (
     16 << 20
 )  # a sender goes on while less than this is not yet taken by the other application

@@ -159,11 +159,18 @@ class LoopSocket:
         self._read_lists()
 
     def _read_lists(self) -> None:
+        """The descriptor says that there is one, most of the time: the first is read without asking."""
+        is_asked = False
         for _ in range(_LISTS_PER_ROUND):
             if self.closed:
                 return
-            if not int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
+            if is_asked and not int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
                 self._on_idle()
                 return
-            self._on_list(receive_parts(self._socket))
+            is_asked = True
+            try:
+                parts = receive_parts(self._socket)
+            except zmq.Again:
+                continue
+            self._on_list(parts)
         self._schedule()

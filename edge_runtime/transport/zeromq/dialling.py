@@ -18,7 +18,7 @@ from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError,
 from edge_runtime.transport import tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import OPEN, WIRE_VERSION, Channel
-from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver
+from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, packed
 from edge_runtime.transport.zmq_socket import SETTINGS, LoopSocket
 from edge_runtime.trust.admission import zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
@@ -79,7 +79,7 @@ class _DialledWire:
         if self._socket.closed:
             raise ConnectionClosed("the other side has gone")
         try:
-            self._socket.send(parts)
+            self._socket.send(packed(parts))
         except zmq.Again as error:
             raise ConnectionClosed("the other side has gone") from error
 
@@ -105,7 +105,12 @@ class _DialledWire:
         elif [part.bytes for part in parts] == [OPEN, WIRE_VERSION]:
             self.opened.set_result(None)
         else:
-            self._fail(ProtocolError("the other side does not open a link the way this version does"))
+            self._fail(
+                ProtocolError(
+                    "the other side does not open a link the way this version does",
+                    hint="update edge-runtime on the older of the two",
+                )
+            )
 
     def _on_event(self, event: int, value: int) -> None:
         address = self.channel.remote

@@ -20,7 +20,7 @@ from edge_runtime.errors import ConnectionClosed, TransportError
 from edge_runtime.transport import link_meter, tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import CLOSE, OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
-from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver
+from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, packed
 from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
 from edge_runtime.trust.admission import Gate, zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
@@ -151,7 +151,7 @@ class ZeromqListener:
         if self._wires.get(wire.routing_id) is not wire or self._socket.closed:
             raise ConnectionClosed("the other side has gone")
         try:
-            self._socket.send([wire.routing_id, *parts])
+            self._socket.send([wire.routing_id, *packed(parts)])
         except zmq.ZMQError as error:
             reason = "stopped reading" if error.errno == zmq.EAGAIN else "has gone"
             raise ConnectionClosed(f"the other side {reason}") from error
@@ -189,7 +189,10 @@ class ZeromqListener:
         fd = int(parts[0].get(zmq.SRCFD))
         if fd in self.hanging_up and parts[1].bytes == CLOSE:
             tcp.shut_down(fd, tcp.peer_address(fd))  # both sides closed at once: nothing more will come
-        if [part.bytes for part in parts[1:3]] != [OPEN, WIRE_VERSION] or len(parts) != 3:
+        if len(parts) != 3 or parts[1].bytes != OPEN:
+            return
+        if parts[2].bytes != WIRE_VERSION:
+            self._refuse_version(routing_id, user_id)
             return
         self._socket.read_events()  # the loss of an earlier link with this descriptor comes before this list
         if fd in self._by_fd:
@@ -214,6 +217,12 @@ class ZeromqListener:
             self.forget(wire)
             return
         self._accepted.put_nowait(wire.channel)
+
+    def _refuse_version(self, routing_id: bytes, user_id: str) -> None:
+        """Whoever dials reads which version this is, and says so to a person."""
+        log.warning("refused a link of another version from the device with key %s", user_id)
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send([routing_id, OPEN, WIRE_VERSION])
 
     def _on_event(self, event: int, value: int) -> None:
         if event != zmq.EVENT_DISCONNECTED:
