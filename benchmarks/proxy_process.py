@@ -1,7 +1,4 @@
-"""Shaping proxies in a process of their own, so that the delays they make are not those of whoever measures.
-
-A proxy sleeps the last of a delay on its thread (`shaping_proxy.py`); beside a client, on the same event loop, those
-sleeps would be the client's.
+"""Shaping proxies in a process of their own, so that they do not share an interpreter with whoever measures.
 
 Knows: ports, one shape, a child process. Does not know: who talks through the proxies.
 """
@@ -12,7 +9,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from benchmarks.shaping_proxy import Shape, ShapingProxy
@@ -41,15 +38,13 @@ async def proxies(target_ports: Sequence[int], shape: Shape) -> AsyncGenerator[l
         await child.wait()
 
 
-async def _serve(shape: Shape, target_ports: Sequence[int]) -> None:
-    async with AsyncExitStack() as stack:
-        opened = [
-            await stack.enter_async_context(ShapingProxy("127.0.0.1", port, shape)) for port in target_ports
-        ]
+def _serve(shape: Shape, target_ports: Sequence[int]) -> None:
+    with ExitStack() as stack:
+        opened = [stack.enter_context(ShapingProxy("127.0.0.1", port, shape)) for port in target_ports]
         print(json.dumps([proxy.port for proxy in opened]), flush=True)
-        await asyncio.to_thread(sys.stdin.read)
+        sys.stdin.read()
 
 
 if __name__ == "__main__":
     delay_seconds, bytes_per_second, *ports = sys.argv[1:]
-    asyncio.run(_serve(Shape(float(delay_seconds), float(bytes_per_second)), [int(port) for port in ports]))
+    _serve(Shape(float(delay_seconds), float(bytes_per_second)), [int(port) for port in ports])

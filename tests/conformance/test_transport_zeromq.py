@@ -177,15 +177,17 @@ async def test_a_list_that_never_ends_ends_the_link(monkeypatch: pytest.MonkeyPa
     near = await zeromq.connect(listener.address, VICTIM, SERVER.public)
     honest = await listener.accept()
     port = int(listener.address.rpartition(":")[2])
-    async with ShapingProxy("127.0.0.1", port, Shape(bytes_per_second=30e6)) as slow:
-        with raw_dealer(listener, THIEF, b"id", slow.address) as thief:
-            thief.send_multipart([OPEN, WIRE_VERSION])
-            await answer(thief)
-            far = await listener.accept()
-            thief.send_multipart([DATA, *[bytes(1 << 20)] * 15])  # so slowly that its end is not in sight
-            async with asyncio.timeout(5):
-                with pytest.raises(ConnectionClosed, match="never ends"):
-                    await far.receive()
+    with (
+        ShapingProxy("127.0.0.1", port, Shape(bytes_per_second=30e6)) as slow,
+        raw_dealer(listener, THIEF, b"id", slow.address) as thief,
+    ):
+        thief.send_multipart([OPEN, WIRE_VERSION])
+        await answer(thief)
+        far = await listener.accept()
+        thief.send_multipart([DATA, *[bytes(1 << 20)] * 15])  # so slowly that its end is not in sight
+        async with asyncio.timeout(5):
+            with pytest.raises(ConnectionClosed, match="never ends"):
+                await far.receive()
     for _ in range(20):  # more than may be held, and all of it handed over
         await near.send([bytes(1 << 20)])
         await honest.receive()
