@@ -12,7 +12,9 @@
 namespace edge {
 namespace {
 
-constexpr unsigned kInFlight = 64;  // reads: more than flash needs to be busy, few enough to give up soon
+// Reads: as many as flash needs to be busy. The block device of a virtual machine often tells of what it has read when it
+// has nothing more to read, so more at a time means that the processors wait for all of them, then flash for the processors.
+constexpr unsigned kInFlight = 8;
 constexpr std::int64_t kGrain = 2 * kBlake3ChunkBytes;
 
 // The digest of a part is that of its only piece, or of the digests of its pieces (bundle/hashing.py).

@@ -21,7 +21,7 @@ namespace {
 // The same on all architectures; older headers lack them.
 constexpr long kSetup = 425, kEnter = 426;
 
-constexpr unsigned kTogether = 2;  // reads of one call: of more, the kernel begins none before it has prepared all
+constexpr unsigned kTogether = 2;  // reads of the first call: of more, the kernel begins none before it has prepared all
 
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
@@ -89,7 +89,8 @@ bool Ring::read(int file, std::uint8_t* target, std::uint32_t bytes, std::uint64
 
 void Ring::submit() {
   while (prepared_) {
-    const long count = syscall(kEnter, file_, prepared_ < kTogether ? prepared_ : kTogether, 0, 0, nullptr, 0);
+    const unsigned most = in_flight_ ? prepared_ : kTogether;  // while flash is busy, calls can be few
+    const long count = syscall(kEnter, file_, prepared_ < most ? prepared_ : most, 0, 0, nullptr, 0);
     if (count < 0 && errno != EINTR && errno != EAGAIN) fail("io_uring_enter");
     if (count > 0) prepared_ -= static_cast<unsigned>(count), in_flight_ += static_cast<unsigned>(count);
   }
