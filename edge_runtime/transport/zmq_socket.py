@@ -66,33 +66,39 @@ def send_parts(socket: Any, parts: Sequence[Frame]) -> None:
     send(parts[-1], _NOBLOCK, len(parts[-1]) < _COPY_BELOW_BYTES)
 
 
-def receive_parts(socket: Any) -> list[zmq.Frame]:
-    """The next list, where one is there. Raises zmq.Again where there is none."""
+def receive_parts(socket: Any, is_routed: bool) -> tuple[bytes, list[zmq.Frame]]:
+    """The routing id that a ROUTER puts before a list, else nothing, and the list. Raises zmq.Again: there is none.
+
+    What is asked about who sent it is asked of the list's own parts, since an id needs no box then.
+    """
     receive = socket.recv
+    routing_id: bytes = receive(_NOBLOCK) if is_routed else b""
     frame = receive(_NOBLOCK, False)  # without copying
     parts = [frame]
     while frame.more:
         frame = receive(_NOBLOCK, False)
         parts.append(frame)
-    return parts
+    return routing_id, parts
 
 
 class LoopSocket:
-    """Calls `on_list(parts)` for each list read, `on_event(event, value)` for each event of the link.
+    """Calls `on_list(routing id, parts)` for each list read, `on_event(event, value)` for each event of the link.
 
-    After events are read, `on_idle` comes last, when everything that had arrived was handed over.
+    The routing id is b"" where lists have none. After events are read, `on_idle` comes last, when everything that had
+    arrived was handed over.
     """
 
     def __init__(
         self,
         socket: Any,  # zmq.Socket; its option getter is typed int | bytes for all options
         *,
-        on_list: Callable[[list[zmq.Frame]], None],
+        on_list: Callable[[bytes, list[zmq.Frame]], None],
         on_event: Callable[[int, int], None],
         on_idle: Callable[[], None],
     ) -> None:
         self.closed = False
         self._socket = socket
+        self._is_routed = socket.type == zmq.ROUTER
         self._on_list = on_list
         self._on_event = on_event
         self._on_idle = on_idle
@@ -169,8 +175,8 @@ class LoopSocket:
                 return
             is_asked = True
             try:
-                parts = receive_parts(self._socket)
+                routing_id, parts = receive_parts(self._socket, self._is_routed)
             except zmq.Again:
                 continue
-            self._on_list(parts)
+            self._on_list(routing_id, parts)
         self._schedule()

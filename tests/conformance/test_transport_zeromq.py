@@ -17,6 +17,7 @@ from benchmarks.shaping_proxy import Shape, ShapingProxy
 from edge_runtime.errors import ConnectionClosed, TransportError
 from edge_runtime.transport import link_meter, zeromq
 from edge_runtime.transport.channel import CLOSE, CREDIT, DATA, OPEN, WINDOW_LISTS, WIRE_VERSION
+from edge_runtime.transport.zeromq.delivery import IN_ONE, packed
 from edge_runtime.trust.admission import Admission, AnyKey, zmq_runtime
 from edge_runtime.trust.identity import KeyPair
 from edge_runtime.trust.pairing import ENROLL_LIMITS
@@ -50,6 +51,11 @@ def raw_dealer(
         yield dealer
 
 
+def in_one(frame: bytes) -> bytes:
+    (part,) = packed([DATA, frame])
+    return bytes(part)
+
+
 async def answer(dealer: zmq.Socket[bytes], seconds: float = 2.0) -> list[bytes] | None:
     if not await asyncio.to_thread(dealer.poll, int(seconds * 1000)):
         return None
@@ -71,14 +77,14 @@ async def test_a_stolen_routing_id_gets_nothing(listener: zeromq.ZeromqListener)
         far = await listener.accept()
         with raw_dealer(listener, THIEF, b"the-same-id") as thief:
             thief.send_multipart([OPEN, WIRE_VERSION])
-            thief.send_multipart([DATA + b"I am the victim"])
+            thief.send_multipart([in_one(b"I am the victim")])
             assert await answer(thief, 0.3) is None
             for number in range(100):
                 await far.send([b"secret %d" % number])
             for number in range(100):
-                assert await answer(victim) == [DATA + b"secret %d" % number]
+                assert await answer(victim) == [in_one(b"secret %d" % number)]
             assert await answer(thief, 0.1) is None
-            victim.send_multipart([DATA + b"it is me"])
+            victim.send_multipart([in_one(b"it is me")])
             assert bytes((await far.receive())[0]) == b"it is me"
 
 
@@ -91,7 +97,7 @@ async def test_a_list_under_anothers_routing_id_is_dropped(
         await answer(victim)
         far = await listener.accept()
         listener._wires[b"id"].user_id = THIEF.public.hex()
-        victim.send_multipart([DATA + b"x"])
+        victim.send_multipart([in_one(b"x")])
         await still_serves(listener)
         assert "routing id of another device" in caplog.text
         assert not far._inbox
@@ -101,17 +107,31 @@ async def test_a_list_under_anothers_routing_id_is_dropped(
     "lists",
     [
         [[b"?", b"x"]],
-        [[DATA, *[b""] * 16]],
+        [[DATA]],
+        [[DATA, *[b""] * 17]],
+        [[IN_ONE]],
+        [[IN_ONE + b"\x00"]],
+        [[IN_ONE + b"\x11" + bytes(68)]],
+        [[in_one(b"x")[:-1]]],
+        [[in_one(b"x") + b"y"]],
+        [[in_one(b"x"), b"y"]],
         [[CREDIT, (1 << 40).to_bytes(8, "big") + bytes(4)]],
         [[CREDIT, b"short"]],
         [[CLOSE, b"with a body"]],
         [[OPEN, WIRE_VERSION]],
         [[b"", b""]],
-        [[DATA + b"x"]] * (WINDOW_LISTS + 1),
+        [[in_one(b"x")]] * (WINDOW_LISTS + 1),
     ],
     ids=[
         "unknown kind",
+        "empty list",
         "too many",
+        "in one: nothing",
+        "in one: no frames",
+        "in one: too many",
+        "in one: too short",
+        "in one: too long",
+        "in one and a part",
         "false credit",
         "short credit",
         "odd close",
@@ -139,7 +159,7 @@ async def test_a_paired_device_that_breaks_the_rules_is_cut(
 @pytest.mark.parametrize(
     ("first", "answered"),
     [
-        ([DATA + b"x"], None),
+        ([in_one(b"x")], None),
         ([OPEN], None),
         ([OPEN, b"\x63"], [OPEN, WIRE_VERSION]),  # another version is told this one
         ([b""], None),
@@ -177,10 +197,9 @@ async def test_a_list_that_never_ends_ends_the_link(monkeypatch: pytest.MonkeyPa
     near = await zeromq.connect(listener.address, VICTIM, SERVER.public)
     honest = await listener.accept()
     port = int(listener.address.rpartition(":")[2])
-    with (
-        ShapingProxy("127.0.0.1", port, Shape(bytes_per_second=30e6)) as slow,
-        raw_dealer(listener, THIEF, b"id", slow.address) as thief,
-    ):
+    slow = ShapingProxy("127.0.0.1", port, Shape(bytes_per_second=30e6))
+    # The link goes before the dealer does: libzmq ends the process where both go within a message (`clean_pipes`).
+    with raw_dealer(listener, THIEF, b"id", slow.address) as thief, slow:
         thief.send_multipart([OPEN, WIRE_VERSION])
         await answer(thief)
         far = await listener.accept()

@@ -99,7 +99,7 @@ class _DialledWire:
         finally:
             self.cut()
 
-    def _on_list(self, parts: list[zmq.Frame]) -> None:
+    def _on_list(self, _routing_id: bytes, parts: list[zmq.Frame]) -> None:
         if self.opened.done():
             deliver(self.channel, parts)
         elif [part.bytes for part in parts] == [OPEN, WIRE_VERSION]:

@@ -170,8 +170,7 @@ class ZeromqListener:
         if fd not in self._by_fd:
             tcp.shut_down(fd, remote)
 
-    def _on_list(self, parts: list[zmq.Frame]) -> None:
-        routing_id = parts[0].bytes
+    def _on_list(self, routing_id: bytes, parts: list[zmq.Frame]) -> None:
         user_id = str(parts[0].get("User-Id"))
         wire = self._wires.get(routing_id)
         if wire is None:
@@ -182,16 +181,16 @@ class ZeromqListener:
             wire.channel.abort("the device was revoked")
         else:
             wire.meter.handed_over(sum(map(len, parts)), len(parts))
-            deliver(wire.channel, parts[1:])
+            deliver(wire.channel, parts)
 
     def _on_stranger(self, routing_id: bytes, user_id: str, parts: list[zmq.Frame]) -> None:
         """A connection starts with OPEN; anything else is left over from one that was closed or cut."""
         fd = int(parts[0].get(zmq.SRCFD))
-        if fd in self.hanging_up and parts[1].bytes == CLOSE:
+        if fd in self.hanging_up and parts[0].bytes == CLOSE:
             tcp.shut_down(fd, tcp.peer_address(fd))  # both sides closed at once: nothing more will come
-        if len(parts) != 3 or parts[1].bytes != OPEN:
+        if len(parts) != 2 or parts[0].bytes != OPEN:
             return
-        if parts[2].bytes != WIRE_VERSION:
+        if parts[1].bytes != WIRE_VERSION:
             self._refuse_version(routing_id, user_id)
             return
         self._socket.read_events()  # the loss of an earlier link with this descriptor comes before this list
