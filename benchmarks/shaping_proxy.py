@@ -170,7 +170,6 @@ class _Connection:
             pass  # one side was reset: so is the other
         finally:
             for each in self._sockets:
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 each.close()
 
     def _turn(self) -> None:
