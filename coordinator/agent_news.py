@@ -30,6 +30,7 @@ from edge_runtime.protocol.messages import (
     StageFailed,
     StageProgress,
     StageReady,
+    StepTokens,
     Tokens,
 )
 
@@ -101,6 +102,9 @@ class AgentNews:
                 self._stage_failed(device_id, message)
             case Tokens() | RowsHeld() | Gap() | SessionFailed() | Pooled():
                 self._route(device_id, message, payloads)
+            case StepTokens():
+                for each in message.sessions:
+                    self._route(device_id, each, payloads)
             case Relay():
                 if self.links is not None:
                     self.links.relay(device_id, message, payloads)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from edge_runtime.agent.expert_links import ExpertLinks, ExpertMessage
 from edge_runtime.agent.fast_path import FastPath
-from edge_runtime.agent.peer_outbox import PeerMessage, PeerOutbox
+from edge_runtime.agent.peer_outbox import PeerMessage, PeerOutbox, SessionMessage
 from edge_runtime.agent.pipeline_events import (
     COORDINATOR,
     CancelRows,
@@ -40,6 +40,7 @@ from edge_runtime.agent.pipeline_events import (
 )
 from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.agent.step_messages import bundled, parted, row_count
 from edge_runtime.core import DeviceId, SessionId
 from edge_runtime.engine.wire import FP32, packed, unpacked
 from edge_runtime.errors import EdgeRuntimeError
@@ -49,6 +50,8 @@ from edge_runtime.protocol.messages import (
     LoadStage,
     Message,
     PeerLease,
+    StepRows,
+    Tokens,
 )
 from edge_runtime.transport.base import Frame
 from edge_runtime.transport.channel import Channel
@@ -93,6 +96,9 @@ class DataPlane:
         self._state = PipelineState()
         self.fast = FastPath(self._state, self.worker, self._way_to, self._row_in, self._frame_of_rows)
         self.experts = ExpertLinks()
+        self._of_step: list[Send] | None = (
+            None  # rows and ids of a step of several sessions, until all are there
+        )
         self._hidden_size = 0  # these two of the stage that is loaded
         self._wire = FP32
 
@@ -137,10 +143,10 @@ class DataPlane:
             self.experts.arrived(source, message, payloads)
             self.worker.stage.steps += isinstance(message, ExpertRows)
             return
-        rows = None
-        if isinstance(message, FrameRows) and len(payloads) == 1:
-            rows = unpacked(payloads[0], self._wire, len(message.ids), self._hidden_size)
-        self._handle(Received(source, message, rows))
+        count = row_count(message)
+        rows = unpacked(payloads[0], self._wire, count, self._hidden_size) if count and payloads else None
+        for each, its_rows in parted(message, rows if len(payloads) == 1 else None):
+            self._handle(Received(source, each, its_rows))
 
     def _look(self, source: DeviceId, frames: Sequence[memoryview]) -> Callable[[], None] | None:
         """At what comes, before it is taken; then it arrives, and then what is returned is called."""
@@ -173,12 +179,17 @@ class DataPlane:
         self._hidden_size, self._wire = hidden_size, wire
         self._handle(event)
 
-    def _peer_lost(self, message: PeerMessage, reason: str) -> None:
+    def _peer_lost(self, message: SessionMessage, reason: str) -> None:
         self._handle(SessionBroke(message.lease, SessionId(message.session), "transport", reason))
 
     def _handle_all(self, events: Sequence[Event]) -> None:
+        """What a step made, or what happened beside one."""
+        self._of_step = [] if len(events) > 1 else None
         for event in events:
             self._handle(event)
+        sends, self._of_step = self._of_step, None
+        if sends:
+            self._guarded(functools.partial(self._send_all, bundled(sends)))
 
     def _handle(self, event: Event) -> None:
         try:
@@ -203,8 +214,10 @@ class DataPlane:
                 pass
             case OpenRows() | RunRows() | CancelRows() | DropRows():
                 self.worker.put(instruction)
-            case Send(to, message, rows):
-                self._send(to, message, [] if rows is None else [self._frame_of(message, rows)])
+            case Send(message=FrameRows() | Tokens()) if self._of_step is not None:
+                self._of_step.append(instruction)
+            case Send():
+                self._send_all([instruction])
             case Load(order):
                 self._peers.clear()
                 self.experts.end()
@@ -225,6 +238,10 @@ class DataPlane:
         self.experts.end()
         self._control.stop_loading()
 
+    def _send_all(self, sends: Sequence[Send]) -> None:
+        for to, message, rows in ((each.to, each.message, each.rows) for each in sends):
+            self._send(to, message, [] if rows is None else [self._frame_of(message, rows)])
+
     def _send(self, to: str, message: Message, payloads: Sequence[Frame]) -> None:
         if to == COORDINATOR:
             self._control.post(message, payloads)
@@ -233,7 +250,8 @@ class DataPlane:
 
     def _frame_of(self, message: Message, rows: Rows) -> memoryview:
         return packed(
-            rows if rows.ndim == 2 else rows[None], self._wire if isinstance(message, FrameRows) else FP32
+            rows if rows.ndim == 2 else rows[None],
+            self._wire if isinstance(message, FrameRows | StepRows) else FP32,
         )
 
     def _row_in(self, frame: memoryview) -> Rows | None:

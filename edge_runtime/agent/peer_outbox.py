@@ -13,19 +13,29 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from edge_runtime.agent.step_messages import parts
 from edge_runtime.errors import EdgeRuntimeError
-from edge_runtime.protocol.messages import FrameRows, Message, OpenSession, RowsHeld, Tokens
+from edge_runtime.protocol.messages import (
+    FrameRows,
+    Message,
+    OpenSession,
+    RowsHeld,
+    StepRows,
+    StepTokens,
+    Tokens,
+)
 from edge_runtime.transport.base import Frame
 
 log = logging.getLogger(__name__)
 
 SEND_SECONDS = 30.0
 
-PeerMessage = OpenSession | FrameRows | Tokens | RowsHeld
+SessionMessage = OpenSession | FrameRows | Tokens | RowsHeld
+PeerMessage = SessionMessage | StepRows | StepTokens
 
 TrySend = Callable[[str, Message, Sequence[Frame]], bool]
 SendTo = Callable[[str, Message, Sequence[Frame]], Awaitable[None]]
-OnLost = Callable[[PeerMessage, str], None]
+OnLost = Callable[[SessionMessage, str], None]
 Item = tuple[PeerMessage, Sequence[Frame]]
 
 
@@ -39,7 +49,7 @@ class _Lane:
 
 
 class PeerOutbox:
-    """`on_lost` is told of each message that could not be sent: its session can't go on without it.
+    """`on_lost` is told of each session's message that could not be sent: the session can't go on without it.
 
     `try_send` sends now, or answers False and does nothing.
     """
@@ -89,11 +99,13 @@ class PeerOutbox:
                     lane.waiting -= 1
 
     def _lost(self, device_id: str, message: PeerMessage, reason: str) -> None:
-        log.warning(
-            "lease %d: session %d: device %s could not be reached: %s",
-            message.lease,
-            message.session,
-            device_id,
-            reason,
-        )
-        self._on_lost(message, f"device {device_id[:8]} could not be reached: {reason}")
+        for each in parts(message):
+            assert isinstance(each, SessionMessage)
+            log.warning(
+                "lease %d: session %d: device %s could not be reached: %s",
+                each.lease,
+                each.session,
+                device_id,
+                reason,
+            )
+            self._on_lost(each, f"device {device_id[:8]} could not be reached: {reason}")

@@ -56,6 +56,8 @@ from edge_runtime.protocol.session_messages import (
     Pooled,
     RowsHeld,
     SessionFailed,
+    StepRows,
+    StepTokens,
     Tokens,
 )
 
@@ -102,12 +104,14 @@ __all__ = [
     "StageFailed",
     "StageProgress",
     "StageReady",
+    "StepRows",
+    "StepTokens",
     "Tokens",
     "UnloadStage",
     "Welcome",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_STRING_BYTES = 64 << 10
 MAX_ITEMS = 1 << 20  # of one list (ids of a long prompt)
@@ -137,6 +141,8 @@ Message = (
     | Feed
     | FrameRows
     | Tokens
+    | StepRows
+    | StepTokens
     | RowsHeld
     | Draft
     | Fence
@@ -181,8 +187,10 @@ MESSAGE_TAGS: Mapping[int, type[Message]] = {
     47: CloseSession,
     48: RowsHeld,
     49: Draft,
-    51: Fence,
     50: Relay,
+    51: Fence,
+    52: StepRows,
+    53: StepTokens,
     60: ExpertRows,
     61: ExpertOutputs,
     62: ExpertsRefused,

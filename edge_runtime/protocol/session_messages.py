@@ -79,6 +79,23 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRows:
+    """Stage -> next stage: what one step made, a frame for each session. Payload: their rows, one after the other.
+
+    It says what its frames would say one by one; together they cost one list, and start one step.
+    """
+
+    frames: tuple[FrameRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Tail -> coordinator and tail -> stage 1: the ids of one step, of several sessions, as `StepRows`."""
+
+    sessions: tuple[Tokens, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RowsHeld:
     """Tail -> stage 1 (the way goes on) and coordinator (it goes on at all): every stage holds the rows below `rows`.
 

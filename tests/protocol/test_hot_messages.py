@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.core import Token, TokenLogprob
 from edge_runtime.errors import ProtocolError
 from edge_runtime.protocol import codec, hot_messages
-from edge_runtime.protocol.messages import CloseSession, FrameRows, Message, Tokens
+from edge_runtime.protocol.messages import CloseSession, FrameRows, Message, StepRows, StepTokens, Tokens
 
 INTEGERS = st.integers(-(1 << 63), (1 << 63) - 1)
 LISTS = st.lists(INTEGERS, max_size=80).map(tuple)
@@ -21,6 +21,9 @@ TOKEN = st.builds(
     Token, INTEGERS, INTEGERS, st.none() | st.builds(TokenLogprob, st.floats(-9, 0)), st.text(max_size=8)
 )
 TOKENS = st.builds(Tokens, INTEGERS, INTEGERS, INTEGERS, st.lists(TOKEN, max_size=5).map(tuple))
+STEPS = st.builds(StepRows, st.lists(FRAMES, max_size=4).map(tuple)) | st.builds(
+    StepTokens, st.lists(TOKENS, max_size=4).map(tuple)
+)
 PLAIN = st.recursive(
     st.none() | st.booleans() | INTEGERS | st.floats() | st.text(max_size=4) | st.binary(max_size=4),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
@@ -35,14 +38,14 @@ def outcome(read: Any, what: object) -> tuple[str, object]:
         return type(problem).__name__, problem.message
 
 
-@given(FRAMES | TOKENS)
+@given(FRAMES | TOKENS | STEPS)
 def test_both_ways_write_and_read_the_same(message: Message) -> None:
     frame = codec.encode_by_schema(message)
     assert codec.encode_message(message) == frame
     assert codec.decode_message(frame) == codec.decode_by_schema(frame) == message
 
 
-@given(FRAMES | TOKENS, st.integers(0, 9), PLAIN)
+@given(FRAMES | TOKENS | STEPS, st.integers(0, 9), PLAIN)
 @example(FrameRows(1, 1, 0, 1, 0, (-1,), (5,), False), 0, True)
 @example(FrameRows(1, 1, 0, 1, 0, (-1,), (5,), False), 0, 2)
 @example(Tokens(1, 1, 0, (Token(3, 4),)), 5, [[3, 4, None]])
@@ -53,7 +56,7 @@ def test_a_value_of_another_type_is_refused_alike(message: Message, index: int, 
     assert outcome(codec.decode_message, frame) == outcome(codec.decode_by_schema, frame)
 
 
-@given(FRAMES | TOKENS, st.integers(0, 10_000), st.binary(min_size=1, max_size=3))
+@given(FRAMES | TOKENS | STEPS, st.integers(0, 10_000), st.binary(min_size=1, max_size=3))
 def test_other_bytes_are_refused_alike(message: Message, at: int, other: bytes) -> None:
     whole = codec.encode_by_schema(message)
     at %= len(whole) + 1
@@ -83,6 +86,9 @@ def test_no_bytes_make_the_short_cut_fail(frame: bytes) -> None:
         Tokens(1, 1, 0, ((1, 2, None, ""),)),  # type: ignore[arg-type]
         Tokens(1, 1, 0, [Token(1, 2)]),  # type: ignore[arg-type]
         Tokens(1, 1, 0, (Token(1, 2, finish="\ud800"),)),
+        StepRows([FrameRows(1, 1, 0, 1, 0, (-1,), (5,), False)]),  # type: ignore[arg-type]
+        StepRows((Tokens(1, 1, 0, ()),)),  # type: ignore[arg-type]
+        StepTokens((Tokens(1, 1, 0, (Token(1, True),)),)),
     ],
 )
 def test_what_may_not_travel_is_refused_alike(message: Message) -> None:
@@ -94,7 +100,7 @@ def test_what_may_not_travel_is_refused_alike(message: Message) -> None:
 def test_the_short_cut_is_taken_for_what_decoding_sends_and_for_nothing_large() -> None:
     rows = FrameRows(77, 3, 0, 500, 600, (599,), (31_999,), False)
     ids = Tokens(77, 3, 0, (Token(601, 5), Token(602, 6, finish="stop")))
-    for message in (rows, ids):
+    for message in (rows, ids, StepRows((rows, rows)), StepTokens((ids, ids))):
         frame = hot_messages.encoded(message)
         assert frame is not None
         assert hot_messages.decoded(memoryview(frame)) == message

@@ -69,12 +69,17 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
 }
 
 
-def any_message() -> st.SearchStrategy[Message]:
-    def of(cls: type[Message]) -> st.SearchStrategy[Message]:
-        hints = get_type_hints(cls)
-        return st.builds(cls, *[BY_TYPE[hints[f.name]] for f in fields(cls)])
+def of_class(cls: type[Message]) -> st.SearchStrategy[Message]:
+    hints = get_type_hints(cls)
+    return st.builds(cls, *[BY_TYPE[hints[f.name]] for f in fields(cls)])
 
-    return st.one_of([of(cls) for cls in MESSAGE_TAGS.values()])
+
+BY_TYPE[tuple[FrameRows, ...]] = st.lists(of_class(FrameRows), max_size=3).map(tuple)
+BY_TYPE[tuple[Tokens, ...]] = st.lists(of_class(Tokens), max_size=3).map(tuple)
+
+
+def any_message() -> st.SearchStrategy[Message]:
+    return st.one_of([of_class(cls) for cls in MESSAGE_TAGS.values()])
 
 
 def wire(*values: object) -> bytes:

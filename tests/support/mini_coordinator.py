@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from coordinator.slice_server import SliceServer
+from edge_runtime.agent.step_messages import parts
 from edge_runtime.bundle import Bundle
 from edge_runtime.core import SamplingParams, Token
 from edge_runtime.engine.page_table import PAGE_TOKENS
@@ -193,7 +194,8 @@ class MiniCoordinator:
                 relay = Relay(link.connection.peer.device_id, message.lease)
                 await target.connection.send(encode(relay, payloads))
             case _:
-                link.inbox.put_nowait((message, payloads))
+                for each in parts(message):
+                    link.inbox.put_nowait((each, payloads))
 
     # ------------------------------------------------------------ what a test scripts
 
