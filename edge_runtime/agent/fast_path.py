@@ -12,14 +12,16 @@ Knows: what was prepared, what ran ahead. Does not know: the rules, sockets, wha
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from edge_runtime.agent.due_row import DueRow
 from edge_runtime.agent.pipeline_events import Rows, RunRows
 from edge_runtime.agent.pipeline_state import PipelineState
-from edge_runtime.agent.predicted_row import PredictedRow, predicted_row
+from edge_runtime.agent.predicted_row import predicted_row
 from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.engine.wire import FP32
 from edge_runtime.errors import ConnectionClosed, EdgeRuntimeError
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import Message
@@ -29,11 +31,6 @@ WAY_SECONDS = 0.001  # of an answer to the next stage: until then the cores are 
 WAY_STEPS = 0.05  # likewise, but no longer than this share of a step
 
 WayTo = Callable[[str], Channel | None]  # an open link with room, and nothing that waits for it
-
-
-class _Due(NamedTuple):
-    row: PredictedRow
-    channel: Channel  # for the answer
 
 
 class FastPath:
@@ -54,7 +51,8 @@ class FastPath:
         self._rows_of = rows_of
         self._frame_of = frame_of
         self._sleep = sleep
-        self._due: _Due | None = None
+        self._due: DueRow | None = None
+        self._width = 0, 0  # lease, numbers of its rows
         self._awaits_command = False  # of the row that ran ahead
         self._command: RunRows | None = None
         self._answer: tuple[str, bytes] | None = None  # that was sent, and is not asked for yet
@@ -69,7 +67,7 @@ class FastPath:
         row = predicted_row(self._state, session)
         channel = self._way_to(row.to) if row is not None else None
         if row is not None and channel is not None:
-            self._due = _Due(row, channel)
+            self._due = DueRow(row, channel, self._width_of(row.lease))
 
     def look(self, source: str, frames: Sequence[memoryview]) -> Callable[[], None] | None:
         """At a list before it takes its ordinary way. What is returned is to be called after that."""
@@ -80,22 +78,31 @@ class FastPath:
         token_id = row.id_in(frames)
         if token_id is None or not self._worker.is_idle:
             return None
-        hidden = self._rows_of(frames[1]) if row.has_hidden else None
-        if hidden is None and row.has_hidden:
+        batch = due.batch(token_id, frames, self._rows_of)
+        if batch is None:
             return None
         self._due = None
-        ahead = self._worker.stage.run_ahead(row.session, row.base_row, token_id, hidden)
+        ahead = self._worker.stage.run_ahead(batch)
         if ahead.problem is None:
             answer = row.answer(token_id, ahead.tokens)
-            if answer is not None and self._send(due.channel, answer, ahead.rows):
+            if answer is not None and self._send(due, answer, ahead.rows):
                 self._answer = row.to, answer
                 self._sleep(min(WAY_SECONDS, WAY_STEPS * (ahead.ended_at - ahead.began_at)))
         self._awaits_command = True
+        rows = batch.hidden if batch.hidden is not None else ahead.rows
+        if rows is not None:
+            self._width = row.lease, rows.shape[1]
         return self._settle
 
-    def _send(self, channel: Channel, message: bytes, rows: Rows | None) -> bool:
+    def _width_of(self, lease: int) -> int:
+        """Numbers of a row that lies in a frame as it does in memory; 0 where it does not, or none has come yet."""
+        order = self._state.order
+        is_memory = order is not None and order.wire == FP32 and sys.byteorder == "little"
+        return self._width[1] if is_memory and self._width[0] == lease else 0
+
+    def _send(self, due: DueRow, message: bytes, rows: Rows | None) -> bool:
         try:
-            return channel.try_send([message] if rows is None else [message, self._frame_of(rows)])
+            return due.send(message, rows, self._frame_of)
         except (ConnectionClosed, EdgeRuntimeError):
             return False  # the ordinary way finds out what is to be done
 

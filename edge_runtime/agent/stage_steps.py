@@ -30,7 +30,7 @@ from edge_runtime.agent.step_batch import batch_of, placed, split_rows
 from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.agent.tail import TailSession
 from edge_runtime.core import SessionId
-from edge_runtime.engine.base import Batch, Rows, Span, Stage
+from edge_runtime.engine.base import Batch, Stage
 from edge_runtime.errors import EdgeRuntimeError
 
 log = logging.getLogger(__name__)
@@ -152,18 +152,18 @@ class StageSteps:
             return None  # links are read while such a step runs
         return loaded.pace.only_decoding
 
-    def run_ahead(self, session: SessionId, base_row: int, token_id: int, hidden: Rows | None) -> RanAhead:
-        """Run the row that `only_decoding` waits for. Hidden [1, E]. The command for it has to be the next one."""
+    def run_ahead(self, batch: Batch) -> RanAhead:
+        """Run the one row that `only_decoding` waits for. The command for it has to be the next one."""
         loaded = self.loaded
         assert loaded is not None
         assert self._ahead is None
+        (span,) = batch.spans
         began_at = self._clock()
-        where = session, base_row, token_id, began_at
+        where = span.session, span.base_row, span.ids[0], began_at
         try:
-            span = Span(session, base_row, (token_id,), int(loaded.is_tail))
-            rows = loaded.stage.run(Batch((span,), hidden))
+            rows = loaded.stage.run(batch)
             if loaded.is_tail:
-                tokens = loaded.tails[session].sample(base_row, (token_id,), rows)
+                tokens = loaded.tails[span.session].sample(span.base_row, span.ids, rows)
                 self._ahead = RanAhead(*where, self._clock(), tokens=tokens)
             else:
                 self._ahead = RanAhead(*where, self._clock(), rows)

@@ -14,7 +14,7 @@ import contextlib
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
 from edge_runtime.transport.base import MAX_FRAME_BYTES, MAX_FRAMES, MAX_LIST_BYTES, Frame, Peer
@@ -52,6 +52,19 @@ class Wire(Protocol):
         ...
 
 
+@runtime_checkable
+class WholeWire(Protocol):
+    """A wire on which a small list is one piece: who knows its sizes beforehand has less to do when it goes."""
+
+    def head(self, sizes_bytes: Sequence[int]) -> bytes | None:
+        """What comes before frames of these sizes; None where they are too large for that."""
+        ...
+
+    def write_whole(self, piece: bytes) -> None:
+        """A head and its frames. Never blocks. Raises ConnectionClosed."""
+        ...
+
+
 class Channel:
     """A `Connection` over a `Wire`. The wire's owner calls `deliver` for what arrives and `lost` when it breaks."""
 
@@ -68,6 +81,7 @@ class Channel:
         self.remote = remote  # network address of the other side, for logs and limits; "" where there is none
         self._peer = peer
         self._wire = wire
+        self._whole = wire if isinstance(wire, WholeWire) else None
         self._max_frames = max_frames
         self._max_list_bytes = max_list_bytes
         self._window_bytes = window_bytes  # what the other side may be ahead; a stranger gets less
@@ -116,6 +130,26 @@ class Channel:
         parts, size_bytes = _checked(frames, self._max_frames, self._max_list_bytes)
         self._reserve(size_bytes + _LIST_OVERHEAD_BYTES)
         self._write(parts)
+        return True
+
+    def whole_head(self, sizes_bytes: Sequence[int]) -> bytes | None:
+        """What `send_whole` wants before frames of these sizes; None where such lists go by `try_send` alone."""
+        if self._whole is None or not 1 <= len(sizes_bytes) <= self._max_frames:
+            return None
+        return self._whole.head(sizes_bytes) if sum(sizes_bytes) <= self._max_list_bytes else None
+
+    def send_whole(self, piece: bytes, size_bytes: int) -> bool:
+        """`try_send` of what is in one piece already: a `whole_head` and its frames, `size_bytes` without the head."""
+        if self._closed_reason or self._whole is None:
+            raise self._closed_error()
+        if self._senders or not self._has_room():
+            return False
+        try:
+            self._whole.write_whole(piece)
+        except ConnectionClosed as error:
+            self.lost(error.message)
+            raise
+        self._reserve(size_bytes + _LIST_OVERHEAD_BYTES)
         return True
 
     def on_list(self, take: Callable[[list[memoryview]], None], look: Look | None = None) -> None:

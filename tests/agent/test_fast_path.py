@@ -135,6 +135,8 @@ def test_a_session_that_decodes_alone_takes_the_short_way(stage: int, stages: in
         pair.compare()
     assert pair.ordinary.plane.fast.rows == 0
     assert pair.fast.plane.fast.rows >= 3  # the first row of a session is not foreseen
+    assert pair.fast.links.pieces >= 2  # after the first such row sizes are known
+    assert pair.ordinary.links.pieces == 0
     pair.close()
 
 

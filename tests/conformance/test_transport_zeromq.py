@@ -331,3 +331,34 @@ async def test_names_and_ipv6_addresses_can_be_dialled() -> None:
         await link.close()
         await listener.close()
     assert "tcp://localhost:{}" in dialled  # IPv6 may be missing, a name for this machine may not
+
+
+async def test_a_list_in_one_piece_arrives_as_its_frames_from_both_sides(
+    listener: zeromq.ZeromqListener,
+) -> None:
+    near = await zeromq.connect(listener.address, VICTIM, SERVER.public)
+    far = await listener.accept()
+    for sender, receiver in ((near, far), (far, near)):
+        head = sender.whole_head((3, 0, 5))
+        assert head is not None
+        assert sender.send_whole(head + b"abc" + b"defgh", 8)
+        assert [bytes(frame) for frame in await receiver.receive()] == [b"abc", b"", b"defgh"]
+        assert sender.whole_head((1 << 20,)) is None
+        assert sender.whole_head(()) is None
+    await near.close()
+    with pytest.raises(ConnectionClosed):
+        near.send_whole(b"", 0)
+
+
+async def test_pieces_stop_at_the_window_as_lists_do(listener: zeromq.ZeromqListener) -> None:
+    near = await zeromq.connect(listener.address, VICTIM, SERVER.public)
+    far = await listener.accept()
+    head = near.whole_head((1,))
+    assert head is not None
+    sent = [near.send_whole(head + b"x", 1) for _ in range(WINDOW_LISTS + 1)]
+    assert sent == [True] * WINDOW_LISTS + [False]
+    for _ in range(WINDOW_LISTS):
+        assert [bytes(frame) for frame in await far.receive()] == [b"x"]
+    await far.send([b"credit came before this"])
+    await near.receive()
+    assert near.send_whole(head + b"x", 1)

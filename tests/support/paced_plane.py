@@ -22,6 +22,7 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import LoadStage, Message
 from edge_runtime.transport.base import Frame, Peer
 from edge_runtime.transport.channel import DATA, Channel
+from edge_runtime.transport.zeromq import delivery
 from edge_runtime.trust.identity import KeyPair
 from tests.support.bare_stage import LEASE, loaded, order
 
@@ -36,13 +37,20 @@ class Links:
     def __init__(self) -> None:
         self.sent: dict[str, list[list[bytes]]] = {}
         self.channels: dict[str, Channel] = {}
+        self.wires: list[Noted] = []
 
     def ready(self, device_id: str) -> Channel | None:
         channel = self.channels.get(device_id)
         if channel is None or channel.closed:
             noted = Noted(self.sent.setdefault(device_id, []))
+            self.wires.append(noted)
             channel = self.channels[device_id] = Channel(Peer(device_id, b""), noted)
         return channel
+
+    @property
+    def pieces(self) -> int:
+        """Lists that were sent as one piece."""
+        return sum(wire.pieces for wire in self.wires)
 
     def try_send(self, device_id: str, message: Message, payloads: Sequence[Frame] = ()) -> bool:
         channel = self.ready(device_id)
@@ -55,9 +63,17 @@ class Noted:
 
     def __init__(self, sent: list[list[bytes]]) -> None:
         self._sent = sent
+        self.pieces = 0  # lists that came as one
 
     def write(self, parts: Sequence[Frame]) -> None:
         self._sent.append([bytes(part) for part in parts])
+
+    def head(self, sizes_bytes: Sequence[int]) -> bytes | None:
+        return delivery.head(sizes_bytes)
+
+    def write_whole(self, piece: bytes) -> None:
+        self.write([DATA, *delivery.unpacked(memoryview(piece))])
+        self.pieces += 1
 
     def cut(self) -> None:
         return

@@ -35,20 +35,25 @@ def packed(parts: Sequence[Frame]) -> Sequence[Frame]:
     if parts[0] != DATA:
         return parts
     frames = parts[1:]
-    sizes = [len(frame) for frame in frames]
-    if sum(sizes) > IN_ONE_BYTES:
-        return parts
-    return [b"".join((_HEADS[len(sizes)].pack(IN_ONE, len(sizes), *sizes), *frames))]
+    first = head([len(frame) for frame in frames])
+    return parts if first is None else [b"".join((first, *frames))]
+
+
+def head(sizes_bytes: Sequence[int]) -> bytes | None:
+    """Of a list in one part; None for a larger one."""
+    if sum(sizes_bytes) > IN_ONE_BYTES:
+        return None
+    return _HEADS[len(sizes_bytes)].pack(IN_ONE, len(sizes_bytes), *sizes_bytes)
 
 
 def unpacked(part: memoryview) -> list[memoryview]:
     """The frames of a list in one part. Raises ProtocolError where their lengths are not the part's."""
     frames = part[1] if len(part) > 1 else 0
-    head = _HEADS[frames] if frames <= MAX_FRAMES else None
-    if head is None or not frames or len(part) < head.size:
+    layout = _HEADS[frames] if frames <= MAX_FRAMES else None
+    if layout is None or not frames or len(part) < layout.size:
         raise ProtocolError("a list in one part that says another number of frames")
-    _kind, _frames, *sizes = head.unpack_from(part)
-    found, start = [], head.size
+    _kind, _frames, *sizes = layout.unpack_from(part)
+    found, start = [], layout.size
     for size in sizes:
         found.append(part[start : start + size])
         start += size

@@ -18,7 +18,7 @@ from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError,
 from edge_runtime.transport import tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import OPEN, WIRE_VERSION, Channel
-from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, packed
+from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, head, packed
 from edge_runtime.transport.zmq_socket import SETTINGS, LoopSocket
 from edge_runtime.trust.admission import zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
@@ -75,11 +75,20 @@ class _DialledWire:
             raw.close(0)
             raise TransportError(f"can't dial {endpoint}: {error.strerror}") from error
 
+    def head(self, sizes_bytes: Sequence[int]) -> bytes | None:
+        return head(sizes_bytes)
+
+    def write_whole(self, piece: bytes) -> None:
+        self._send([piece])
+
     def write(self, parts: Sequence[Frame]) -> None:
+        self._send(packed(parts))
+
+    def _send(self, parts: Sequence[Frame]) -> None:
         if self._socket.closed:
             raise ConnectionClosed("the other side has gone")
         try:
-            self._socket.send(packed(parts))
+            self._socket.send(parts)
         except zmq.Again as error:
             raise ConnectionClosed("the other side has gone") from error
 

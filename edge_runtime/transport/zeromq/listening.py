@@ -20,7 +20,7 @@ from edge_runtime.errors import ConnectionClosed, TransportError
 from edge_runtime.transport import link_meter, tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import CLOSE, OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
-from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, packed
+from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, head, packed
 from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
 from edge_runtime.trust.admission import Gate, zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
@@ -57,8 +57,14 @@ class _AcceptedWire:
         self.channel = Channel(peer, self, remote=tcp.peer_address(fd), window_bytes=window_bytes)
         self._listener = listener
 
+    def head(self, sizes_bytes: Sequence[int]) -> bytes | None:
+        return head(sizes_bytes)
+
+    def write_whole(self, piece: bytes) -> None:
+        self._listener.write(self, [piece])
+
     def write(self, parts: Sequence[Frame]) -> None:
-        self._listener.write(self, parts)
+        self._listener.write(self, packed(parts))
 
     def cut(self) -> None:
         self._listener.forget(self)
@@ -148,10 +154,11 @@ class ZeromqListener:
             self._accepted.put_nowait(None)
 
     def write(self, wire: _AcceptedWire, parts: Sequence[Frame]) -> None:
+        """`parts` as they go over the wire."""
         if self._wires.get(wire.routing_id) is not wire or self._socket.closed:
             raise ConnectionClosed("the other side has gone")
         try:
-            self._socket.send([wire.routing_id, *packed(parts)])
+            self._socket.send([wire.routing_id, *parts])
         except zmq.ZMQError as error:
             reason = "stopped reading" if error.errno == zmq.EAGAIN else "has gone"
             raise ConnectionClosed(f"the other side {reason}") from error

@@ -1,0 +1,73 @@
+"""A row that is due, and what can be ready before it comes: where its numbers go, its batch, how its answer begins.
+
+What is made while the stage is idle need not be made between the row and its step, nor between the step and its answer.
+
+Knows: one row that was foreseen, the sizes of frames. Does not know: engines, the rules, sockets, wire formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edge_runtime.agent.pipeline_events import Rows
+from edge_runtime.agent.predicted_row import MAX_ID_BYTES, PredictedRow
+from edge_runtime.engine.base import Batch, Span
+from edge_runtime.transport.channel import Channel
+
+FLOAT_BYTES = 4
+
+
+class DueRow:
+    """`channel` is for the answer. `width`: numbers of a row whose frame is its memory; 0 where not, or unknown."""
+
+    def __init__(self, row: PredictedRow, channel: Channel, width: int) -> None:
+        self.row = row
+        self._channel = channel
+        self._row_bytes = width * FLOAT_BYTES
+        self._place = np.empty((1, width), np.float32) if width and row.has_hidden else None
+        self._place_bytes = self._place.data.cast("B") if self._place is not None else None
+        is_known = isinstance(row.arriving, bytes)
+        self._batch = self._batch_of(row.known_id, self._place) if is_known else None
+        self._heads = self._heads_by_size()
+
+    def batch(
+        self, token_id: int, frames: Sequence[memoryview], rows_of: Callable[[memoryview], Rows | None]
+    ) -> Batch | None:
+        """Of the row that came. None: its frame is not of one row."""
+        if not self.row.has_hidden:
+            return self._batch_of(token_id, None)
+        if self._place_bytes is None or frames[1].nbytes != self._row_bytes:
+            hidden = rows_of(frames[1])
+            return None if hidden is None else self._batch_of(token_id, hidden)
+        self._place_bytes[:] = frames[1]
+        return self._batch_of(token_id, self._place) if self._batch is None else self._batch
+
+    def send(self, message: bytes, rows: Rows | None, frame_of: Callable[[Rows], memoryview]) -> bool:
+        """The answer. False where its link has no room. Raises what `Channel.try_send` raises. Rows [1, E]."""
+        head = self._heads.get(len(message))
+        if rows is None:
+            if head is None:
+                return self._channel.try_send([message])
+            return self._channel.send_whole(head + message, len(message))
+        if head is None or rows.nbytes != self._row_bytes or not rows.flags.c_contiguous:
+            return self._channel.try_send([message, frame_of(rows)])
+        return self._channel.send_whole(b"".join((head, message, rows.data)), len(message) + rows.nbytes)
+
+    def _batch_of(self, token_id: int, hidden: Rows | None) -> Batch:
+        row = self.row
+        return Batch((Span(row.session, row.base_row, (token_id,), int(row.samples)),), hidden)
+
+    def _heads_by_size(self) -> dict[int, bytes]:
+        """What comes before the answer, by the size of its message."""
+        around = len(self.row.leaving.before) + len(self.row.leaving.after)
+        if self.row.samples:
+            rest: tuple[int, ...] = ()
+        elif self._row_bytes:
+            rest = (self._row_bytes,)
+        else:
+            return {}
+        sizes = range(around + 1, around + MAX_ID_BYTES + 1)
+        heads = {size: self._channel.whole_head((size, *rest)) for size in sizes}
+        return {size: head for size, head in heads.items() if head is not None}
