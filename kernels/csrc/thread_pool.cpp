@@ -22,7 +22,10 @@
 namespace edge {
 namespace {
 
-constexpr auto kAwake = std::chrono::microseconds(100);  // covers what Python does between two calls of a step
+constexpr auto kAwake = std::chrono::microseconds(100);  // covers what Python does between two calls of a step, mostly
+// Where call follows call, as in a step whose layers are called one by one, waking would be paid for again and again.
+constexpr auto kAwakeInSteps = std::chrono::microseconds(300);
+constexpr int kCallsOfSteps = 4;  // one soon after the other
 constexpr int kPausesBeforeYield = 2000;
 constexpr std::int64_t kAheadPieceBytes = 512;
 
@@ -131,15 +134,17 @@ class Pool {
 
   void help() {
     std::uint64_t seen = 0;
-    for (;;) {
-      const std::shared_ptr<Job> job = next_job(&seen);
+    for (int soon = 0;;) {
+      const auto idle = std::chrono::steady_clock::now();
+      const std::shared_ptr<Job> job = next_job(&seen, soon < kCallsOfSteps ? kAwake : kAwakeInSteps);
+      soon = std::chrono::steady_clock::now() - idle < kAwakeInSteps ? soon + 1 : 0;
       const int place = job->free_places.fetch_sub(1, std::memory_order_relaxed);
       if (place > 0) job->take_part(place);
     }
   }
 
-  std::shared_ptr<Job> next_job(std::uint64_t* seen) {
-    const auto until = std::chrono::steady_clock::now() + kAwake;
+  std::shared_ptr<Job> next_job(std::uint64_t* seen, std::chrono::microseconds awake) {
+    const auto until = std::chrono::steady_clock::now() + awake;
     while (generation_.load(std::memory_order_acquire) == *seen && std::chrono::steady_clock::now() < until)
       for (int i = 0; i < 16; ++i) pause();
     std::unique_lock<std::mutex> lock(mutex_);
