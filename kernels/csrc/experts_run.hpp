@@ -49,16 +49,20 @@ class QuantizedRows {
   QuantizedRows(Format format, std::int64_t rows, std::int64_t columns)
       : group_blocks_(format == Format::int8 ? 2 : 4),
         groups_(ceil_div(ceil_div(columns, kBlock), group_blocks_)),
-        code_bytes_(groups_ * (format == Format::int8 ? 64 : 128)),
-        codes_(static_cast<std::size_t>(rows * code_bytes_)),
-        corrections_(static_cast<std::size_t>(rows * groups_ * 16)),
-        scales_(static_cast<std::size_t>(rows * groups_ * group_blocks_)) {}
+        code_bytes_(groups_ * (is_nested(format) ? kNestedGroupBytes : format == Format::int8 ? 64 : 128)),
+        codes_(static_cast<std::size_t>(rows * code_bytes_)) {
+    if (is_nested(format)) return;
+    corrections_.resize(static_cast<std::size_t>(rows * groups_ * 16));
+    scales_.resize(static_cast<std::size_t>(rows * groups_ * group_blocks_));
+  }
 
   QuantizedRow row(std::int64_t r) const {
+    if (scales_.empty()) return {codes_.data() + r * code_bytes_, nullptr, nullptr};
     return {codes_.data() + r * code_bytes_, corrections_.data() + r * groups_ * 16,
             scales_.data() + r * groups_ * group_blocks_};
   }
   QuantizedRowOut out(std::int64_t r) {
+    if (scales_.empty()) return {codes_.data() + r * code_bytes_, nullptr, nullptr};
     return {codes_.data() + r * code_bytes_, corrections_.data() + r * groups_ * 16,
             scales_.data() + r * groups_ * group_blocks_};
   }
@@ -81,6 +85,7 @@ class Activations {
     const int from = static_cast<int>(first / kBlock), to = static_cast<int>(ceil_div(last, kBlock));
     const auto quantize = format_ == Format::int8      ? k.quantize_int8
                           : format_ == Format::nested2 ? k.quantize_nested2
+                          : format_ == Format::nested4 ? k.quantize_nested4
                                                        : k.quantize_int4;
     quantize(x, columns_, from, to, quantized_.out(row));
   }

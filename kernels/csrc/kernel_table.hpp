@@ -58,6 +58,10 @@ struct QuantizedRowOut {
   float* scales;
 };
 
+// Of a row that bit-nested weights are multiplied with, all of a group lies together, so that one pointer (`codes`) finds
+// it: 128 bytes of codes as for int4, 16 corrections, 16 scales, one for each 32-bit lane. The other pointers are not used.
+constexpr int kNestedGroupBytes = 256;
+
 // Rows of bit-nested weights (edge_kernels/nested.py), `groups` groups of 128 weights each.
 struct NestedRows {
   const std::uint8_t* high;
@@ -138,9 +142,10 @@ struct KernelTable {
   void (*uniform_all)(std::uint64_t seed, std::uint32_t position, const std::uint32_t* ids, double* u,
                       std::int64_t count);
 
-  // Weight rows [0, count) times rows, as above: of the first plane with rows that `quantize_nested2` made, of both
-  // planes with rows that `quantize_int4` made.
+  // Weight rows [0, count) times rows, as above, that are groups of kNestedGroupBytes: of the first plane with rows that
+  // `quantize_nested2` made, of both planes with rows that `quantize_nested4` made.
   void (*quantize_nested2)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
+  void (*quantize_nested4)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
   void (*multiply_nested2)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
   void (*multiply_nested4)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
 

@@ -4,6 +4,8 @@
 
 #include "attention_kernel.hpp"
 #include "experts_kernel.hpp"
+#include "nested_lanes.hpp"
+// (after experts_kernel.hpp and its lanes)
 #include "nested_kernel.hpp"
 #include "linear_lanes_neon.hpp"
 // (after its lanes)
@@ -17,6 +19,6 @@ const edge::KernelTable edge::kNeonKernels = {
     multiply<Int4>, multiply_fp32, silu_multiply, accumulate,
     linear<PartInt8>, linear<PartInt4>, linear_fp32, quantize_row, row_operation,
     exp_all,        uniform_all,
-    quantize_nested2, multiply_nested<HighPlane>, multiply_nested<BothPlanes>,
+    quantize_nested<HighPlane>, quantize_nested<BothPlanes>, multiply_nested<HighPlane>, multiply_nested<BothPlanes>,
     blake3_chunks,  blake3_parents,
 };

@@ -73,25 +73,6 @@ inline I dot4(const Nibbles& w, const std::int8_t* x, const std::int32_t* correc
   return {dot_half(w.low_a, w.high_a, x, corrections), dot_half(w.low_b, w.high_b, x + 32, corrections + 8)};
 }
 
-// Two planes of 2 bits, 32 bytes each, to the codes of a group (edge_kernels/nested.py); and 8 times those of one.
-inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
-  const __m256i h = load256(high), l = load256(low), mask = _mm256_set1_epi8(15);
-  const __m256i first = _mm256_set1_epi8(0x33), second = _mm256_set1_epi8(static_cast<char>(0xCC));
-  const __m256i a = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(h, first), 2), _mm256_and_si256(l, first));
-  const __m256i b = _mm256_or_si256(_mm256_and_si256(h, second), _mm256_and_si256(_mm256_srli_epi16(l, 2), first));
-  return {_mm256_and_si256(a, mask), _mm256_and_si256(b, mask),
-          _mm256_and_si256(_mm256_srli_epi16(a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
-}
-inline Nibbles eighths(const std::uint8_t* high) {
-  const __m256i h = load256(high), mask = _mm256_set1_epi8(24);
-  return {_mm256_and_si256(_mm256_slli_epi16(h, 3), mask), _mm256_and_si256(_mm256_slli_epi16(h, 1), mask),
-          _mm256_and_si256(_mm256_srli_epi16(h, 1), mask), _mm256_and_si256(_mm256_srli_epi16(h, 3), mask)};
-}
-inline void bfloats4(const std::uint16_t* p, float* out) {
-  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  _mm_storeu_ps(out, _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), halves)));
-}
-
 struct Bytes {
   __m256i a, b;
 };

@@ -1,5 +1,8 @@
-// Products of bit-nested weights (edge_kernels/nested.py) with rows quantized as for int4. Included after
-// experts_kernel.hpp, whose order of operations it keeps: read at 4 bits, a row has the bits of the int4 kernel.
+// Products of bit-nested weights (edge_kernels/nested.py) with quantized rows. Included after experts_kernel.hpp, whose
+// order of operations it keeps: read at 4 bits, a row has the bits of the int4 kernel.
+//
+// A group of 128 weights has sixteen lanes, each of eight products that share a scale. Some lanes of a group are a part;
+// how many parts a group has, and their products, are the instruction set's (nested_lanes*.hpp).
 #pragma once
 
 #include "kernel_table.hpp"
@@ -8,63 +11,103 @@ namespace {
 
 constexpr int kPlaneBytes = 32;  // of a group of 128 weights
 constexpr int kGroupBlocks = 4;
+constexpr int kNestedRows = 4;  // most rows that share the unpacking of weights, which costs as much as multiplying half a row
 
-// Codes 4 h + 1.5 - 8 are (8 h - 13) / 2: whole numbers once the activations' scales are halved.
-void quantize_nested2(const float* x, int columns, int first_block, int last_block, edge::QuantizedRowOut out) {
-  quantize_int4(x, columns, first_block, last_block, out);
-  for (int block = first_block; block < last_block; ++block) {
-    out.scales[block] *= 0.5f;
-    for (int lane = 4 * block; lane < 4 * block + 4; ++lane) out.corrections[lane] = out.corrections[lane] / 8 * 13;
-  }
-}
-
+// The code 8 stands for 0, or of the high plane alone 4 h + 1.5 - 8 = (8 h - 13) / 2: whole numbers once scales are halved.
 struct HighPlane {
-  static auto unpack(const edge::NestedRows& w, std::int64_t at) { return eighths(w.high + at); }
+  static constexpr int kZeroPoint = 13;
+  static constexpr float kUnit = 0.5f;
+  template <int Part>
+  static EDGE_INLINE NestedCodes unpack(const std::uint8_t* high, const std::uint8_t*, std::int64_t at) {
+    return high_codes<Part>(high + at);
+  }
 };
 
 struct BothPlanes {
-  static auto unpack(const edge::NestedRows& w, std::int64_t at) { return planes(w.high + at, w.low + at); }
+  static constexpr int kZeroPoint = 8;
+  static constexpr float kUnit = 1.0f;
+  template <int Part>
+  static EDGE_INLINE NestedCodes unpack(const std::uint8_t* high, const std::uint8_t* low, std::int64_t at) {
+    return both_codes<Part>(high + at, low + at);
+  }
 };
 
-template <typename View, int N, int M>
-void nested_tile(const edge::NestedRows& w, std::int64_t first, const edge::QuantizedRow* x, float* const* y) {
-  F sums[N][M];
+template <typename View>
+void quantize_nested(const float* x, int columns, int first_block, int last_block, edge::QuantizedRowOut out) {
+  std::int32_t codes[edge::kBlock];
+  for (int block = first_block; block < last_block; ++block) {
+    const float scale = View::kUnit * quantize_block(x + block * edge::kBlock, columns - block * edge::kBlock, codes);
+    std::int8_t* group = out.codes + block / kGroupBlocks * edge::kNestedGroupBytes;
+    const int place = 16 * (block % kGroupBlocks);
+    for (int i = 0; i < 16; ++i) {
+      group[place + i] = static_cast<std::int8_t>(codes[2 * i]);
+      group[64 + place + i] = static_cast<std::int8_t>(codes[2 * i + 1]);
+    }
+    for (int lane = 0; lane < 4; ++lane) {
+      std::int32_t sum = 0;
+      for (int i = 8 * lane; i < 8 * lane + 8; ++i) sum += codes[i];
+      sum *= -View::kZeroPoint;
+      __builtin_memcpy(group + 128 + place + 4 * lane, &sum, sizeof sum);
+      __builtin_memcpy(group + 192 + place + 4 * lane, &scale, sizeof scale);
+    }
+  }
+}
+
+template <typename View, int Part, int N, int M>
+EDGE_INLINE void nested_part(const edge::NestedRows& w, std::int64_t first, const edge::QuantizedRow* x,
+                             NestedSum (&sums)[N][M][kNestedParts]) {
+  NestedSum own[N][M];
+  const std::int8_t* rows[M];
+  EDGE_UNROLL
+  for (int m = 0; m < M; ++m) rows[m] = x[m].codes;
   EDGE_UNROLL
   for (int n = 0; n < N; ++n)
     EDGE_UNROLL
-    for (int m = 0; m < M; ++m) sums[n][m] = set1(0.0f);
-  for (int g = 0; g < w.groups; ++g)
+    for (int m = 0; m < M; ++m) own[n][m] = nested_zero();
+  const std::int64_t groups = w.groups;
+  const std::uint8_t *high = w.high, *low = w.low;
+  const std::uint16_t* all_scales = w.scales;
+  for (std::int64_t g = 0; g < groups; ++g)
     EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
-      const std::int64_t group = (first + n) * w.groups + g;
-      const auto weights = View::unpack(w, group * kPlaneBytes);
-      float scales[kGroupBlocks];
-      bfloats4(w.scales + group * kGroupBlocks, scales);
+      const std::int64_t group = (first + n) * groups + g;
+      const NestedCodes codes = View::template unpack<Part>(high, low, group * kPlaneBytes);
+      const NestedSum scales = nested_scales<Part>(all_scales + group * kGroupBlocks);
       EDGE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const I dot = dot4(weights, x[m].codes + g * 128, x[m].corrections + g * 16);
-        sums[n][m] = fma(to_float(dot), expand4(scales, x[m].scales + g * kGroupBlocks), sums[n][m]);
-      }
+      for (int m = 0; m < M; ++m)
+        own[n][m] = nested_add<Part>(codes, rows[m] + g * edge::kNestedGroupBytes, scales, own[n][m]);
     }
+  EDGE_UNROLL
+  for (int n = 0; n < N; ++n)
+    EDGE_UNROLL
+    for (int m = 0; m < M; ++m) sums[n][m][Part] = own[n][m];
+}
+
+template <typename View, int N, int M>
+void nested_tile(const edge::NestedRows& w, std::int64_t first, const edge::QuantizedRow* x, float* const* y) {
+  NestedSum sums[N][M][kNestedParts];
+  nested_part<View, 0>(w, first, x, sums);
+  if constexpr (kNestedParts == 2) nested_part<View, 1>(w, first, x, sums);
   EDGE_UNROLL
   for (int m = 0; m < M; ++m)
     EDGE_UNROLL
-    for (int n = 0; n < N; ++n) y[m][first + n] = sum_lanes(sums[n][m]);
+    for (int n = 0; n < N; ++n) y[m][first + n] = nested_total(sums[n][m]);
 }
 
-template <typename View, int N>
-void nested_rows(const edge::NestedRows& w, std::int64_t first, const edge::QuantizedRow* x, int rows,
-                 float* const* y) {
-  int m = 0;
-  for (; m + kInputRows <= rows; m += kInputRows) nested_tile<View, N, kInputRows>(w, first, x + m, y + m);
-  for (; m < rows; ++m) nested_tile<View, N, 1>(w, first, x + m, y + m);
+template <typename View, int M>
+void nested_rows(const edge::NestedRows& w, int count, const edge::QuantizedRow* x, float* const* y) {
+  int n = 0;
+  for (; n + kNestedWeights <= count; n += kNestedWeights) nested_tile<View, kNestedWeights, M>(w, n, x, y);
+  for (; n < count; ++n) nested_tile<View, 1, M>(w, n, x, y);
 }
 
 template <typename View>
 void multiply_nested(const edge::NestedRows& w, int count, const edge::QuantizedRow* x, int rows, float* const* y) {
-  int n = 0;
-  for (; n + kWeightRows <= count; n += kWeightRows) nested_rows<View, kWeightRows>(w, n, x, rows, y);
-  for (; n < count; ++n) nested_rows<View, 1>(w, n, x, rows, y);
+  int m = 0;
+  for (; m + kNestedRows <= rows; m += kNestedRows) nested_rows<View, kNestedRows>(w, count, x + m, y + m);
+  if (rows - m == 3) return nested_rows<View, 3>(w, count, x + m, y + m);
+  if (rows - m == 2) return nested_rows<View, 2>(w, count, x + m, y + m);
+  if (rows - m == 1) return nested_rows<View, 1>(w, count, x + m, y + m);
 }
 
 }  // namespace
