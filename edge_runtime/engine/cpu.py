@@ -227,7 +227,7 @@ class CpuStage:
             self._set_running({span.session for span in batch.spans})
             try:
                 with side_pages(self._cache, batch.spans) as sides:
-                    rows = self._run_blocks(batch, sides)
+                    rows = self._run_checked(batch, sides)
             finally:
                 self._set_running(set())
         except Exception as error:
@@ -240,6 +240,13 @@ class CpuStage:
         for span in batch.spans:
             self._cache.ran(span.session, span.base_row, span.ids)
         return rows
+
+    def _run_checked(self, batch: Batch, sides: Tables) -> Rows:
+        """Experts from flash may be used before they are checked, and everything be computed again: rows of the cache
+        are written anew, and what is made of them is not seen before."""
+        if self.experts is None:
+            return self._run_blocks(batch, sides)
+        return self.experts.run_checked(lambda: self._run_blocks(batch, sides))
 
     def _run_blocks(self, batch: Batch, sides: Tables) -> Rows:
         context = run_context(batch.spans, self._cache, self.ropes, sides)

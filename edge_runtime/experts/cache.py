@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import numpy as np
+from edge_kernels.flash import Landed
 from numpy.typing import NDArray
 
 from edge_runtime.errors import CapacityError, EngineError
@@ -20,12 +22,13 @@ from edge_runtime.experts.layer_run import LayerRun
 from edge_runtime.experts.native_layer import NativeLayer, native_layers
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import make_pools
-from edge_runtime.experts.reader import DEFAULT_LANES, ExpertReader, ReadBatch, Refetch
+from edge_runtime.experts.reader import DEFAULT_LANES, Cancelled, ExpertReader, ReadBatch, Refetch
 from edge_runtime.experts.reads import LaneReads, RingReads, kernel_reads
 from edge_runtime.experts.start_bits import ALL_BITS, CHOICES
 from edge_runtime.experts.statistics import CacheStatistics
 from edge_runtime.experts.upgrades import Upgrades
 
+T = TypeVar("T")
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
@@ -90,6 +93,9 @@ class ExpertCache:
         if self._ring is not None and options.one_call:
             self._native = native_layers(layers, self._pools, self._ring, self._reader)
         self._reads = self._ring or LaneReads(self._reader, clock)
+        self._checks_later = False
+        self._wrong: list[tuple[int, Landed]] = []  # (layer, plane) of what was used unchecked
+        self._threads = 1  # of the last call
         self._step = 0
         self._last_layer = -1
         self._end_layer = max(self.layers)
@@ -147,6 +153,50 @@ class ExpertCache:
         self._native = {}
         self._pools = {}
 
+    def run_checked(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which calls `run` for some layers: experts are used as soon as they have come, and all are
+        checked before this returns. When one was wrong it is put right, and `work` runs once more, with every check
+        before its use.
+
+        So `work` must be such that it can, and nobody may see what it does before this returns. Raises what `work`
+        raises, and what a read failed with.
+        """
+        if not self._native:
+            return work()
+        failure: Exception | None = None
+        result: T | None = None
+        self._checks_later = True
+        try:
+            result = work()
+        except Exception as problem:  # of wrong bytes, maybe
+            failure = problem
+        finally:
+            self._checks_later = False
+            is_right = self._check()
+        if not is_right and not isinstance(failure, Cancelled):
+            return work()
+        if failure is not None:
+            raise failure
+        return cast(T, result)
+
+    def _check(self) -> bool:
+        """Whether all that was used unchecked was right. What was not is right now, or gone. Raises what a read failed
+        with."""
+        self._look_for_wrong()
+        wrong: dict[int, list[Landed]] = {}
+        for layer, one in self._wrong:
+            wrong.setdefault(layer, []).append(one)
+        self._wrong = []
+        problems = [self._native[layer].wrong(landed) for layer, landed in wrong.items()]
+        for problem in problems:
+            if problem is not None:
+                raise problem
+        return not wrong
+
+    def _look_for_wrong(self) -> None:
+        if self._ring is not None:
+            self._wrong += self._ring.check(self._threads)
+
     def run(
         self, layer: int, x: Float32, ids: Int32, gates: Float32, *, activation: str, threads: int
     ) -> Float32:
@@ -156,12 +206,14 @@ class ExpertCache:
         """
         if layer <= self._last_layer:
             self._step += 1
-        self._last_layer = layer
+        self._last_layer, self._threads = layer, threads
         if self.upgrades is not None:
             self.upgrades.take_arrived()
         native = self._native.get(layer)
         if native is not None and native.takes(ids):
             return self._run_native(native, layer, x, ids, gates, activation, threads)
+        if self._checks_later:
+            self._look_for_wrong()  # in slots that may be taken now
         pool, own = self._pools[layer], self.layers[layer]
         run = LayerRun(self._reads, pool, own, x, ids, gates, activation, threads)
         here, absent = run.look_up(self._step)
@@ -197,7 +249,15 @@ class ExpertCache:
     ) -> Float32:
         self._batch = ReadBatch()
         try:
-            result, found = native.run(x, ids, gates, step=self._step, activation=activation, threads=threads)
+            result, found = native.run(
+                x,
+                ids,
+                gates,
+                step=self._step,
+                activation=activation,
+                threads=threads,
+                checks_later=self._checks_later,
+            )
         finally:
             self._batch = None
         self.statistics.count(

@@ -1,7 +1,8 @@
 """One layer of a batch in one native call: looked up, read, checked and computed without Python in between.
 
-What does not come right is put right here, and the layer computed again from memory. `LayerRun` does the same in steps,
-for other policies, other ways to read and batches of many rows; results and decisions are the same.
+What does not come right is put right here, and the layer computed again from memory, or, where checks are put off, the
+whole step (`cache.run_checked`). `LayerRun` does the same in steps, for other policies, other ways to read and batches
+of many rows; results and decisions are the same.
 
 Knows: the native layer, and the reader that mends. Does not know: budgets, statistics.
 """
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from edge_kernels.experts import run_experts
-from edge_kernels.flash import LEFT_OUT, Landed
+from edge_kernels.flash import CHECKED_FIRST, LEFT_OUT, Landed
 from edge_kernels.flash_layer import ExpertSlots, FlashLayer, LayerOnFlash, LayerResult
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from edge_runtime.experts.layer_run import ONE_CALL_USES
 from edge_runtime.experts.pool import Pool
 from edge_runtime.experts.reader import Cancelled, ExpertReader
 from edge_runtime.experts.reads import RingReads
+from edge_runtime.experts.slot_table import ABSENT
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -51,10 +53,21 @@ class NativeLayer:
         return ids.size <= self._most_uses
 
     def run(
-        self, x: Float32, ids: Int32, gates: Float32, *, step: int, activation: str, threads: int
+        self,
+        x: Float32,
+        ids: Int32,
+        gates: Float32,
+        *,
+        step: int,
+        activation: str,
+        threads: int,
+        checks_later: bool,
     ) -> tuple[Float32, LayerResult]:
-        """Raises what a read failed with."""
-        found = self._native.run(x, ids, gates, step=step, activation=activation, threads=threads)
+        """`checks_later`: what is wrong goes to `wrong`. Raises what a read failed with."""
+        owner = self._layer.layer if checks_later else CHECKED_FIRST
+        found = self._native.run(
+            x, ids, gates, step=step, activation=activation, threads=threads, owner=owner
+        )
         if found.rows is not None:
             if found.misses:
                 self._reader.count(found.misses * self._layer.planes, found.misses * self._layer.stride_bytes)
@@ -73,6 +86,18 @@ class NativeLayer:
         finally:
             self._slots.unpin_all()
         return rows, found
+
+    def wrong(self, landed: Sequence[Landed]) -> Exception | None:
+        """Said after the rows were made. What is still in memory is right afterwards, or gone: the first problem."""
+        here = [one for one in landed if self._slots.slot(self._key(one)) != ABSENT]
+        try:
+            self._put_right(here)
+        except Exception as problem:
+            return problem
+        return None
+
+    def _key(self, one: Landed) -> int:
+        return self._first_key + one.key // self._layer.planes
 
     def _put_right(self, landed: Sequence[Landed]) -> None:
         """What can't be had is not in memory afterwards. Raises the first problem."""

@@ -161,6 +161,10 @@ class RingReads:
         """Descriptor of the layer's slice, open for as long as this is."""
         return self._files[layer.slice]
 
+    def check(self, threads: int) -> list[tuple[int, flash.Landed]]:
+        """Checks that were put off are made now: what is wrong, and who asked for it (`FlashLayer`)."""
+        return self._native.check(threads)
+
     def cancel(self) -> None:
         """From any thread: what has not begun is not read."""
         self._native.cancel()

@@ -18,8 +18,10 @@ constexpr auto kHelperAwake = std::chrono::milliseconds(20);
 
 }  // namespace
 
-Arriving::Arriving(const Run& run, FlashReads& reads)
-    : run_(run), reads_(reads), groups_(run.groups().size()), open_(static_cast<std::int64_t>(groups_.size()) + reads.parts()) {
+Arriving::Arriving(const Run& run, FlashReads& reads, bool checks_later)
+    : run_(run), reads_(reads), checks_later_(checks_later), groups_(run.groups().size()), coming_(reads.parts()),
+      open_(static_cast<std::int64_t>(groups_.size()) + reads.parts()) {
+  if (checks_later) checks_ = reads.take_put_off();
   reads.for_each([&](const FlashPart& part) { ++state(part.group).missing; });
   for (std::size_t group = 0; group < groups_.size(); ++group)
     if (!groups_[group].missing) add(Kind::inner, static_cast<std::int64_t>(group), run_.inner_chunks());
@@ -29,6 +31,9 @@ void Arriving::operator()(int threads) {
   const int used = std::clamp(threads, 1, 256);
   run_phases(used, {used}, [&](int, std::int64_t, int thread) { take_part(thread == 0); });
   take_part(true);  // helpers that were quicker may have taken the caller's place
+  if (!failed_ || !checks_later_) return;
+  reads_.put_back(leave_checks());
+  reads_.hash_put_off(threads);
 }
 
 // Without the caller helpers leave when there is nothing to do; with it when all is done.
@@ -38,7 +43,7 @@ void Arriving::take_part(bool is_caller) {
     if (work.kind != Kind::hash)
       compute(work);
     else if (FlashPart* part = FlashReads::hash(work.leaf))
-      settled(part);
+      checked(part);
   }
 }
 
@@ -59,17 +64,27 @@ void Arriving::add(Kind kind, std::int64_t group, std::int64_t chunks) {
   state(group).chunks.store(chunks, std::memory_order_relaxed);
   const std::lock_guard<Spin> lock(spin_);
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) work_.push_back({kind, group, chunk, {}});
-  count_.store(work_.size(), std::memory_order_release);
+  count_.store(work_.size() + checks_.size(), std::memory_order_release);
 }
 
 // Of the calling thread: all bytes are there, and may still turn out wrong.
 void Arriving::came(FlashPart* part) {
   State& own = state(part->group);
+  bool is_next = false;
   {
     const std::lock_guard<Spin> lock(spin_);
-    if (--own.missing || own.is_lost) return;
+    is_next = !--own.missing && !own.is_lost;
   }
-  add(Kind::inner, part->group, run_.inner_chunks());
+  coming_.fetch_sub(1, std::memory_order_relaxed);
+  if (is_next) add(Kind::inner, part->group, run_.inner_chunks());
+  if (checks_later_) open_.fetch_sub(1, std::memory_order_release);
+}
+
+// All of a part that came is hashed. With checks put off it may be of an earlier layer, and be wrong: that is said later.
+void Arriving::checked(FlashPart* part) {
+  if (!checks_later_ || part->unread) return settled(part);
+  const std::lock_guard<Spin> lock(spin_);
+  part->is_done = true;
 }
 
 // A part is right, wrong or given up.
@@ -97,15 +112,7 @@ bool Arriving::next(Work* work, bool is_caller) {
   };
   while (true) {
     if (is_caller) look();
-    if (count_.load(std::memory_order_acquire)) {
-      const std::lock_guard<Spin> lock(spin_);
-      if (!work_.empty()) {
-        *work = work_.front();
-        work_.pop_front();
-        count_.store(work_.size(), std::memory_order_relaxed);
-        return leave(true);
-      }
-    }
+    if (count_.load(std::memory_order_acquire) && take(work)) return leave(true);
     if (!open_.load(std::memory_order_acquire)) return leave(false);
     pause_awake();
     const auto idle = std::chrono::steady_clock::now() - start;
@@ -116,14 +123,33 @@ bool Arriving::next(Work* work, bool is_caller) {
   }
 }
 
+// Checks that were put off are for the time that is spent waiting for flash: products alone are sooner done without them.
+bool Arriving::take(Work* work) {
+  const std::lock_guard<Spin> lock(spin_);
+  if (!work_.empty()) {
+    *work = work_.front();
+    work_.pop_front();
+  } else if (!checks_.empty() && coming_.load(std::memory_order_relaxed) > 0) {
+    *work = {Kind::hash, 0, 0, checks_.front()};
+    checks_.pop_front();
+  } else {
+    return false;
+  }
+  count_.store(work_.size() + checks_.size(), std::memory_order_relaxed);
+  return true;
+}
+
 void Arriving::look() {
   if (!reads_.is_waiting()) return;
   reads_.poll(&news_);
   for (FlashPart* part : news_.came) came(part);
   if (!news_.leaves.empty()) {
     const std::lock_guard<Spin> lock(spin_);
-    for (auto leaf = news_.leaves.rbegin(); leaf != news_.leaves.rend(); ++leaf) work_.push_front({Kind::hash, 0, 0, *leaf});
-    count_.store(work_.size(), std::memory_order_release);
+    if (checks_later_)
+      checks_.insert(checks_.end(), news_.leaves.begin(), news_.leaves.end());
+    else
+      for (auto leaf = news_.leaves.rbegin(); leaf != news_.leaves.rend(); ++leaf) work_.push_front({Kind::hash, 0, 0, *leaf});
+    count_.store(work_.size() + checks_.size(), std::memory_order_release);
   }
   for (FlashPart* part : news_.lost) settled(part);
   news_.clear();

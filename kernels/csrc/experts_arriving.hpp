@@ -5,6 +5,9 @@
 // expert is computed as soon as its bytes are there, beside their hashing, so that little is left to do after the last
 // byte; the result is only made where all were right. Outputs are kept apart and summed in gate order at the end, so the
 // bits are those of all experts in memory.
+//
+// Checks may also be put off: they are made, with those put off before, while there is nothing else to do, and the result
+// is made when all bytes have come. A part that did not come makes for all checks at once, and no result, either way.
 #pragma once
 
 #include <chrono>
@@ -31,11 +34,13 @@ class Spin {
 class Arriving {
  public:
   // Every part of `reads` says which group of `run` it is of.
-  Arriving(const expert_layer::Run& run, FlashReads& reads);
+  Arriving(const expert_layer::Run& run, FlashReads& reads, bool checks_later = false);
 
-  // All groups computed, as far as they came, and all parts checked.
+  // All groups computed, as far as they came, and all parts checked, or come.
   void operator()(int threads);
   bool is_whole() const { return !failed_; }
+  // Checks that are left to be made, of these reads and earlier ones.
+  std::deque<FlashLeaf> leave_checks() { return std::exchange(checks_, {}); }
 
  private:
   enum class Kind { hash, inner, outer };
@@ -56,19 +61,24 @@ class Arriving {
   void take_part(bool is_caller);
   void compute(const Work& work);
   bool next(Work* work, bool is_caller);
+  bool take(Work* work);
   void look();
   void came(FlashPart* part);
   void settled(FlashPart* part);
+  void checked(FlashPart* part);
   void add(Kind kind, std::int64_t group, std::int64_t chunks);
 
   const expert_layer::Run& run_;
   FlashReads& reads_;
+  const bool checks_later_;
   std::vector<State> groups_;
   std::atomic<bool> is_looked_after_{false};
-  std::atomic<std::int64_t> open_;  // groups that are neither computed nor lost, and parts that are not settled
+  std::atomic<std::int64_t> coming_;  // parts of which not every byte has come
+  std::atomic<std::int64_t> open_;    // groups that are neither computed nor lost, and parts that are not settled, or come
   Spin spin_;                       // of all below
   std::deque<Work> work_;
-  std::atomic<std::size_t> count_{0};
+  std::deque<FlashLeaf> checks_;      // put off
+  std::atomic<std::size_t> count_{0};  // of both
   bool failed_ = false;
   FlashNews news_;  // of the calling thread
 };

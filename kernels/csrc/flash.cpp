@@ -77,6 +77,7 @@ void FlashReads::ask(const Wanted& wanted) {
   std::copy_n(wanted.digest, kBlake3DigestBytes, part->wanted);
   part->count = (part->bytes + piece_bytes_ - 1) / piece_bytes_;
   part->group = wanted.group;
+  part->owner = wanted.owner;
   part->unread = part->count;
   part->missing.store(part->count, std::memory_order_relaxed);
   part->digests.resize(static_cast<std::size_t>(part->count) * kBlake3DigestBytes);
@@ -133,7 +134,7 @@ void FlashReads::give_up() {
     for (poll(&news); is_waiting(); poll(&news)) ring_.wait();
     parts_.clear();
   }
-  memory_.clear();
+  forget_memory();
 }
 
 void FlashReads::poll(FlashNews* news) {
@@ -180,6 +181,40 @@ void FlashReads::leave(Landed* landed) {
   parts_.erase(gone, parts_.end());
 }
 
+void FlashReads::put_off(std::deque<FlashLeaf> leaves) {
+  put_off_ = std::move(leaves);
+  for (auto& part : parts_)
+    if (!part->is_done || part->problem != kPartRight) unchecked_.push_back(std::move(part));
+  parts_.clear();
+}
+
+bool FlashReads::is_unchecked(const std::uint8_t* from, std::int64_t bytes) const {
+  return std::any_of(unchecked_.begin(), unchecked_.end(), [&](const auto& part) {
+    return !part->is_done && part->target < from + bytes && from < part->target + part->bytes;
+  });
+}
+
+void FlashReads::hash_put_off(int threads) {
+  const auto count = static_cast<std::int64_t>(put_off_.size());
+  run_phases(threads_worth(threads, count, 1), {count}, [&](int, std::int64_t item, int) {
+    if (FlashPart* part = hash(put_off_[static_cast<std::size_t>(item)])) part->is_done = true;
+  });
+  put_off_.clear();
+}
+
+std::vector<std::tuple<std::int64_t, std::int64_t, int>> FlashReads::check(int threads) {
+  std::vector<std::tuple<std::int64_t, std::int64_t, int>> wrong;
+  {
+    nb::gil_scoped_release released;
+    hash_put_off(threads);
+    for (const auto& part : unchecked_)
+      if (part->problem != kPartRight) wrong.emplace_back(part->owner, part->key, part->problem);
+    unchecked_.clear();
+  }
+  forget_memory();
+  return wrong;
+}
+
 void FlashReads::feed() {
   bool any = false;
   for (; !waiting_.empty(); waiting_.pop_front(), ++flying_, any = true) {
@@ -214,6 +249,7 @@ void bind_flash(nb::module_& m) {
       .def("submit", &FlashReads::submit)
       .def("land", &FlashReads::land)
       .def("give_up", &FlashReads::give_up)
+      .def("check", &FlashReads::check)
       .def("cancel", &FlashReads::cancel)
       .def_prop_ro("waited_seconds", &FlashReads::waited_seconds)
       .def_prop_ro("parts", &FlashReads::parts);

@@ -1,7 +1,8 @@
 // Parts of files on their way into memory, each checked against its digest before anybody is told that it is there.
 //
 // One thread asks, polls and waits; any may hash. A part is read in pieces, all at once, and what has come is hashed while
-// the rest is still on its way.
+// the rest is still on its way. Whoever uses bytes before they are checked puts the checks off (`put_off`), and lets
+// nothing out that came of them before `check` has said what was wrong.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <deque>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -55,6 +57,7 @@ struct FlashPart {
   std::atomic<std::int64_t> missing;     // pieces that are neither hashed nor given up
   std::int64_t unread = 0;               // pieces
   std::int64_t group = 0;                // of whoever waits for it
+  std::int64_t owner = 0;                // whose key it is
   int problem = kPartRight;
   bool is_done = false;
 };
@@ -86,6 +89,7 @@ class FlashReads {
     std::uint8_t* target;
     const std::uint8_t* digest;
     std::int64_t group;
+    std::int64_t owner = 0;
   };
   void ask(const Wanted& wanted);
   // What is asked for from now on goes somewhere in `memory`, and no cancelling from before is about it.
@@ -123,8 +127,21 @@ class FlashReads {
   void leave(Landed* landed);
   // With the interpreter's lock, after the last `leave`.
   void forget_memory() {
-    if (parts_.empty()) memory_.clear();
+    if (parts_.empty() && unchecked_.empty()) memory_.clear();
   }
+
+  // ---- checks that are made later
+  // What was put off so far, for who has time for it and gives back what is left.
+  std::deque<FlashLeaf> take_put_off() { return std::exchange(put_off_, {}); }
+  void put_back(std::deque<FlashLeaf> leaves) { put_off_ = std::move(leaves); }
+  // `leaves` are not hashed yet; all parts have come, and are here no more.
+  void put_off(std::deque<FlashLeaf> leaves);
+  // Whether somebody must not write there yet.
+  bool is_unchecked(const std::uint8_t* from, std::int64_t bytes) const;
+  // Makes all checks that were put off. Those of parts that `put_off` took away are reported by `check`.
+  void hash_put_off(int threads);
+  // Makes all checks that were put off: (owner, key, what became of it) of parts that are not right.
+  std::vector<std::tuple<std::int64_t, std::int64_t, int>> check(int threads);
 
  private:
   void feed();
@@ -134,7 +151,9 @@ class FlashReads {
   const std::int64_t piece_bytes_;
   std::deque<FlashPiece*> waiting_;  // not begun
   std::int64_t flying_ = 0;          // pieces
-  std::vector<std::unique_ptr<FlashPart>> parts_;    // in the order asked for
+  std::vector<std::unique_ptr<FlashPart>> parts_;      // in the order asked for
+  std::vector<std::unique_ptr<FlashPart>> unchecked_;  // all bytes have come, and may be in use
+  std::deque<FlashLeaf> put_off_;
   std::vector<Array<std::uint8_t, 1>> memory_;       // stays where it is while something is on its way into it
   std::atomic<bool> is_cancelled_{false};
   double waited_seconds_ = 0.0;

@@ -1,5 +1,5 @@
 // The experts of one layer behind a cache, in one call: which are here, who goes for those that are not, their reads,
-// their checks, and the products of all.
+// their checks (or no checks yet), and the products of all.
 #include <memory>
 #include <string>
 
@@ -51,9 +51,11 @@ class FlashLayer {
 
   // (experts that were here, experts read, seconds waited for flash, what became of each plane read: key
   // expert * planes + plane). `y` is only made where all came right. All experts stay pinned otherwise.
+  // `owner`: -1, or checks are put off: `y` is made where all came, and `FlashReads.check` says later what was wrong, by
+  // that number and key; nothing is said of planes that came.
   std::tuple<int, int, double, FlashReads::Landed> run(Array<const float, 2> x, Array<const std::int32_t, 2> ids,
                                                        Array<const float, 2> gates, std::int64_t step, Array<float, 2> y,
-                                                       int threads) {
+                                                       int threads, std::int64_t owner) {
     const std::size_t uses = ids.shape(0) * ids.shape(1), hidden = static_cast<std::size_t>(layer_.hidden);
     require(x.shape(0) == ids.shape(0) && x.shape(1) == hidden && y.shape(0) == x.shape(0) && y.shape(1) == hidden,
             "rows and results must have the experts' hidden width");
@@ -65,7 +67,7 @@ class FlashLayer {
     std::vector<std::int32_t> at(ids.data(), ids.data() + uses);
     const std::vector<Group> groups = group_by_expert(at.data(), static_cast<std::int64_t>(uses), place_.experts);
     const std::vector<std::size_t> absent = look_up(groups, step, &at);
-    admit(groups, absent, step, &at);
+    admit(groups, absent, step, threads, owner, &at);
     const auto rows = static_cast<std::int64_t>(x.shape(0)), top_k = static_cast<std::int64_t>(ids.shape(1));
     FlashReads::Landed landed;
     bool is_whole = true;
@@ -76,7 +78,7 @@ class FlashLayer {
       if (absent.empty())
         run(threads);
       else
-        is_whole = run_arriving(run, rows, threads, &landed);
+        is_whole = run_arriving(run, rows, threads, owner >= 0, &landed);
     }
     if (is_whole) slots_.unpin_all();
     if (!absent.empty()) reads_.forget_memory();
@@ -101,7 +103,8 @@ class FlashLayer {
     return absent;
   }
 
-  void admit(const std::vector<Group>& groups, const std::vector<std::size_t>& absent, std::int64_t step, std::vector<std::int32_t>* at) {
+  void admit(const std::vector<Group>& groups, const std::vector<std::size_t>& absent, std::int64_t step, int threads,
+             std::int64_t owner, std::vector<std::int32_t>* at) {
     if (absent.empty()) return;
     reads_.begin(memory_);
     for (const std::size_t i : absent) {
@@ -109,26 +112,30 @@ class FlashLayer {
       const std::int32_t slot = slots_.admit(place_.first_key + expert, step, static_cast<std::int64_t>(groups[i].slots.size()));
       require(slot != ExpertSlots::kAbsent, "slots are held that a batch needs");
       put(groups[i], slot, at);
-      ask(expert, slot, static_cast<std::int64_t>(i));
+      if (reads_.is_unchecked(memory_.data() + slot * layer_.stride_bytes, layer_.stride_bytes)) reads_.hash_put_off(threads);
+      ask(expert, slot, static_cast<std::int64_t>(i), owner);
     }
   }
 
-  void ask(std::int64_t expert, std::int64_t slot, std::int64_t group) {
+  void ask(std::int64_t expert, std::int64_t slot, std::int64_t group, std::int64_t owner) {
     const auto planes = static_cast<std::int64_t>(planes_.size());
     std::int64_t start = 0;
     for (std::int64_t plane = 0; plane < planes; ++plane) {
       const std::int64_t key = expert * planes + plane, bytes = planes_[static_cast<std::size_t>(plane)];
       reads_.ask({key, place_.file, place_.first_byte + expert * layer_.stride_bytes + start, bytes,
-                  memory_.data() + slot * layer_.stride_bytes + start, digests_.data() + key * kBlake3DigestBytes, group});
+                  memory_.data() + slot * layer_.stride_bytes + start, digests_.data() + key * kBlake3DigestBytes, group, owner});
       start += bytes;
     }
   }
 
-  bool run_arriving(const Run& run, std::int64_t rows, int threads, FlashReads::Landed* landed) {
+  bool run_arriving(const Run& run, std::int64_t rows, int threads, bool checks_later, FlashReads::Landed* landed) {
     for (std::int64_t row = 0; row < rows; ++row) run.prepare(row);
-    Arriving arriving(run, reads_);
+    Arriving arriving(run, reads_, checks_later);
     arriving(threads);
-    reads_.leave(landed);
+    if (checks_later && arriving.is_whole())
+      reads_.put_off(arriving.leave_checks());
+    else
+      reads_.leave(landed);
     if (arriving.is_whole())
       for (std::int64_t row = 0; row < rows; ++row) run.combine(row);
     return arriving.is_whole();
@@ -150,7 +157,8 @@ void bind_flash_layer(nb::module_& m) {
       .def(nb::init<ExpertSlots&, FlashReads&, Bytes, std::tuple<int, std::int64_t, std::int64_t, std::int64_t>, Numbers,
                     Array<const std::uint8_t, 2>, const std::string&, std::int64_t, std::int64_t, std::int64_t, Numbers>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-      .def("run", &FlashLayer::run);
+      .def("run", &FlashLayer::run, nb::arg("x"), nb::arg("ids"), nb::arg("gates"), nb::arg("step"), nb::arg("y"),
+           nb::arg("threads"), nb::arg("owner") = -1);
 }
 
 }  // namespace edge

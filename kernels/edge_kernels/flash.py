@@ -29,6 +29,7 @@ DIGEST_BYTES = 32
 WRONG_BYTES = "its bytes are not those that were signed"
 LEFT_OUT = "it was not read, since nobody wants it any more"
 _RIGHT, _WRONG, _LEFT_OUT = 0, 1, 2
+CHECKED_FIRST = -1  # no owner: parts are checked before they are used
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,11 @@ class FlashReads:
         )
         is_whole, found = landed_of(landed)
         return y if is_whole else None, list(found)
+
+    def check(self, threads: int = 1) -> list[tuple[int, Landed]]:
+        """Checks of parts that were used before they were made (`flash_layer`) are made now: (owner, part) of those
+        that are wrong."""
+        return [(owner, Landed(key, _problem(status))) for owner, key, status in self._native.check(threads)]
 
     def cancel(self) -> None:
         """From any thread: what has not begun is not read, and lands as LEFT_OUT. Until the next `submit`."""

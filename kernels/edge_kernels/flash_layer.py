@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_kernels import _native
 from edge_kernels.experts import ExpertWeights
-from edge_kernels.flash import DIGEST_BYTES, FlashReads, Landed, landed_of
+from edge_kernels.flash import CHECKED_FIRST, DIGEST_BYTES, FlashReads, Landed, landed_of
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -76,10 +76,22 @@ class FlashLayer:
         )
 
     def run(
-        self, x: F32, ids: I32, gates: F32, *, step: int, activation: str, threads: int = 1
+        self,
+        x: F32,
+        ids: I32,
+        gates: F32,
+        *,
+        step: int,
+        activation: str,
+        threads: int = 1,
+        owner: int = CHECKED_FIRST,
     ) -> LayerResult:
         """What `run_experts` gives for the layer's experts `ids` [R, top_k], bit for bit: those that are not in
         memory are read. At most as many uses as there are slots; nothing else may be on its way.
+
+        `owner`, a number from 0 on: experts are used when their bytes have come, and are checked later, while another
+        layer waits for flash or by `reads.check`, which gives this number back with what was wrong. Nothing that came
+        of these rows may be let out before. `landed` is empty where all came.
         """
         if activation != "silu":
             raise ValueError(f"unknown activation {activation!r}: experts know silu")
@@ -91,6 +103,7 @@ class FlashLayer:
             step,
             y,
             threads,
+            owner,
         )
         is_whole, found = landed_of(landed)
         return LayerResult(y if is_whole else None, hits, misses, waited_seconds, found)
