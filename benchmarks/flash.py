@@ -29,8 +29,10 @@ from pathlib import Path
 
 from benchmarks.checkpoints import CACHE
 from benchmarks.flash_arm import MAPPED, MEMORY, NAIVE, PRODUCT, Notes, Order
+from benchmarks.flash_halves import ROUNDS, halves
 from benchmarks.flash_two_agents import two_agents
 from benchmarks.memory_cgroup import memory_cgroup
+from benchmarks.other_work import Patience
 from benchmarks.page_cache import forget
 from benchmarks.random_moe import LARGE, TINY, random_moe
 from benchmarks.report import Report, arguments, say
@@ -107,10 +109,13 @@ def main() -> None:
     if "large" in parts:
         same.append(_large(figures, report, given.threads, rounds, small=given.small))
     if "two_agents" in parts:
-        two = two_agents(_two_agents_order(given.threads, small=given.small))
+        two = halves(1 if given.small else ROUNDS, given.threads, Patience(given.patience), small=given.small)
         figures["two_agents_ratio"] = two["two_agents_ratio"]
-        same.append(bool(two["identical"]))
-        report.line(f"two processes with half of the experts each: {two}")
+        report.line(f"two agents with half of the experts each: {two}")
+        remote = two_agents(_two_agents_order(given.threads, small=given.small))
+        figures["remote_experts_ratio"] = remote["remote_experts_ratio"]
+        report.line(f"one process that asks another for half of the experts: {remote}")
+        same += [bool(two["identical"]), bool(remote["identical"])]
     if "nested" in parts:
         figures |= nested(report, given.threads, 1 if given.small else PAIRS, small=given.small)
         same.append(bool(figures["nested_identical"]))

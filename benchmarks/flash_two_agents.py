@@ -1,6 +1,7 @@
-"""Two processes with half of the experts each against one with all: `python -m benchmarks.flash_two_agents [--json]`.
+"""Experts asked from a peer, against all in one process: `python -m benchmarks.flash_two_agents [--json]`.
 
-One runs all layers and holds half of each layer's experts, the other holds the other half and answers; rows travel over
+What `--split experts` costs, for devices that can't take a share of the layers (`flash_halves` measures those that can).
+One process runs all layers and holds half of the experts, the other holds the other half and answers; rows travel over
 a CURVE link on loopback, with the messages and the code of agents. Routing is that of the recorded trace. Who holds
 what is the planner's answer for two alike devices with room for half each, and for the uses of the trace's prompt: what
 is known before the first decoded token.
@@ -55,14 +56,14 @@ Held = Mapping[int, Sequence[int]]  # layer -> experts
 
 
 def two_agents(order: Order) -> dict[str, object]:
-    """Both arms, one after the other; `two_agents_ratio` is of decoded tokens per second."""
+    """Both arms, one after the other; `remote_experts_ratio` is of decoded tokens per second."""
     memory = _alone(order)
     say(f"one process: {order.decode_tokens / memory.decode_seconds:.2f} tokens/s")
     halves = planned_halves(order)
     shared, uses = asyncio.run(_asker(order, halves))
     say(f"two processes: {order.decode_tokens / shared.decode_seconds:.2f} tokens/s")
     return {
-        "two_agents_ratio": memory.decode_seconds / shared.decode_seconds,
+        "remote_experts_ratio": memory.decode_seconds / shared.decode_seconds,
         "identical": shared.digest == memory.digest,
         "one_tokens_per_second": order.decode_tokens / memory.decode_seconds,
         "two_tokens_per_second": order.decode_tokens / shared.decode_seconds,
