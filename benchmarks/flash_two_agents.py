@@ -1,6 +1,6 @@
 """Experts asked from a peer, against all in one process: `python -m benchmarks.flash_two_agents [--json]`.
 
-What `--split experts` costs, for devices that can't take a share of the layers (`flash_halves` measures those that can).
+What `--split experts` costs, for devices that can't run layers of their own (`flash_halves`: those that can).
 One process runs all layers and holds half of the experts, the other holds the other half and answers; rows travel over
 a CURVE link on loopback, with the messages and the code of agents. Routing is that of the recorded trace. Who holds
 what is the planner's answer for two alike devices with room for half each, and for the uses of the trace's prompt: what
