@@ -24,7 +24,8 @@ COMPANY_STEPS = 1.5  # that a row waits for company, at most
 FRAME_STEPS = 0.05  # that rows of a later stage wait for those they were last together with
 ALONE_STEPS = 8  # without such waiting, at most, after one that was in vain: twice as many each time in a row
 PATIENCE_SECONDS = 5.0  # away for longer: stuck, and nothing is learnt from it
-WEIGHT = 0.2  # of the latest step
+WEIGHT = 0.2  # of the latest step, once there are as many as that takes
+FADE, LEAST_HOPE = 0.01, 0.75  # a size that is not tried seems quicker with every step, down to that share
 QUICK, SLOW = 0.3, 0.005  # towards the least time away (nobody else was in the way), and back from it
 
 
@@ -44,6 +45,25 @@ def group_size(sessions: int, step_seconds: Callable[[int], float], elsewhere: f
     return best
 
 
+class _StepSeconds:
+    """Of one size of steps."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.usual = 0.0
+        self.steps_since = 0  # of larger sizes
+
+    def add(self, seconds: float) -> None:
+        self._count += 1
+        self.usual += max(WEIGHT, 1 / self._count) * (seconds - self.usual)
+        self.steps_since = 0
+
+    @property
+    def hope(self) -> float:
+        """The share of its time that it is given while it is not tried: it may have been held up whenever it was."""
+        return max(LEAST_HOPE, 1 - FADE * self.steps_since)
+
+
 class DecodeGroups:
     """The sessions that decode here, how long their steps take, and how long they are away between two.
 
@@ -52,7 +72,7 @@ class DecodeGroups:
 
     def __init__(self, *, forms: bool = True) -> None:
         self._forms = forms
-        self._seconds: dict[int, float] = {}  # of a step by its number of sessions
+        self._steps: dict[int, _StepSeconds] = {}  # by number of sessions
         self._sessions: set[SessionId] = set()
         # End and number of sessions of each one's last step; 0 where other rows took part.
         self._ended: dict[SessionId, tuple[float, int]] = {}
@@ -71,9 +91,10 @@ class DecodeGroups:
         ended_at, sessions = self._ended.pop(session, (now, 0))
         if any(self._ended.get(mate, (None, 0))[0] == ended_at for mate in self._mates.get(session, ())):
             return  # a group is away until the last of it is back: another stage may have divided it
-        seconds = self._seconds.get(sessions, 0.0)  # as usual: a step that was held up says nothing of others
-        if seconds > 0 and now - ended_at < PATIENCE_SECONDS:
-            steps = max(0.0, now - ended_at) / seconds
+        if sessions and now - ended_at < PATIENCE_SECONDS:
+            steps = (
+                max(0.0, now - ended_at) / self._steps[sessions].usual
+            )  # one held up says nothing of others
             before = steps if self._elsewhere is None else self._elsewhere
             self._elsewhere = before + (QUICK if steps < before else SLOW) * (steps - before)
 
@@ -86,8 +107,7 @@ class DecodeGroups:
     def ended(self, sessions: Sequence[SessionId], seconds: float, now: float) -> None:
         """A step in which these decoded, one row each. `seconds`: its length; 0 where other rows took part."""
         if seconds > 0:
-            before = self._seconds.get(len(sessions), seconds)
-            self._seconds[len(sessions)] = before + WEIGHT * (seconds - before)
+            self._took(len(sessions), seconds)
         together = frozenset(sessions)
         self._here -= together
         self._mates.update((session, together) for session in sessions if session in self._sessions)
@@ -95,6 +115,11 @@ class DecodeGroups:
         self._ended.update((session, (now, count)) for session in sessions if session in self._sessions)
         self._learn_from_waiting(len(sessions) <= self._waiting)
         self._waiting_since = None
+
+    def _took(self, sessions: int, seconds: float) -> None:
+        self._steps.setdefault(sessions, _StepSeconds()).add(seconds)
+        for size, steps in self._steps.items():
+            steps.steps_since += size < sessions
 
     def _learn_from_waiting(self, is_alone: bool) -> None:
         if self._waiting_since is None:
@@ -128,13 +153,20 @@ class DecodeGroups:
         return not (mates & self._sessions) - self._here
 
     def _step_seconds(self, sessions: int) -> float:
-        """Between measured sizes on a straight line; beyond them as if more rows were free: then they are tried."""
-        less = max((size for size in self._seconds if size <= sessions), default=0)
-        more = min((size for size in self._seconds if size >= sessions), default=0)
+        """Between measured sizes on a straight line; beyond them as if more rows were free: then they are tried.
+
+        Never more than a step of more rows takes: the smaller size was held up when it was measured.
+        """
+        less = max((size for size in self._steps if size <= sessions), default=0)
+        more = min((size for size in self._steps if size >= sessions), default=0)
         if not less or not more:
-            return self._seconds.get(less or more, 0.0)
+            return self._known_seconds(less or more) if self._steps else 0.0
         share = (sessions - less) / max(1, more - less)
-        return self._seconds[less] + share * (self._seconds[more] - self._seconds[less])
+        return self._known_seconds(less) + share * (self._known_seconds(more) - self._known_seconds(less))
+
+    def _known_seconds(self, sessions: int) -> float:
+        least = min(steps.usual for size, steps in self._steps.items() if size >= sessions)
+        return least * self._steps[sessions].hope
 
     def _are_enough(self, waiting: int) -> bool:
         """For a step: a whole group, or no more groups with those that are away than there should be."""

@@ -97,3 +97,35 @@ def test_who_waited_in_vain_goes_twice_as_often_without_waiting_each_time() -> N
         assert groups.company_seconds(1, now) == 0
         groups.ended([SessionId(1)], 0.027, now)
     assert "".join(".W"[wait] for wait in waits) == "W.W..W....W........W...."
+
+
+def test_a_size_that_was_held_up_when_it_was_measured_is_tried_again() -> None:
+    groups, four = DecodeGroups(), [SessionId(number) for number in range(4)]
+    now = 0.0
+    for session in four:
+        groups.came(session, now)
+    groups.ended(four[:2], 0.060, now)  # held up; 0.027 as a rule
+    sizes = []
+    for _ in range(40):
+        now += 0.036
+        groups.ended(four, 0.036, now)
+        now += 0.036  # on the other stage
+        for session in four:
+            groups.came(session, now)
+        sizes.append(groups.most())
+    assert sizes[0] == 4
+    assert sizes[-1] == 2
+
+
+def test_a_device_alone_does_not_divide_however_long_ago_it_tried() -> None:
+    groups, four = DecodeGroups(), [SessionId(number) for number in range(4)]
+    now = 0.0
+    for session in four:
+        groups.came(session, now)
+    groups.ended(four[:2], 0.027, now)
+    for _ in range(400):
+        now += 0.036
+        groups.ended(four, 0.036, now)
+        for session in four:
+            groups.came(session, now)
+        assert groups.most() in (None, 4)
