@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgpack
-
 from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.session import Session, finish_of
 from edge_runtime.core import SessionId, Token
@@ -22,6 +20,25 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import FrameRows, Message, OpenSession, Tokens
 
 MAX_ID_BYTES = 5  # of an id that is written as msgpack does
+_IDS = ((b"\xcc", 1), (b"\xcd", 2), (b"\xce", 4))  # unsigned, by size
+
+
+def packed_id(token_id: int) -> bytes:
+    """0 to 2**32 - 1 as msgpack writes it, without a packer and its buffer."""
+    if token_id < 1 << 7:
+        return token_id.to_bytes(1, "big")
+    for kind, size in _IDS:
+        if token_id < 1 << 8 * size:
+            return kind + token_id.to_bytes(size, "big")
+    raise ValueError(f"{token_id} is no token id")
+
+
+def read_id(packed: bytes) -> int | None:
+    """What `packed_id` wrote; None for anything else, also for a number that is written longer than it has to be."""
+    if len(packed) > MAX_ID_BYTES:
+        return None
+    found = packed[0] if len(packed) == 1 else int.from_bytes(packed[1:], "big")
+    return found if packed_id(found) == packed else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +57,7 @@ class MessageWithHole:
         return cls(first[:at], first[at + 1 :])
 
     def filled(self, token_id: int) -> bytes:
-        packed: bytes = msgpack.packb(token_id)
-        return self.before + packed + self.after
+        return self.before + packed_id(token_id) + self.after
 
     def id_in(self, frame: bytes) -> int | None:
         """The id of such a message; None for any other one, also for one that writes its id in another way."""
@@ -50,12 +66,7 @@ class MessageWithHole:
             return None
         if not frame.endswith(self.after):
             return None
-        try:
-            found = msgpack.unpackb(frame[start:end])
-        except (ValueError, msgpack.UnpackException):
-            return None
-        is_id = type(found) is int and found >= 0 and msgpack.packb(found) == frame[start:end]
-        return found if is_id else None
+        return read_id(frame[start:end])
 
 
 @dataclass(frozen=True, slots=True)

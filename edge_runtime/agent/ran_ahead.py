@@ -6,14 +6,13 @@ Knows: one row's result, when it ran. Does not know: what runs it, links, queues
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from edge_runtime.agent.pipeline_events import Event, Rows, Work, WorkFinished
 from edge_runtime.core import SessionId, Token
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RanAhead:
+class RanAhead(NamedTuple):
     """Row `base_row` of a session, which consumed `token_id`. `rows` [1, E] of an inner stage, `tokens` of the tail."""
 
     session: SessionId

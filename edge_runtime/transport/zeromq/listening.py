@@ -187,8 +187,10 @@ class ZeromqListener:
         elif not self._admission.is_allowed(wire.public_key):
             wire.channel.abort("the device was revoked")
         else:
-            wire.meter.handed_over(sum(map(len, parts)), len(parts))
             deliver(wire.channel, parts)
+            wire.meter.handed_over(
+                sum(map(len, parts)), len(parts)
+            )  # later: whoever waits for them comes first
 
     def _on_stranger(self, routing_id: bytes, user_id: str, parts: list[zmq.Frame]) -> None:
         """A connection starts with OPEN; anything else is left over from one that was closed or cut."""
