@@ -32,7 +32,7 @@ ONE, TWO = "one device", "two devices"
 ROUNDS = 4
 PROMPT_TOKENS, NEW_TOKENS = 28, 96
 KV_TOKENS = 4096  # that a coordinator wants room for
-MARGIN_BYTES = 64 << 20
+MARGIN_BYTES, SMALL_MARGIN_BYTES = 64 << 20, 512 << 20  # a small model is split evenly, wherever it has room
 START_SECONDS = 300.0  # in which agents fetch what they hold
 
 
@@ -69,8 +69,10 @@ async def _halves(rounds: int, threads: int, patience: Patience, *, small: bool)
     layers = manifest.num_layers
     model_bytes = manifest.weight_bytes + layers * KV_TOKENS * manifest.model.kv_bytes_per_token_per_layer
 
+    margin_bytes = SMALL_MARGIN_BYTES if small else MARGIN_BYTES
+
     def device(name: str, memory_bytes: int) -> DeviceSpec:
-        return DeviceSpec(name, memory=memory_bytes + MARGIN_BYTES, threads=threads, expert_cache="all")
+        return DeviceSpec(name, memory=memory_bytes + margin_bytes, threads=threads, expert_cache="all")
 
     half = model_bytes // 2 + model_bytes // layers  # a layer more: the head has to go somewhere
     devices = {ONE: [device("whole", model_bytes)], TWO: [device("front", half), device("back", half)]}
@@ -82,7 +84,7 @@ async def _halves(rounds: int, threads: int, patience: Patience, *, small: bool)
             cluster = LocalCluster(
                 path,
                 devices=specs,
-                split="even" if small else "auto",  # a model of 3 MB has room anywhere
+                split="even" if small else "auto",
                 replicas=1,
                 start_timeout_seconds=START_SECONDS,
             )

@@ -74,3 +74,21 @@ def test_a_benchmark_runs_and_says_its_figures(directory: Path, name: str) -> No
     if name == "pipeline":
         assert figures["plans"] >= 8
         assert figures["wan_efficiency"] < 1.05  # the delay was really on the way
+
+
+def test_halves_of_the_experts_on_two_agents_give_the_same_ids(directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.flash_halves", "--small", "--threads", "1", "--json"],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["identical"] is True
+    assert figures["tokens_compared"] > 0
+    assert figures["held_shares"] == [0.5, 0.5]
+    assert math.isfinite(figures["two_agents_ratio"])

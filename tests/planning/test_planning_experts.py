@@ -196,3 +196,13 @@ def test_auto_shares_what_fits_in_no_other_way() -> None:
 def test_auto_shares_nothing_where_everything_fits() -> None:
     devices = [device("one", DENSE_MIB + 40), device("two", 30)]
     assert not place(devices, links(devices), MODEL, Split("auto")).holders
+
+
+def test_auto_gives_whole_layers_to_devices_with_room_for_half_of_the_experts_each() -> None:
+    """A row then changes devices once a token; asking for experts would be once a layer."""
+    devices = [device("one", DENSE_MIB + 18), device("two", DENSE_MIB + 18)]
+    plan = place(devices, links(devices), MODEL, Split("auto"))
+    assert [len(stage.layers) for stage in plan.stages] == [2, 2]
+    assert not plan.holders
+    asking = place(devices, links(devices), MODEL, Split("experts"))
+    assert plan.predicted_tokens_per_second > asking.predicted_tokens_per_second
