@@ -15,11 +15,14 @@ KEEP_ALIVE_SECONDS = 5.0
 WRITE_SECONDS = 30.0  # a client that takes no bytes for so long is gone
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+SMALL_BYTES = 16 << 10  # that a transport takes at once where nothing waits in it
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def encode_json(value: object) -> str:
     """Compact JSON in one line; non-ASCII as itself, line separators that break naive readers escaped."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _ENCODER.encode(value)
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
@@ -54,6 +57,10 @@ class EventStream:
 
     async def write(self, data: bytes) -> None:
         """Raises ConnectionError when the client is gone or takes nothing."""
+        transport = self._request.transport
+        if transport is not None and not transport.get_write_buffer_size() and len(data) <= SMALL_BYTES:
+            await self.response.write(data)  # it does not wait: no timer for every token
+            return
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self.response.write(data)

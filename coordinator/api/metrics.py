@@ -71,14 +71,18 @@ class GenerationMetrics:
         self._metrics = metrics
         self._started_at = self._last_at = started_at
         self._tokens = 0
+        # Looked up once: every token asks for these.
+        self._between = metrics._between.labels(metrics._model)
+        self._generation_tokens = metrics._generation_tokens.labels(metrics._model)
 
     def token(self, cached_tokens: int = 0) -> None:
         """`cached_tokens` of the prompt come with the first."""
         metrics, now = self._metrics, self._metrics._clock()
-        histogram = metrics._between if self._tokens else metrics._first
-        histogram.labels(metrics._model).observe(now - self._last_at)
-        metrics._generation_tokens.labels(metrics._model).inc()
-        metrics._cache_hits.labels(metrics._model).inc(cached_tokens)
+        histogram = self._between if self._tokens else metrics._first.labels(metrics._model)
+        histogram.observe(now - self._last_at)
+        self._generation_tokens.inc()
+        if cached_tokens or not self._tokens:
+            metrics._cache_hits.labels(metrics._model).inc(cached_tokens)
         self._last_at = now
         self._tokens += 1
 
