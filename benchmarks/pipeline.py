@@ -169,12 +169,12 @@ def pair_figures(
 
 
 def wan_efficiency(found: Samples, line: Callable[[str], None]) -> float | None:
+    """Measured over 1 / (one device's seconds per token + the delay), of neighbours in a round."""
     speed, solo_speed = found.median(WAN), found.median(SOLO)
     if speed is None or solo_speed is None:
         return None
-    limit = 1 / (1 / solo_speed + RTT_SECONDS)
-    line(f"20 ms apart: {speed:.2f} of {limit:.2f} tokens/s")
-    return speed / limit
+    line(f"20 ms apart: {speed:.2f} of {1 / (1 / solo_speed + RTT_SECONDS):.2f} tokens/s (medians)")
+    return found.compared(WAN, SOLO, lambda far, solo: far * (1 / solo + RTT_SECONDS))
 
 
 def flags() -> argparse.Namespace:

@@ -49,9 +49,13 @@ class Samples:
 
     def ratio(self, ours: str, theirs: str) -> float | None:
         """Median over rounds of ours / theirs, over quiet rounds where there are any; None where one has no samples."""
+        return self.compared(ours, theirs, lambda a, b: a / b)
+
+    def compared(self, ours: str, theirs: str, how: Callable[[float, float], float]) -> float | None:
+        """The same of anything that is said of two neighbours."""
         pairs = list(zip(self.by_arm.get(ours, ()), self.by_arm.get(theirs, ()), strict=False))
         quiet = [(a, b) for a, b in pairs if a.is_quiet and b.is_quiet]
-        return median([a.value / b.value for a, b in quiet or pairs])
+        return median([how(a.value, b.value) for a, b in quiet or pairs])
 
     def windows(self, arm: str) -> list[tuple[float, float]]:
         return [(sample.begin, sample.end) for sample in self.by_arm[arm]]

@@ -50,6 +50,7 @@ def samples(**values: list[float]) -> Samples:
 
 def test_a_ratio_is_the_median_of_neighbours() -> None:
     assert samples(a=[1.0, 4.0, 9.0], b=[1.0, 2.0, 3.0]).ratio("a", "b") == 2.0
+    assert samples(a=[1.0, 4.0, 9.0], b=[1.0, 2.0, 3.0]).compared("a", "b", lambda a, b: a - b) == 2.0
     assert samples(a=[1.0]).ratio("a", "b") is None
 
 
