@@ -27,6 +27,7 @@ PATIENCE_SECONDS = 5.0  # away for longer: stuck, and nothing is learnt from it
 WEIGHT = 0.2  # of the latest step, once there are as many as that takes
 FADE, LEAST_HOPE = 0.01, 0.75  # a size that is not tried seems quicker with every step, down to that share
 QUICK, SLOW = 0.3, 0.005  # towards the least time away (nobody else was in the way), and back from it
+ALONE = 0.1  # back from it where there was nobody else: else noise alone would make it ever less
 
 
 def group_size(sessions: int, step_seconds: Callable[[int], float], elsewhere: float) -> int:
@@ -96,7 +97,10 @@ class DecodeGroups:
                 max(0.0, now - ended_at) / self._steps[sessions].usual
             )  # one held up says nothing of others
             before = steps if self._elsewhere is None else self._elsewhere
-            self._elsewhere = before + (QUICK if steps < before else SLOW) * (steps - before)
+            back = (
+                SLOW if sessions < len(self._sessions) else ALONE
+            )  # other groups may have been in its way, or not
+            self._elsewhere = before + (QUICK if steps < before else back) * (steps - before)
 
     def left(self, session: SessionId) -> None:
         self._sessions.discard(session)

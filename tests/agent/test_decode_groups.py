@@ -129,3 +129,24 @@ def test_a_device_alone_does_not_divide_however_long_ago_it_tried() -> None:
         for session in four:
             groups.came(session, now)
         assert groups.most() in (None, 4)
+
+
+def test_one_group_of_all_learns_how_long_it_is_away_in_either_direction() -> None:
+    groups, four = DecodeGroups(), [SessionId(number) for number in range(4)]
+    now = 0.0
+    for session in four:
+        groups.came(session, now)
+    groups.ended(four[:2], 0.030, now)
+    sizes = []
+    for away_seconds in (
+        0.004,
+        *[0.038] * 12,
+    ):  # the first time the other stage was quick, or it was not looked at
+        now += 0.036
+        groups.ended(four, 0.036, now)
+        now += away_seconds
+        for session in four:
+            groups.came(session, now)
+        sizes.append(groups.most())
+    assert sizes[0] == 4
+    assert sizes[-1] == 2
