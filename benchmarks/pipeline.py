@@ -25,6 +25,7 @@ from benchmarks.other_work import Patience
 from benchmarks.peers.environment import PeerProcess, peers_python
 from benchmarks.plans import (
     HEARTBEATS_SECONDS,
+    Foretold,
     PlanResult,
     first_plan_errors,
     measure_plans,
@@ -125,10 +126,11 @@ async def compare(
         for arm in arms.values():
             await arm()  # warm
         await asyncio.sleep(HEARTBEATS_SECONDS)
-        then = {arm: await predicted(cluster) for arm, (_, cluster) in planned.items()}
+        foretold = {arm: Foretold(cluster, arms[arm]) for arm, (_, cluster) in planned.items()}
+        arms.update((arm, each.once) for arm, each in foretold.items())
         found = await in_turns(arms, rounds, patience)
         plans = [
-            PlanResult(name, then[arm], found.median(arm) or 0.0, at_first[arm])
+            PlanResult(name, at_first[arm], tuple(foretold[arm].requests))
             for arm, (name, _) in planned.items()
         ]
     return found, plans, pair

@@ -1,22 +1,23 @@
 """What the planner predicts and what comes: one cluster per plan, the coordinator's own prediction beside HTTP's clock.
 
-Predictions are read twice: as the plan was made, from what devices measured when they started, and after one request,
-which is when the coordinator knows how long their steps take. Knows: a list of plans over small devices. Does not know:
-how predictions are made.
+Predictions are read as the plan was made, from what devices measured when they started, and again before each measured
+request (one has gone before, from which the coordinator knows how long steps take). The error is that of the median
+over requests of prediction / speed. Knows: a list of plans over small devices. Does not know: how predictions are made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.clusters import Running, device, running
 from benchmarks.models import Model
 from benchmarks.other_work import Patience
 from benchmarks.report import say
-from benchmarks.samples import in_turns
+from benchmarks.samples import Measure, in_turns
 from benchmarks.streams import Prompts, stream
 from edge_runtime import DeviceSpec
 
@@ -26,20 +27,43 @@ HEARTBEATS_SECONDS = 2.5  # in which every device has said how long its steps ta
 
 @dataclass(frozen=True)
 class PlanResult:
+    """`requests`: (predicted just before, measured), tokens/s of one session."""
+
     name: str
-    predicted: float  # tokens/s of one session, after the first request
-    measured: float
-    first_predicted: float = 0.0  # before it
+    first_predicted: float  # before any request
+    requests: tuple[tuple[float, float], ...]
+
+    @property
+    def predicted(self) -> float:
+        return statistics.median(predicted for predicted, _ in self.requests)
+
+    @property
+    def measured(self) -> float:
+        return statistics.median(measured for _, measured in self.requests)
 
     @property
     def error(self) -> float:
-        return self.predicted / self.measured - 1
+        return statistics.median(predicted / measured for predicted, measured in self.requests) - 1
 
     def __str__(self) -> str:
         return (
             f"plan {self.name:44} predicted {self.predicted:6.2f} (at first {self.first_predicted:6.2f}), "
             f"measured {self.measured:6.2f}, {self.error:+.1%}"
         )
+
+
+@dataclass
+class Foretold:
+    """A measurement of a cluster's speed, and what was predicted of it each time; every try of it counts."""
+
+    cluster: Running
+    measure: Measure
+    requests: list[tuple[float, float]] = field(default_factory=list)
+
+    async def once(self) -> float:
+        before = await predicted(self.cluster)
+        self.requests.append((before, await self.measure()))
+        return self.requests[-1][1]
 
 
 def plan_errors(plans: Sequence[PlanResult]) -> list[float]:
@@ -65,9 +89,9 @@ async def measure_plans(model: Model, prompts: Prompts, patience: Patience) -> l
             measure = functools.partial(_once, cluster, model, prompts)
             await measure()  # warm
             await asyncio.sleep(HEARTBEATS_SECONDS)
-            then = await predicted(cluster)
-            found = await in_turns({name: measure}, RUNS, patience)
-        results.append(PlanResult(name, then, found.median(name) or 0.0, at_first))
+            foretold = Foretold(cluster, measure)
+            await in_turns({name: foretold.once}, RUNS, patience)
+        results.append(PlanResult(name, at_first, tuple(foretold.requests)))
         say(str(results[-1]))
     return results
 

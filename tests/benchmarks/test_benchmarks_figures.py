@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.arrivals import BURSTINESS, arrivals, capacity, most_overtaken, offered, starved
-from benchmarks.plans import PlanResult, plan_errors
+from benchmarks.plans import PlanResult, first_plan_errors, plan_errors
 from benchmarks.samples import Sample, Samples, in_turns, percentile, quiet_sample
 from benchmarks.steps import Step, read_steps, ring_hops, row_hops
 from benchmarks.streams import Prompts, Stream, total_tokens_per_second
@@ -150,7 +150,14 @@ def test_prompts_are_never_the_same_twice() -> None:
     assert min(prompts.new(1000)) >= 3
 
 
+def test_a_plan_is_held_against_what_was_predicted_just_before() -> None:
+    plan = PlanResult("a machine that slows down", 40.0, ((20.0, 20.0), (20.0, 10.0), (11.0, 10.0)))
+    assert plan.error == pytest.approx(0.1)
+    assert (plan.predicted, plan.measured) == (20.0, 10.0)
+    assert first_plan_errors([plan]) == pytest.approx([3.0])
+
+
 def test_plan_errors_have_no_sign() -> None:
-    assert plan_errors([PlanResult("slow", 8.0, 10.0), PlanResult("fast", 11.0, 10.0)]) == pytest.approx(
-        [0.2, 0.1]
-    )
+    assert plan_errors(
+        [PlanResult("slow", 5.0, ((8.0, 10.0),)), PlanResult("fast", 5.0, ((11.0, 10.0),))]
+    ) == pytest.approx([0.2, 0.1])
