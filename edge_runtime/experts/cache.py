@@ -16,10 +16,11 @@ from edge_kernels.flash import Landed
 from numpy.typing import NDArray
 
 from edge_runtime.errors import CapacityError, EngineError
+from edge_runtime.experts.first_planes import native_layers
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.lanes import ReadInto, read_into
 from edge_runtime.experts.layer_run import LayerRun
-from edge_runtime.experts.native_layer import NativeLayer, native_layers
+from edge_runtime.experts.native_layer import NativeLayer
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import make_pools
 from edge_runtime.experts.reader import DEFAULT_LANES, Cancelled, ExpertReader, ReadBatch, Refetch
@@ -177,6 +178,7 @@ class ExpertCache:
             return work()
         if failure is not None:
             raise failure
+        self._begin_upgrades()
         return cast(T, result)
 
     def _check(self) -> bool:
@@ -233,8 +235,7 @@ class ExpertCache:
             waited_seconds=run.waited_seconds,
             fewer_bits=run.fewer_bits,
         )
-        if self.upgrades is not None and layer == self._end_layer:
-            self.upgrades.begin()
+        self._begin_upgrades()
         return result
 
     def _run_native(
@@ -264,10 +265,17 @@ class ExpertCache:
             layer,
             hits=found.hits,
             misses=found.misses,
-            read_bytes=found.misses * self.layers[layer].stride_bytes,
+            read_bytes=found.misses * native.miss_bytes,
             waited_seconds=found.waited_seconds,
+            fewer_bits=found.hits + found.misses if self._pools[layer].is_lossy else 0,
         )
+        self._begin_upgrades()
         return result
+
+    def _begin_upgrades(self) -> None:
+        """At the end of a step, and of its checks: what turns out wrong goes, and must not be under way then."""
+        if self.upgrades is not None and self._last_layer == self._end_layer and not self._checks_later:
+            self.upgrades.begin()
 
 
 def check_budget(layers: Sequence[ExpertLayer], budget_bytes: int) -> None:

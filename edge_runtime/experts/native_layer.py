@@ -29,13 +29,14 @@ Int32 = NDArray[np.int32]
 
 
 class NativeLayer:
-    """Of a pool whose experts are only used whole. x [R, hidden], ids and gates [R, top_k]."""
+    """The first `planes` of an expert are read, and used: of all of them. x [R, hidden], ids and gates [R, top_k]."""
 
     def __init__(
         self, layer: ExpertLayer, pool: Pool, slots: ExpertSlots, reads: RingReads, reader: ExpertReader
     ) -> None:
         self._layer, self._pool, self._slots, self._reader = layer, pool, slots, reader
-        self._weights = pool.weights[layer.layer][-1]
+        self._planes = planes = pool.start_planes
+        self._weights = pool.weights[layer.layer][planes - 1]
         self._first_key = pool.first_key[layer.layer]
         self._most_uses = min(ONE_CALL_USES, slots.slots)
         place = LayerOnFlash(
@@ -43,10 +44,15 @@ class NativeLayer:
             layer.first_byte,
             self._first_key,
             layer.experts,
-            layer.plane_bytes,
-            layer.digests,
+            layer.plane_bytes[:planes],
+            [layer.digest(expert, plane) for expert in range(layer.experts) for plane in range(planes)],
         )
         self._native = FlashLayer(slots, reads.native, self._weights, place)
+
+    @property
+    def miss_bytes(self) -> int:
+        """What is read of an expert that is not in memory."""
+        return self._layer.plane_start(self._planes)
 
     def takes(self, ids: Int32) -> bool:
         """Whether so many uses go through one call."""
@@ -70,7 +76,7 @@ class NativeLayer:
         )
         if found.rows is not None:
             if found.misses:
-                self._reader.count(found.misses * self._layer.planes, found.misses * self._layer.stride_bytes)
+                self._reader.count(found.misses * self._planes, found.misses * self.miss_bytes)
             return found.rows, found
         try:
             self._put_right(found.landed)
@@ -97,14 +103,14 @@ class NativeLayer:
         return None
 
     def _key(self, one: Landed) -> int:
-        return self._first_key + one.key // self._layer.planes
+        return self._first_key + one.key // self._planes
 
     def _put_right(self, landed: Sequence[Landed]) -> None:
         """What can't be had is not in memory afterwards. Raises the first problem."""
         layer = self._layer
         problems: dict[int, Exception] = {}
         for one in landed:
-            expert, plane = divmod(one.key, layer.planes)
+            expert, plane = divmod(one.key, self._planes)
             slot = self._pool.arena.slot(self._slots.slot(self._first_key + expert))
             memory = slot[layer.plane_start(plane) : layer.plane_start(plane + 1)]
             problem: Exception | None
@@ -118,15 +124,3 @@ class NativeLayer:
             self._slots.forget(self._first_key + expert)
         for problem in problems.values():
             raise problem
-
-
-def native_layers(
-    layers: Sequence[ExpertLayer], pools: dict[int, Pool], reads: RingReads, reader: ExpertReader
-) -> dict[int, NativeLayer]:
-    """By number, of those that can run so."""
-    found: dict[int, NativeLayer] = {}
-    for layer in layers:
-        pool = pools[layer.layer]
-        if isinstance(pool.table, ExpertSlots) and not pool.is_lossy:
-            found[layer.layer] = NativeLayer(layer, pool, pool.table, reads, reader)
-    return found

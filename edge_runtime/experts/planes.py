@@ -8,7 +8,10 @@ Knows: slots, planes, uses. Does not know: bytes, files, threads (one thread use
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 
 class PlaneTable:
@@ -37,8 +40,20 @@ class PlaneTable:
         self._is_coming[slot] = False
         self._may_grow[slot] = planes < self.planes
 
+    def came(self, slots: Sequence[int], planes: int) -> None:
+        """Other experts are in these slots, with so many planes, which nobody has used."""
+        for slot in slots:
+            self.admitted(slot)
+            self.arrived(slot, planes)
+
     def used(self, slot: int, rows: int) -> None:
         self._uses[slot] += rows
+
+    def used_each(self, slots: Sequence[int], rows: NDArray[np.intp]) -> None:
+        """Slots of different experts, each by so many rows; -1: by nobody, it is not here."""
+        places = np.array(slots, np.intp)
+        here = places >= 0
+        self._uses[places[here]] += rows[here]
 
     def next_upgrades(self, most: int) -> list[int]:
         """Slots whose next plane is to be read, most used first, at most so many; they count as on their way."""

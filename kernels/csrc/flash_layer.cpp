@@ -43,8 +43,8 @@ class FlashLayer {
       require(bytes > 0 && bytes % (2 * kBlake3ChunkBytes) == 0, "planes are multiples of 2 KiB");
       total_bytes += bytes;
     }
-    require(total_bytes == stride_bytes && slots.slots() * stride_bytes <= static_cast<std::int64_t>(memory.size()),
-            "the planes of an expert must fill its slot, and the slots their memory");
+    require(total_bytes <= stride_bytes && slots.slots() * stride_bytes <= static_cast<std::int64_t>(memory.size()),
+            "the planes of an expert must fit its slot, and the slots their memory");
     require(digests.shape(0) == planes_.size() * static_cast<std::size_t>(place_.experts) && digests.shape(1) == kBlake3DigestBytes,
             "every plane needs a digest");
   }

@@ -227,6 +227,56 @@ def test_a_stage_that_uses_experts_early_promises_no_bits(bundle: Bundle) -> Non
     assert plain_class(early) == plain_class(exact)
 
 
+@given(
+    slots=st.integers(LAYERS * TOP_K, ALL_SLOTS),
+    batches=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_native_call_for_first_planes_gives_what_steps_give(
+    bundle: Bundle, slots: int, batches: list[int], seed: int
+) -> None:
+    caches = [start_at_2_bits(bundle, slots, upgrades=False, one_call=one_call) for one_call in (True, False)]
+    for step, rows in enumerate(batches):
+        for layer in layers_of(bundle):
+            asked = some_rows(layer, rows, seed + 100 * step + layer.layer)
+            wanted = run_experts(*asked, first_plane(bundle, layer), activation="silu")
+            for cache in caches:
+                np.testing.assert_array_equal(run(cache, layer, asked), wanted)
+    native, steps = (cache.statistics.total for cache in caches)
+    assert replace(native, waited_seconds=0) == replace(steps, waited_seconds=0)
+    for cache in caches:
+        cache.close()
+
+
+@pytest.mark.parametrize("are_checks_put_off", [True, False])
+def test_an_expert_whose_first_plane_is_wrong_goes_and_is_not_upgraded(
+    own_bundle: Bundle, are_checks_put_off: bool
+) -> None:
+    layer = layers_of(own_bundle)[LAYERS - 1]
+    good = layer.path.read_bytes()
+    flip(layer, 5, plane=0)
+    rows = some_rows(layer, 30, 0)
+    cache = start_at_2_bits(own_bundle)
+    assert cache.upgrades is not None
+    around = cache.run_checked if are_checks_put_off else lambda work: work()
+    with pytest.raises(TamperedError, match=r"plane 1 of expert 5 of layer"):
+        around(lambda: run(cache, layer, rows))
+    layer.path.write_bytes(good)
+    for _ in range(ALL_SLOTS):
+        cache.upgrades.begin()
+        cache.upgrades.wait()
+    got = run(cache, layer, rows)
+    assert cache.statistics.layers[layer.layer].fewer_bits > 0
+    cache.upgrades.wait()
+    cache.upgrades.begin()
+    cache.upgrades.wait()
+    wanted = run_experts(*rows, mapped(own_bundle, layer), activation="silu")
+    assert not np.array_equal(got, wanted)  # expert 5 at 2 bits
+    np.testing.assert_array_equal(run(cache, layer, rows), wanted)
+    cache.close()
+
+
 @pytest.mark.parametrize("plane", [0, 1])
 def test_a_flipped_bit_is_named_with_its_plane_and_mended(
     own_bundle: Bundle, caplog: pytest.LogCaptureFixture, plane: int
