@@ -19,16 +19,17 @@ of each, the fastest round counts, since others' work on a machine only ever add
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.checkpoints import CACHE
 from benchmarks.flash_arm import MAPPED, MEMORY, NAIVE, PRODUCT, Notes, Order
+from benchmarks.flash_beside import spread
 from benchmarks.flash_halves import ROUNDS, halves
 from benchmarks.flash_two_agents import two_agents
 from benchmarks.memory_cgroup import memory_cgroup
@@ -38,8 +39,8 @@ from benchmarks.random_moe import LARGE, TINY, random_moe
 from benchmarks.report import Report, arguments, say
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.experts.cost import LayerWork, schedule_limit_seconds
-from edge_runtime.experts.flash_probe import FlashSpeed, measure_flash
-from edge_runtime.experts.flash_store import ExpertLayer, expert_bytes, expert_layers
+from edge_runtime.experts.flash_probe import measure_flash
+from edge_runtime.experts.flash_store import expert_bytes, expert_layers
 from edge_runtime.experts.replay import BELADY, replay
 from edge_runtime.experts.trace import read_trace
 
@@ -64,7 +65,7 @@ class Arm:
 
 @dataclass
 class Result:
-    """Of an arm's fastest round; `digests` of all. `flash_bytes_per_second`: just before or after it, the faster."""
+    """Of an arm's fastest round; `digests` of all. `flash_bytes_per_second`: beside it (`flash_beside`), the median."""
 
     notes: Notes
     tokens_per_second: float
@@ -201,22 +202,22 @@ def _large(
     total = sum(layer.total_bytes for layer in layers)
     dense = bundle.manifest.weight_bytes - total
     base = Order(MEMORY, str(bundle.path), trace=str(QWEN), threads=threads)
-    speed = _flash_speed(layers)
+    speed = measure_flash(layers, budget_seconds=1.0, seed=time.time_ns())
     report.line(
         f"{bundle.manifest.model.name}: {total / 1e9:.2f} GB of experts of {layers[0].stride_bytes / 1024:.0f} KiB; "
         f"flash {speed.bytes_per_second / 1e9:.2f} GB/s with {speed.lanes} reads at a time"
         f"{'' if speed.direct else ', through the page cache'}; routing of {QWEN.name}, not looped"
     )
     arms = _chosen(_arms(base, total, dense, speed.lanes), chosen)
-    results = _rounds(arms, bundle, rounds, report, lambda: _flash_speed(layers).bytes_per_second)
+    results = _rounds(arms, bundle, rounds, report)
     memory = results["memory"]
     for name, result in results.items():
         share = ""
-        if name.startswith("product"):
-            bandwidth = result.flash_bytes_per_second
+        if result.flash_bytes_per_second:
+            bandwidth, beside = result.flash_bytes_per_second, spread(result.notes.flash_bytes_per_second)
             limit = _limit_tps(memory.notes, result.notes, trace.top_k, layers[0].stride_bytes, bandwidth)
             fraction = result.tokens_per_second / limit
-            share = f", {100 * fraction:.0f} % of the limit of {limit:.2f} at {bandwidth / 1e9:.2f} GB/s"
+            share = f", {100 * fraction:.0f} % of the limit of {limit:.2f} at {beside} GB/s"
             if name in ("product 50 %", "product 25 %"):
                 figures[f"limit_fraction_{name.split()[1]}"] = fraction
         report.line(
@@ -234,7 +235,7 @@ def _two_agents_order(threads: int, *, small: bool) -> Order:
 
 def _arms(base: Order, total: int, dense: int, lanes: int) -> list[Arm]:
     quarter, half = total // 4, total // 2
-    product = replace(base, arm=PRODUCT, lanes=lanes)
+    product = replace(base, arm=PRODUCT, lanes=lanes, beside=True)
     return [
         Arm("memory", base),
         Arm("product 50 %", replace(product, cache_bytes=half), half + dense + OVERHEAD_BYTES),
@@ -254,14 +255,7 @@ def _chosen(arms: list[Arm], names: tuple[str, ...]) -> list[Arm]:
     return [arm for arm in arms if not names or arm.name == MEMORY or arm.name in names]
 
 
-def _flash_speed(layers: Sequence[ExpertLayer]) -> FlashSpeed:
-    """Other experts every time: those of before would come from a cache of the drive, or of the machine's host."""
-    return measure_flash(layers, budget_seconds=1.0, seed=time.time_ns())
-
-
-def _rounds(
-    arms: list[Arm], bundle: Bundle, rounds: int, report: Report, flash_speed: Callable[[], float]
-) -> dict[str, Result]:
+def _rounds(arms: list[Arm], bundle: Bundle, rounds: int, report: Report) -> dict[str, Result]:
     """In turns, forth and back, products with flash beside them. An arm that can't run is left out and said so."""
     best: dict[str, Result] = {}
     skipped: set[str] = set()
@@ -269,15 +263,14 @@ def _rounds(
         for arm in arms if turn % 2 == 0 else reversed(arms):
             if arm.name in skipped:
                 continue
-            is_product = arm.order.arm == PRODUCT
-            before = flash_speed() if is_product else 0.0
             try:
                 found = run_arm(arm, bundle)
             except OSError as problem:
                 skipped.add(arm.name)
                 report.line(f"{arm.name}: skipped, {problem}")
                 continue
-            found.flash_bytes_per_second = max(before, flash_speed()) if is_product else 0.0
+            if found.notes.flash_bytes_per_second:
+                found.flash_bytes_per_second = statistics.median(found.notes.flash_bytes_per_second)
             say(f"{arm.name}: {found.tokens_per_second:.2f} tokens/s")
             known = best.get(arm.name)
             if known is not None:

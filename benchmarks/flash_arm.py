@@ -22,6 +22,7 @@ import numpy as np
 from edge_kernels.experts import ExpertWeights, combine, run_each
 from numpy.typing import NDArray
 
+from benchmarks.flash_beside import PROMPT, FlashBeside
 from benchmarks.memory_cgroup import MemoryCgroup
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
@@ -57,6 +58,7 @@ class Order:
     passes: int = 1  # only the last is timed
     ring: bool = True  # the kernel reads on its own; False: lanes do
     one_call: bool = True
+    beside: bool = False  # flash is measured between tokens (flash_beside)
     start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
     cgroup_version: int = 0
@@ -80,6 +82,9 @@ class Notes:
     peak_resident_bytes: int = 0
     arena_bytes: int = 0
     direct: bool = True
+    flash_bytes_per_second: list[float] = field(
+        default_factory=list
+    )  # beside it, one stretch after the other
     digest: str = ""  # of all ids and logits
 
 
@@ -176,15 +181,27 @@ def run(order: Order) -> Notes:
     _route(order, bundle, stage, replay, notes)
     if order.arm == MEMORY and stage.experts is None:
         _touch(bundle)
+    beside = _beside(order, bundle)
     try:
         for _ in range(order.passes):
-            _generate(order, stage, replay, notes)
+            _generate(order, stage, replay, notes, beside)
+        if beside is not None:
+            notes.flash_bytes_per_second = beside.bytes_per_second
+            beside.close()
         if stage.experts is not None:
             notes.arena_bytes, notes.direct = stage.experts.arena_bytes, stage.experts.reader.direct
     finally:
         stage.close()
     notes.peak_resident_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return notes
+
+
+def _beside(order: Order, bundle: Bundle) -> FlashBeside | None:
+    if not order.beside:
+        return None
+    layers = expert_layers(bundle, bundle.manifest.layers)
+    slots = order.cache_bytes // layers[0].stride_bytes
+    return FlashBeside(layers, read_trace(order.trace), slots, order.policy)
 
 
 def _options(order: Order, bundle: Bundle) -> CacheOptions | None:
@@ -217,7 +234,9 @@ def _touch(bundle: Bundle) -> None:
             np.frombuffer(bundle.slice_bytes(key), np.uint8)[::4096].sum()
 
 
-def _generate(order: Order, stage: CpuStage, replay: Replay | None, notes: Notes) -> None:
+def _generate(
+    order: Order, stage: CpuStage, replay: Replay | None, notes: Notes, beside: FlashBeside | None = None
+) -> None:
     """A prompt and greedy tokens after it, noted from scratch."""
     notes.missed.clear()
     rng = np.random.default_rng(1)
@@ -236,6 +255,9 @@ def _generate(order: Order, stage: CpuStage, replay: Replay | None, notes: Notes
     begin = time.perf_counter()
     token = step(0, ids)
     notes.prefill_seconds = time.perf_counter() - begin
+    if beside is not None:
+        beside.follow(PROMPT)
+    beside_seconds = 0.0
     notes.experts_seconds = 0.0
     misses = _misses(stage)
     total = stage.experts.statistics.total if stage.experts is not None else None
@@ -249,7 +271,9 @@ def _generate(order: Order, stage: CpuStage, replay: Replay | None, notes: Notes
         now = _misses(stage)
         notes.missed.append([new - old for new, old in zip(now, misses, strict=True)])
         misses = now
-    notes.decode_seconds = time.perf_counter() - begin
+        if beside is not None:
+            beside_seconds += beside.follow(index)
+    notes.decode_seconds = time.perf_counter() - begin - beside_seconds
     notes.processor_seconds = time.process_time() - processor
     notes.major_faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
     if stage.experts is not None and total is not None:
