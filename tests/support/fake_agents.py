@@ -9,6 +9,7 @@ import asyncio
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from edge_runtime.protocol.messages import (
     SessionFailed,
     StageFailed,
     StageReady,
+    StepTokens,
     Tokens,
 )
 from edge_runtime.transport import zeromq
@@ -142,9 +144,9 @@ class FakeCluster:
             await self.pace.take()
             token = next_id(ids, opening.sampling.seed)
             finish = "length" if len(ids) + 1 == opening.max_rows else ""
-            await tail.send(
-                Tokens(opening.session, opening.lease, 0, (Token(len(ids), token, None, finish),))
-            )
+            tokens = Tokens(opening.session, opening.lease, 0, (Token(len(ids), token, None, finish),))
+            # Alone, or as a part of what a step of several sessions says.
+            await tail.send(tokens if len(ids) % 2 else StepTokens((replace(tokens, session=0), tokens)))
             ids = (*ids, token)
 
 
