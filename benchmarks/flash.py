@@ -29,7 +29,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import CACHE
 from benchmarks.flash_arm import MAPPED, MEMORY, NAIVE, PRODUCT, Notes, Order
-from benchmarks.flash_beside import spread
+from benchmarks.flash_beside import STRETCH_TOKENS, spread
 from benchmarks.flash_halves import ROUNDS, halves
 from benchmarks.flash_two_agents import two_agents
 from benchmarks.memory_cgroup import memory_cgroup
@@ -65,13 +65,12 @@ class Arm:
 
 @dataclass
 class Result:
-    """Of an arm's fastest round; `digests` of all. `flash_bytes_per_second`: beside it (`flash_beside`), the median."""
+    """Of an arm's fastest round; `digests` of all."""
 
     notes: Notes
     tokens_per_second: float
     digests: set[str]
     oom_kills: int = 0
-    flash_bytes_per_second: float = 0.0  # of products
 
 
 def main() -> None:
@@ -213,9 +212,9 @@ def _large(
     memory = results["memory"]
     for name, result in results.items():
         share = ""
-        if result.flash_bytes_per_second:
-            bandwidth, beside = result.flash_bytes_per_second, spread(result.notes.flash_bytes_per_second)
-            limit = _limit_tps(memory.notes, result.notes, trace.top_k, layers[0].stride_bytes, bandwidth)
+        if any(result.notes.flash_bytes_per_second):
+            beside = spread([found for found in result.notes.flash_bytes_per_second if found])
+            limit = _limit_tps(memory.notes, result.notes, trace.top_k, layers[0].stride_bytes)
             fraction = result.tokens_per_second / limit
             share = f", {100 * fraction:.0f} % of the limit of {limit:.2f} at {beside} GB/s"
             if name in ("product 50 %", "product 25 %"):
@@ -269,8 +268,6 @@ def _rounds(arms: list[Arm], bundle: Bundle, rounds: int, report: Report) -> dic
                 skipped.add(arm.name)
                 report.line(f"{arm.name}: skipped, {problem}")
                 continue
-            if found.notes.flash_bytes_per_second:
-                found.flash_bytes_per_second = statistics.median(found.notes.flash_bytes_per_second)
             say(f"{arm.name}: {found.tokens_per_second:.2f} tokens/s")
             known = best.get(arm.name)
             if known is not None:
@@ -278,7 +275,6 @@ def _rounds(arms: list[Arm], bundle: Bundle, rounds: int, report: Report) -> dic
                 found.oom_kills += known.oom_kills
                 if known.tokens_per_second > found.tokens_per_second:
                     found.notes, found.tokens_per_second = known.notes, known.tokens_per_second
-                    found.flash_bytes_per_second = known.flash_bytes_per_second
             best[arm.name] = found
     return best
 
@@ -306,22 +302,28 @@ def run_arm(arm: Arm, bundle: Bundle) -> Result:
 # ---------------------------------------------------------------- figures
 
 
-def _limit_tps(memory: Notes, own: Notes, top_k: int, expert_bytes: int, bandwidth: float) -> float:
-    """Tokens a second if every read began at once and hid behind the hits."""
+def _limit_tps(memory: Notes, own: Notes, top_k: int, expert_bytes: int) -> float:
+    """Tokens a second if every read began at once and hid behind the hits, with what flash gave beside each stretch."""
     tokens, layers = len(own.missed), len(own.missed[0])
     expert_seconds = memory.experts_seconds / (tokens * layers * top_k)
     dense_seconds = (memory.decode_seconds - memory.experts_seconds) / (tokens * layers)
-    work = [
-        LayerWork(
-            dense_seconds,
-            (top_k - misses) * expert_seconds,
-            expert_seconds if misses else 0.0,
-            misses * expert_bytes,
-        )
-        for token in own.missed
-        for misses in token
-    ]
-    return tokens / schedule_limit_seconds(work, bandwidth)
+    usual = statistics.median(found for found in own.flash_bytes_per_second if found)
+    seconds = 0.0
+    for start in range(0, tokens, STRETCH_TOKENS):
+        at = start // STRETCH_TOKENS
+        beside = own.flash_bytes_per_second[at] if at < len(own.flash_bytes_per_second) else 0.0
+        work = [
+            LayerWork(
+                dense_seconds,
+                (top_k - misses) * expert_seconds,
+                expert_seconds if misses else 0.0,
+                misses * expert_bytes,
+            )
+            for token in own.missed[start : start + STRETCH_TOKENS]
+            for misses in token
+        ]
+        seconds += schedule_limit_seconds(work, beside or usual)
+    return tokens / seconds
 
 
 def _compare(figures: Figures, results: dict[str, Result]) -> None:

@@ -82,9 +82,7 @@ class Notes:
     peak_resident_bytes: int = 0
     arena_bytes: int = 0
     direct: bool = True
-    flash_bytes_per_second: list[float] = field(
-        default_factory=list
-    )  # beside it, one stretch after the other
+    flash_bytes_per_second: list[float] = field(default_factory=list)  # beside it, by stretch of tokens
     digest: str = ""  # of all ids and logits
 
 

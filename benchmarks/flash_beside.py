@@ -2,8 +2,9 @@
 
 What was read minutes ago comes several times as fast as what was not, since the drive, or the host of a virtual
 machine, keeps it. So flash is measured with the same mixture, at the same minute: every expert that the routing asks
-for has a stand-in in its layer that it never asks for, and stand-ins are read as often, in the same order and as long
-after the last time; only several at a time, one after the other, without anybody computing.
+for has a stand-in in its layer that it never asks for. They are read as often, in the same order, as long after the
+last time, and as many at once: all that a token misses in a layer, then in the next. So this is the bandwidth at the
+product's read size and depth, as the limit is defined with; nobody computes meanwhile.
 
 Knows: traces, files, threads. Does not know: caches, limits.
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import groupby
 
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
@@ -25,8 +27,7 @@ from edge_runtime.experts.policies import POLICIES
 from edge_runtime.experts.slot_table import ABSENT, SlotTable
 from edge_runtime.experts.trace import RoutingTrace
 
-LANES = 4
-SLOTS = 8  # of a lane: more than a huge page
+SLOTS = 8  # of one place in a layer's reads: more than a huge page
 STRETCH_TOKENS = 8
 PROMPT = -1
 
@@ -74,7 +75,7 @@ def spread(bytes_per_second: Sequence[float]) -> str:
 
 
 class FlashBeside:
-    """`follow` after each token; `bytes_per_second`: of each stretch of tokens."""
+    """`follow` after each token; `bytes_per_second`: of each stretch of tokens, 0 where nothing was missed."""
 
     def __init__(self, layers: Sequence[ExpertLayer], trace: RoutingTrace, slots: int, policy: str) -> None:
         self.bytes_per_second: list[float] = []
@@ -84,45 +85,52 @@ class FlashBeside:
         trace = replace(trace, accesses=own)
         self._missed = missed_experts(trace, slots, policy)
         self._stand_ins = stand_ins(trace)
-        self._arena = Arena(LANES * SLOTS, max(layer.stride_bytes for layer in layers))
-        self._waiting: list[Expert] = []
+        self._arena = Arena(trace.top_k * SLOTS, max(layer.stride_bytes for layer in layers))
+        self._others = ThreadPoolExecutor(trace.top_k - 1)  # the caller reads, too
+        self._read_layers = 0
+        self._waiting: list[list[Expert]] = []  # by layer of a token
 
     def follow(self, token: int) -> float:
         """Seconds that it took, of which the token's product knows nothing."""
         begin = time.perf_counter()
-        self._waiting += [
-            self._stand_ins[expert] for expert in self._missed[token] if expert in self._stand_ins
-        ]
-        if token == PROMPT or (token + 1) % STRETCH_TOKENS == 0:
-            read_bytes = sum(self._layers[layer].stride_bytes for layer, _ in self._waiting)
-            seconds = self._read(self._waiting)
-            if read_bytes and token != PROMPT:
-                self.bytes_per_second.append(read_bytes / seconds)
+        found = [self._stand_ins[expert] for expert in self._missed[token] if expert in self._stand_ins]
+        self._waiting += [list(layer) for _, layer in groupby(found, key=lambda expert: expert[0])]
+        if token == PROMPT:
+            for layer in self._waiting:
+                self._read(layer)
+            self._waiting = []
+        elif (token + 1) % STRETCH_TOKENS == 0:
+            self.bytes_per_second.append(self._read_stretch())
             self._waiting = []
         return time.perf_counter() - begin
 
     def close(self) -> None:
+        self._others.shutdown()
         for file in self._files.values():
             os.close(file)
 
-    def _read(self, experts: list[Expert]) -> float:
-        """All of them, several at a time: the seconds."""
-        left, lock = iter(experts), threading.Lock()
-
-        def work(lane: int) -> None:
-            for turn in range(len(experts)):
-                with lock:
-                    found = next(left, None)
-                if found is None:
-                    return
-                layer = self._layers[found[0]]
-                target = self._arena.slot(lane * SLOTS + turn % SLOTS)[: layer.stride_bytes]
-                read_fully(self._files[layer.layer], target, layer.offset(found[1]))
-
-        threads = [threading.Thread(target=work, args=(lane,)) for lane in range(LANES)]
+    def _read_stretch(self) -> float:
+        """Bytes a second."""
+        read_bytes = sum(self._layers[layer].stride_bytes for own in self._waiting for layer, _ in own)
         begin = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - begin
+        for own in self._waiting:
+            self._read(own)
+        return read_bytes / (time.perf_counter() - begin) if read_bytes else 0.0
+
+    def _read(self, experts: Sequence[Expert]) -> None:
+        """What a layer misses, all at once."""
+        for start in range(0, len(experts), self._arena.slots // SLOTS):
+            self._read_together(experts[start : start + self._arena.slots // SLOTS])
+
+    def _read_together(self, experts: Sequence[Expert]) -> None:
+        self._read_layers += 1
+        others = [self._others.submit(self._read_one, at, own) for at, own in enumerate(experts[1:], 1)]
+        self._read_one(0, experts[0])
+        wait(others)
+        for other in others:
+            other.result()
+
+    def _read_one(self, place: int, expert: Expert) -> None:
+        layer = self._layers[expert[0]]
+        target = self._arena.slot(place * SLOTS + self._read_layers % SLOTS)[: layer.stride_bytes]
+        read_fully(self._files[layer.layer], target, layer.offset(expert[1]))
