@@ -51,12 +51,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("benchmarks")
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_benchmark_runs_and_says_its_figures(directory: Path, name: str) -> None:
-    ours, with_peers = FIGURES[name]
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", "tiny", "--json", *MORE.get(name, ())]
-    done = subprocess.run(
-        command if HAVE_PEERS else [*command, "--no-peers"],
+def run(directory: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -64,6 +61,13 @@ def test_a_benchmark_runs_and_says_its_figures(directory: Path, name: str) -> No
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_benchmark_runs_and_says_its_figures(directory: Path, name: str) -> None:
+    ours, with_peers = FIGURES[name]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", "tiny", "--json", *MORE.get(name, ())]
+    done = run(directory, command if HAVE_PEERS else [*command, "--no-peers"])
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1, done.stdout
     figures = json.loads(done.stdout)
@@ -77,15 +81,8 @@ def test_a_benchmark_runs_and_says_its_figures(directory: Path, name: str) -> No
 
 
 def test_halves_of_the_experts_on_two_agents_give_the_same_ids(directory: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.flash_halves", "--small", "--threads", "1", "--json"],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    command = [sys.executable, "-m", "benchmarks.flash_halves", "--small", "--threads", "1", "--json"]
+    done = run(directory, command)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["identical"] is True
