@@ -20,10 +20,11 @@ def _configure(parser: ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the directory to write")
     parser.add_argument(
         "--weights",
-        choices=("fp32", "int8", "int4", "nested4"),
+        choices=("fp32", "int8", "int4", "nested4", "nested8"),
         default="int8",
         help="format of the matrices (default int8; int4 keeps embedding and head at int8; nested4 is int4 with "
-        "experts in two planes of 2 bits, the first of which is usable alone)",
+        "experts in two planes of 2 bits, the first of which is usable alone; nested8 is int8 with experts in those "
+        "two and one of 4 bits)",
     )
     parser.add_argument(
         "--calibration",
@@ -43,7 +44,8 @@ def _configure(parser: ArgumentParser) -> None:
         metavar="E",
         type=_fraction,
         default=0.0,
-        help="keep a matrix at fp32 where its output would be off by more, relatively (default int8 0.05, others 0.25)",
+        help="keep a matrix at fp32 where its output would be off by more, relatively (default int8 and nested8 0.05, "
+        "others 0.25)",
     )
     parser.add_argument("--name", default="", help="the model's name (default: the checkpoint's)")
     parser.add_argument("--revision", help="of a hub model: branch, tag or commit")

@@ -3,9 +3,10 @@
     | gate up down gate_scales up_scales down_scales | pad to 4 KiB | gate up ...
     ^ expert 0                                                      ^ expert 1 = expert 0 + stride
 
-Bit-nested experts are two such runs, one behind the other: the plane that is usable alone, and what completes it.
+Bit-nested experts are two or three such runs, one behind the other: the plane that is usable alone, and what makes it
+more exact.
 
-    | gate up down gate_scales … | pad | gate_low up_low down_low | pad | gate up …
+    | gate up down gate_scales … | pad | gate_low up_low down_low | pad | gate_fine up_fine down_fine | pad | gate up …
 
 Knows: that layout. Does not know: routing, caches.
 """
@@ -15,14 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from edge_kernels.nested import NestedMatrix, nest
+from edge_kernels.nested import NestedMatrix
 from edge_kernels.quantization import QuantizedMatrix
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.hashing import digest_of_expert
-from edge_runtime.bundle.manifest import LOW_PLANE, SLICE_ALIGNMENT_BYTES, Part, Tensor
+from edge_runtime.bundle.manifest import (
+    FINE_PLANE,
+    LOW_PLANE,
+    SLICE_ALIGNMENT_BYTES,
+    Part,
+    Tensor,
+    plane_of,
+)
 from edge_runtime.bundle.writer import SliceWriter
-from exporters.quantize import Inputs, rounding
+from exporters.quantize import Inputs, Quantized, expert_rounding
 from exporters.sources import Expert, ExpertsSource
 
 _PART_ALIGNMENT_BYTES = 64  # a cache line
@@ -56,18 +64,18 @@ def _arrays(expert: Expert, number: int, format: str, inputs: ExpertInputs) -> d
     if format == "fp32":
         return dict(expert.parts())
     quantized = quantized_expert(expert, number, format, inputs)
-    if format == "nested4":
-        return nested_arrays({part: nest(each.data, each.scales) for part, each in quantized.items()})
-    arrays: dict[str, NDArray[np.generic]] = {part: matrix.data for part, matrix in quantized.items()}
-    arrays.update({f"{part}_scales": matrix.scales for part, matrix in quantized.items()})
+    nested = {part: each for part, each in quantized.items() if isinstance(each, NestedMatrix)}
+    if nested:
+        return nested_arrays(nested)
+    plain = {part: each for part, each in quantized.items() if isinstance(each, QuantizedMatrix)}
+    arrays: dict[str, NDArray[np.generic]] = {part: matrix.data for part, matrix in plain.items()}
+    arrays.update({f"{part}_scales": matrix.scales for part, matrix in plain.items()})
     return arrays
 
 
-def quantized_expert(
-    expert: Expert, number: int, format: str, inputs: ExpertInputs
-) -> dict[str, QuantizedMatrix]:
-    """Its parts, of nested4 before they are cut into planes."""
-    inner, outer = rounding(format, inputs(number, "gate")), rounding(format, inputs(number, "down"))
+def quantized_expert(expert: Expert, number: int, format: str, inputs: ExpertInputs) -> dict[str, Quantized]:
+    """Its parts: gate, up, down."""
+    inner, outer = (expert_rounding(format, inputs(number, part)) for part in ("gate", "down"))
     return {part: (outer if part == "down" else inner)(matrix) for part, matrix in expert.parts()}
 
 
@@ -76,6 +84,8 @@ def nested_arrays(matrices: Mapping[str, NestedMatrix]) -> dict[str, NDArray[np.
     arrays: dict[str, NDArray[np.generic]] = {part: matrix.high for part, matrix in matrices.items()}
     arrays.update({f"{part}_scales": matrix.scales for part, matrix in matrices.items()})
     arrays.update({f"{part}{LOW_PLANE}": matrix.low for part, matrix in matrices.items()})
+    fine = {f"{part}{FINE_PLANE}": matrix.fine for part, matrix in matrices.items()}
+    arrays.update({name: plane for name, plane in fine.items() if plane is not None})
     return arrays
 
 
@@ -83,10 +93,8 @@ def pack(arrays: Mapping[str, NDArray[np.generic]]) -> tuple[list[NDArray[np.uin
     """One page-padded buffer for each plane, and where each array starts in all of them together."""
     offsets: dict[str, int] = {}
     planes: list[NDArray[np.uint8]] = []
-    for is_low in (False, True):
-        names = [name for name in arrays if name.endswith(LOW_PLANE) == is_low]
-        if not names:
-            continue
+    for number in sorted({plane_of(name) for name in arrays}):
+        names = [name for name in arrays if plane_of(name) == number]
         start_bytes = sum(map(len, planes))
         plane, inside = _pack_plane({name: arrays[name] for name in names})
         planes.append(plane)

@@ -1,12 +1,12 @@
 """Which format each tensor gets, and writing it in that format.
 
-| role                 | fp32 | int8 | int4 | nested4 |
-|----------------------|------|------|------|---------|
-| linear               | fp32 | int8 | int4 | int4    |
-| experts              | fp32 | int8 | int4 | nested4 |
-| shared k and v       | fp32 | int8 | int8 | int8    |
-| embedding, head      | fp32 | int8 | int8 | int8    |
-| router, vector, table| fp32 | fp32 | fp32 | fp32    |
+| role                 | fp32 | int8 | int4 | nested4 | nested8 |
+|----------------------|------|------|------|---------|---------|
+| linear               | fp32 | int8 | int4 | int4    | int8    |
+| experts              | fp32 | int8 | int4 | nested4 | nested8 |
+| shared k and v       | fp32 | int8 | int8 | int8    | int8    |
+| embedding, head      | fp32 | int8 | int8 | int8    | int8    |
+| router, vector, table| fp32 | fp32 | fp32 | fp32    | fp32    |
 
 A router decides which experts run: one flipped choice costs more than its few bytes save. Vectors and tables are
 small. The head (often tied to the embedding) picks the token: at 4 bits it alone cost 1.5 % of the top tokens on the
@@ -26,8 +26,7 @@ from typing import Protocol
 
 import numpy as np
 from edge_kernels.error_feedback import ErrorFeedback, quantize_with_feedback
-from edge_kernels.experts import NESTED_BITS
-from edge_kernels.nested import dequantize_nested, nest
+from edge_kernels.nested import NestedMatrix, dequantize_nested, nest, refine
 from edge_kernels.quantization import QuantizedMatrix, dequantize, quantize
 from numpy.typing import NDArray
 
@@ -37,7 +36,8 @@ from exporters.architectures.plan import EMBEDDING, HEAD, LINEAR, SHARED_KEY_VAL
 from exporters.checkpoint import Floats
 from exporters.sources import TensorSource
 
-WEIGHTS = ("fp32", "int8", "int4", "nested4")
+WEIGHTS = ("fp32", "int8", "int4", "nested4", "nested8")
+_NESTED = {"nested4": "int4", "nested8": "int8"}  # -> what else there is has
 _FORMATS: Mapping[str, Mapping[str, str]] = {
     "fp32": {},
     "int8": dict.fromkeys((LINEAR, SHARED_KEY_VALUE, EMBEDDING, HEAD), "int8"),
@@ -47,12 +47,12 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
 
 def format_of(role: str, weights: str) -> str:
     """The format of a tensor with this role in a bundle of these weights."""
-    return _FORMATS["int4" if weights == "nested4" else weights].get(role, "fp32")
+    return _FORMATS[_NESTED.get(weights, weights)].get(role, "fp32")
 
 
 def experts_format_of(weights: str) -> str:
     """The format of experts: bit-nested ones make sense only where single ones are read."""
-    return weights if weights == "nested4" else format_of(LINEAR, weights)
+    return weights if weights in _NESTED else format_of(LINEAR, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +72,34 @@ class Inputs(Protocol):
     def importance(self) -> Floats: ...
 
 
+Quantized = QuantizedMatrix | NestedMatrix
 Rounding = Callable[[Floats], QuantizedMatrix]
 
 
 def rounding(format: str, inputs: Inputs | None, *, search: bool = True) -> Rounding:
-    """How rows [N, K] become int8 or int4 (of nested4: both planes together), for all weights that these inputs reach.
+    """How rows [N, K] become int8 or int4, for all weights that these inputs reach.
 
     At 4 bits errors are made up for by the columns behind them: 92.8 -> 94.6 % of the demo model's top tokens kept. At
     8 bits there is little to make up for.
     """
-    bits = "int4" if format == "nested4" else format
-    if inputs is None or not search or bits != "int4":
+    if inputs is None or not search or format != "int4":
         importance = None if inputs is None else inputs.importance
-        return partial(quantize, format=bits, importance=importance, search=search)
+        return partial(quantize, format=format, importance=importance, search=search)
     return partial(quantize_with_feedback, feedback=ErrorFeedback.of(inputs.sample, inputs.importance))
+
+
+def expert_rounding(format: str, inputs: Inputs | None) -> Callable[[Floats], Quantized]:
+    """The same for an expert's matrices: bit-nested ones have int4's codes, and at 8 bits what those leave over."""
+    if format not in _NESTED:
+        return rounding(format, inputs)
+    feedback = None if inputs is None else ErrorFeedback.of(inputs.sample, inputs.importance)
+
+    def rounded(rows: Floats) -> NestedMatrix:
+        whole = quantize(rows, "int4") if feedback is None else quantize_with_feedback(rows, feedback)
+        nested = nest(whole.data, whole.scales)
+        return nested if format == "nested4" else refine(nested, rows, feedback)
+
+    return rounded
 
 
 class Meter(Protocol):
@@ -140,8 +154,8 @@ def _append(out: SliceWriter, chunks: Iterator[NDArray[np.generic]]) -> Part:
     return Part(first.slice, first.offset_bytes, first.dtype, (rows, *first.shape[1:]))
 
 
-def restored(quantized: QuantizedMatrix, format: str, columns: int) -> Floats:
+def restored(quantized: Quantized, format: str, columns: int) -> Floats:
     """The float32 values [N, columns] that the quantized rows stand for; of bit-nested ones at all their bits."""
-    if format == "nested4":
-        return dequantize_nested(nest(quantized.data, quantized.scales), NESTED_BITS[format], columns)
+    if isinstance(quantized, NestedMatrix):
+        return dequantize_nested(quantized, quantized.bits, columns)
     return dequantize(quantized, format, columns)

@@ -19,7 +19,7 @@ from exporters.reference_pass import Observations, Observed
 from exporters.sources import ExpertsSource
 
 # Above these a weight stays fp32. Plain rounding of Gaussian weights gives about 0.01 and 0.09.
-DEFAULT_MAX_ERROR = {"int8": 0.05, "int4": 0.25, "nested4": 0.25}
+DEFAULT_MAX_ERROR = {"int8": 0.05, "int4": 0.25, "nested4": 0.25, "nested8": 0.05}
 _JUDGED_EXPERTS = 4  # of a layer: those that most rows reached
 
 

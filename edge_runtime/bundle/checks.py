@@ -14,13 +14,13 @@ import numpy as np
 from edge_runtime.bundle.hashing import digest_hex
 from edge_runtime.bundle.manifest import (
     FORMAT_VERSION,
-    LOW_PLANE,
     SLICE_ALIGNMENT_BYTES,
     TENSOR_FORMATS,
     Block,
     Manifest,
     Part,
     Tensor,
+    plane_of,
 )
 from edge_runtime.errors import BundleError
 
@@ -94,11 +94,11 @@ def _check_experts(manifest: Manifest, name: str, tensor: Tensor) -> None:
 def _check_planes(name: str, tensor: Tensor) -> None:
     """A plane is whole pages, and each part lies inside its own: an expert must not run on bytes nobody read."""
     first_byte = min(part.offset_bytes for part in tensor.parts.values())
-    high_bytes, low_bytes = tensor.plane_bytes
-    if high_bytes <= 0 or low_bytes <= 0 or (high_bytes | low_bytes) % SLICE_ALIGNMENT_BYTES:
+    sizes = tensor.plane_bytes
+    if any(size <= 0 or size % SLICE_ALIGNMENT_BYTES for size in sizes):
         raise BundleError(f"tensor {name}: planes don't start on pages")
     for part_name, part in tensor.parts.items():
-        end = tensor.expert_stride_bytes if part_name.endswith(LOW_PLANE) else high_bytes
+        end = sum(sizes[: plane_of(part_name) + 1])
         if part.offset_bytes - first_byte + _size_bytes(part) > end:
             raise BundleError(f"tensor {name}: {part_name} reaches beyond its plane")
 

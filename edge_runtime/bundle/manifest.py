@@ -50,7 +50,7 @@ class TensorFormat:
     block: int
     parts: tuple[str, ...]
     planes: int = (
-        1  # of an expert: runs of pages, each read and checked alone; parts named *_low are in the second
+        1  # of an expert: runs of pages, each read and checked alone; `plane_of` says which part is in which
     )
 
 
@@ -58,7 +58,8 @@ class TensorFormat:
 # nibble first; scales float32 [out, ceil(in/32)]. `experts_*` hold E experts; each part has one more leading
 # dimension, and one expert's parts (gate, up, down data, then gate, up, down scales) lie together,
 # `expert_stride_bytes` apart. `experts_nested4` is the layout of `edge_kernels.nested`: the parts up to the scales are
-# a plane that is usable alone, at 2 bits a weight; on the next page begins the plane that makes it 4.
+# a plane that is usable alone, at 2 bits a weight; on the next page begins the plane that makes it 4, and of
+# `experts_nested8` behind that the one that makes it 8.
 TENSOR_FORMATS: Mapping[str, TensorFormat] = {
     f.name: f
     for f in (
@@ -88,9 +89,24 @@ TENSOR_FORMATS: Mapping[str, TensorFormat] = {
             ),
             planes=2,
         ),
+        TensorFormat(
+            "experts_nested8",
+            8,
+            QUANTIZATION_BLOCK,
+            (
+                *("gate", "up", "down", "gate_scales", "up_scales", "down_scales"),
+                *("gate_low", "up_low", "down_low", "gate_fine", "up_fine", "down_fine"),
+            ),
+            planes=3,
+        ),
     )
 }
-LOW_PLANE = "_low"  # how names of parts in the second plane end
+LOW_PLANE, FINE_PLANE = "_low", "_fine"  # how names of parts in the second plane end, and in the third
+
+
+def plane_of(part: str) -> int:
+    """Which plane of an expert a part of this name is in, from 0."""
+    return 2 if part.endswith(FINE_PLANE) else 1 if part.endswith(LOW_PLANE) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +132,13 @@ class Tensor:
     @property
     def plane_bytes(self) -> tuple[int, ...]:
         """Of an expert's planes, one behind the other; together they are the stride."""
-        low = [part.offset_bytes for name, part in self.parts.items() if name.endswith(LOW_PLANE)]
-        if not low:
-            return (self.expert_stride_bytes,)
-        first_bytes = min(low) - min(part.offset_bytes for part in self.parts.values())
-        return first_bytes, self.expert_stride_bytes - first_bytes
+        starts: dict[int, int] = {}
+        for name, part in self.parts.items():
+            plane = plane_of(name)
+            starts[plane] = min(part.offset_bytes, starts.get(plane, part.offset_bytes))
+        ordered = [starts[plane] for plane in sorted(starts)]
+        end = ordered[0] + self.expert_stride_bytes
+        return tuple(after - start for start, after in zip(ordered, [*ordered[1:], end], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +193,7 @@ class ModelInfo:
     kv_bytes_per_token_per_layer: int
     eos_ids: tuple[int, ...]
     bos_id: int  # -1: none
-    weights: str  # the --weights choice: fp32, int8, int4, nested4
+    weights: str  # the --weights choice: fp32, int8, int4, nested4, nested8
     add_bos: bool = False  # the tokenizer's own post-processor adds it; here for display
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from edge_kernels.nested import FULL_BITS, NestedMatrix, dequantize_nested
+from edge_kernels.nested import NestedMatrix, dequantize_nested
 from numpy.typing import NDArray
 
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.bundle.manifest import LOW_PLANE, TENSOR_FORMATS, Part, Tensor
+from edge_runtime.bundle.manifest import FINE_PLANE, LOW_PLANE, TENSOR_FORMATS, Part, Tensor
 from edge_runtime.errors import EngineError
 
 Float32 = NDArray[np.float32]
@@ -84,4 +84,6 @@ def _decode_nested(bundle: Bundle, parts: Mapping[str, Part], name: str, columns
     high, scales, low = (
         bundle.part(parts[part]).view(np.uint8) for part in (name, f"{name}_scales", f"{name}{LOW_PLANE}")
     )
-    return dequantize_nested(NestedMatrix(high, low, scales), FULL_BITS, columns)
+    fine = parts.get(f"{name}{FINE_PLANE}")
+    matrix = NestedMatrix(high, low, scales, None if fine is None else bundle.part(fine).view(np.uint8))
+    return dequantize_nested(matrix, matrix.bits, columns)

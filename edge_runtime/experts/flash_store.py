@@ -28,7 +28,7 @@ class ExpertLayer:
     experts: int
     hidden: int
     intermediate: int
-    format: str  # fp32, int8, int4, nested4
+    format: str  # fp32, int8, int4, nested4, nested8
     offsets: Mapping[str, int]  # of the parts, inside an expert
     digests: Sequence[bytes]  # of every plane of every expert, plane after plane
     top_k: int

@@ -17,27 +17,31 @@ constexpr int kGroupRows = 64;                         // activation rows that g
 constexpr std::int64_t kThreadShare = 1 << 19;         // weight bytes a thread must read to be worth starting
 constexpr std::int64_t kScratchFloats = 16 << 20;      // bounds the scratch of a large batch
 
-enum class Format { fp32, int8, int4, nested2, nested4 };  // nested: edge_kernels/nested.py
+enum class Format { fp32, int8, int4, nested2, nested4, nested8 };  // nested: edge_kernels/nested.py
 
 struct Layer {
   const std::uint8_t* base;
   Format format;
   std::int64_t experts, hidden, intermediate, stride_bytes;
-  std::int64_t data[3], scales[3], low[3];  // byte offsets of gate, up, down
+  std::int64_t data[3], scales[3], low[3], fine[3];  // byte offsets of gate, up, down
 };
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-inline bool is_nested(Format format) { return format == Format::nested2 || format == Format::nested4; }
+inline bool is_nested(Format format) {
+  return format == Format::nested2 || format == Format::nested4 || format == Format::nested8;
+}
 
 inline std::int64_t groups_of(std::int64_t columns) { return ceil_div(columns, 4 * kBlock); }
 
-// Of one plane where the weights are nested.
+// Of one of the first planes where the weights are nested.
 inline std::int64_t row_bytes(Format format, std::int64_t columns) {
   if (format == Format::fp32) return columns * 4;
   if (is_nested(format)) return groups_of(columns) * kBlock;
   return ceil_div(columns, kBlock) * (format == Format::int8 ? 32 : 16);
 }
+
+inline std::int64_t row_fine_bytes(std::int64_t columns) { return groups_of(columns) * 2 * kBlock; }
 
 inline std::int64_t row_scale_bytes(Format format, std::int64_t columns) {
   return is_nested(format) ? groups_of(columns) * 8 : ceil_div(columns, kBlock) * 4;
@@ -86,6 +90,7 @@ class Activations {
     const auto quantize = format_ == Format::int8      ? k.quantize_int8
                           : format_ == Format::nested2 ? k.quantize_nested2
                           : format_ == Format::nested4 ? k.quantize_nested4
+                          : format_ == Format::nested8 ? k.quantize_nested8
                                                        : k.quantize_int4;
     quantize(x, columns_, from, to, quantized_.out(row));
   }
@@ -209,12 +214,13 @@ class Run {
     const std::uint8_t* own = layer_.base + expert * layer_.stride_bytes;
     const std::uint8_t* data = own + layer_.data[part] + first * row_bytes(layer_.format, columns);
     if (is_nested(layer_.format)) {
-      const bool both = layer_.format == Format::nested4;
+      const bool all = layer_.format == Format::nested8, both = all || layer_.format == Format::nested4;
       const NestedRows weights{
           data, both ? own + layer_.low[part] + first * row_bytes(layer_.format, columns) : nullptr,
+          all ? own + layer_.fine[part] + first * row_fine_bytes(columns) : nullptr,
           reinterpret_cast<const std::uint16_t*>(own + layer_.scales[part]) + first * groups_of(columns) * 4,
           static_cast<int>(groups_of(columns))};
-      return (both ? k_.multiply_nested4 : k_.multiply_nested2)(weights, count, quantized, rows, y);
+      return (all ? k_.multiply_nested8 : both ? k_.multiply_nested4 : k_.multiply_nested2)(weights, count, quantized, rows, y);
     }
     const int blocks = static_cast<int>(ceil_div(columns, kBlock));
     if (layer_.format == Format::fp32)
@@ -243,25 +249,31 @@ inline Format named(const std::string& name) {
   if (name == "int8") return Format::int8;
   if (name == "int4") return Format::int4;
   if (name == "nested2") return Format::nested2;
-  require(name == "nested4", "experts are fp32, int8, int4, nested2 or nested4");
-  return Format::nested4;
+  if (name == "nested4") return Format::nested4;
+  require(name == "nested8", "experts are fp32, int8, int4, nested2, nested4 or nested8");
+  return Format::nested8;
 }
 
 template <typename Buffer>
 Layer checked_layer(const Buffer& buffer, const std::string& format, std::int64_t experts,
                     std::int64_t hidden, std::int64_t intermediate, std::int64_t stride_bytes,
                     const Array<const std::int64_t, 1>& offsets) {
-  Layer layer{buffer.data(), named(format), experts, hidden, intermediate, stride_bytes, {}, {}, {}};
+  Layer layer{buffer.data(), named(format), experts, hidden, intermediate, stride_bytes, {}, {}, {}, {}};
   constexpr std::int64_t kLimit = 1 << 28;  // keeps every product below 2^63
   require(experts > 0 && experts < (1 << 20) && hidden > 0 && hidden < kLimit && intermediate > 0 &&
               intermediate < kLimit && stride_bytes >= 0 && stride_bytes < (std::int64_t{1} << 40),
           "experts have impossible sizes");
-  const int parts = layer.format == Format::fp32 ? 3 : layer.format == Format::nested4 ? 9 : 6;
+  const int parts = layer.format == Format::fp32      ? 3
+                    : layer.format == Format::nested4 ? 9
+                    : layer.format == Format::nested8 ? 12
+                                                      : 6;
   require(offsets.shape(0) == static_cast<std::size_t>(parts), "experts need an offset for each part");
   for (int i = 0; i < parts; ++i) {
-    const bool is_down = i % 3 == 2, is_scales = i / 3 == 1;
+    const bool is_down = i % 3 == 2, is_scales = i / 3 == 1, is_fine = i / 3 == 3;
     const std::int64_t rows = is_down ? hidden : intermediate, columns = is_down ? intermediate : hidden;
-    const std::int64_t bytes = rows * (is_scales ? row_scale_bytes : row_bytes)(layer.format, columns);
+    const std::int64_t row = is_fine ? row_fine_bytes(columns)
+                                     : (is_scales ? row_scale_bytes : row_bytes)(layer.format, columns);
+    const std::int64_t bytes = rows * row;
     const std::int64_t offset = offsets.data()[i], size = static_cast<std::int64_t>(buffer.size());
     require(offset >= 0 && bytes <= size && offset <= size - bytes &&
                 (experts - 1) * stride_bytes <= size - bytes - offset,
@@ -270,7 +282,7 @@ Layer checked_layer(const Buffer& buffer, const std::string& format, std::int64_
       require((reinterpret_cast<std::uintptr_t>(buffer.data()) + static_cast<std::uintptr_t>(offset | stride_bytes)) % 4 == 0 &&
                   offset % 4 == 0 && stride_bytes % 4 == 0,
               "an expert's floats must lie on 4-byte boundaries");
-    (is_scales ? layer.scales : i < 3 ? layer.data : layer.low)[i % 3] = offset;
+    (is_scales ? layer.scales : i < 3 ? layer.data : is_fine ? layer.fine : layer.low)[i % 3] = offset;
   }
   return layer;
 }

@@ -66,6 +66,7 @@ constexpr int kNestedGroupBytes = 256;
 struct NestedRows {
   const std::uint8_t* high;
   const std::uint8_t* low;      // null where only the first plane is read
+  const std::uint8_t* fine;     // null where no third plane is read
   const std::uint16_t* scales;  // bfloat16, one for each block
   int groups;
 };
@@ -143,11 +144,13 @@ struct KernelTable {
                       std::int64_t count);
 
   // Weight rows [0, count) times rows, as above, that are groups of kNestedGroupBytes: of the first plane with rows that
-  // `quantize_nested2` made, of both planes with rows that `quantize_nested4` made.
+  // `quantize_nested2` made, of two planes with rows that `quantize_nested4` made, of three with `quantize_nested8`'s.
   void (*quantize_nested2)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
   void (*quantize_nested4)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
   void (*multiply_nested2)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
   void (*multiply_nested4)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
+  void (*quantize_nested8)(const float* x, int columns, int first_block, int last_block, QuantizedRowOut out);
+  void (*multiply_nested8)(const NestedRows& weights, int count, const QuantizedRow* x, int rows, float* const* y);
 
   // BLAKE3, 8 words a chaining value: of chunks that follow each other, the first with this number; of pairs, in place.
   void (*blake3_chunks)(const std::uint8_t* data, int count, std::uint64_t first, std::uint32_t* values);

@@ -20,5 +20,6 @@ const edge::KernelTable edge::kNeonKernels = {
     linear<PartInt8>, linear<PartInt4>, linear_fp32, quantize_row, row_operation,
     exp_all,        uniform_all,
     quantize_nested<HighPlane>, quantize_nested<BothPlanes>, multiply_nested<HighPlane>, multiply_nested<BothPlanes>,
+    quantize_nested<AllPlanes>, multiply_nested<AllPlanes>,
     blake3_chunks,  blake3_parents,
 };

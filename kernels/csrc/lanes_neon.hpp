@@ -95,6 +95,18 @@ inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
   }
   return r;
 }
+// The same with a third plane of 4 bits, 64 bytes: 16 times the codes and once what it says, less 128, to fit signed bytes.
+constexpr int kWholeZeroPoint = 136 - 128;
+inline Nibbles wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
+  Nibbles r = planes(high, low);
+  const Nibbles more = nibbles(fine);
+  const int8x16_t top = vdupq_n_s8(-128);
+  for (int i = 0; i < 4; ++i) {
+    r.low[i] = veorq_s8(vorrq_s8(vshlq_n_s8(r.low[i], 4), more.low[i]), top);
+    r.high[i] = veorq_s8(vorrq_s8(vshlq_n_s8(r.high[i], 4), more.high[i]), top);
+  }
+  return r;
+}
 inline Nibbles eighths(const std::uint8_t* high) {
   Nibbles r;
   const uint8x16_t mask = vdupq_n_u8(24);

@@ -74,6 +74,15 @@ inline Codes eighths(const std::uint8_t* high) {
   }
   return r;
 }
+constexpr int kWholeZeroPoint = 136;
+inline Codes wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
+  Codes r = planes(high, low);
+  for (int i = 0; i < 64; ++i) {
+    r.even[i] = static_cast<std::uint8_t>(16 * r.even[i] + (fine[i] & 15));
+    r.odd[i] = static_cast<std::uint8_t>(16 * r.odd[i] + (fine[i] >> 4));
+  }
+  return r;
+}
 inline I dot4(const Codes& w, const std::int8_t* x, const std::int32_t* corrections) {
   I r;
   for (int i = 0; i < 16; ++i) {

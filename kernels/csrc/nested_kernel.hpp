@@ -9,26 +9,40 @@
 
 namespace {
 
-constexpr int kPlaneBytes = 32;  // of a group of 128 weights
+constexpr int kPlaneBytes = 32;  // of a group of 128 weights, in each of the first two planes
+constexpr int kFineBytes = 64;   // in the third
 constexpr int kGroupBlocks = 4;
 constexpr int kNestedRows = 4;  // most rows that share the unpacking of weights, which costs as much as multiplying half a row
 
 // The code 8 stands for 0, or of the high plane alone 4 h + 1.5 - 8 = (8 h - 13) / 2: whole numbers once scales are halved.
+// Of all planes code - 8 + (fine - 8) / 16 = (16 code + fine - 136) / 16; a path may take part of the 136 off itself.
 struct HighPlane {
   static constexpr int kZeroPoint = 13;
   static constexpr float kUnit = 0.5f;
+  using Codes = NestedCodes;
   template <int Part>
-  static EDGE_INLINE NestedCodes unpack(const std::uint8_t* high, const std::uint8_t*, std::int64_t at) {
-    return high_codes<Part>(high + at);
+  static EDGE_INLINE Codes unpack(const edge::NestedRows& w, std::int64_t group) {
+    return high_codes<Part>(w.high + group * kPlaneBytes);
   }
 };
 
 struct BothPlanes {
   static constexpr int kZeroPoint = 8;
   static constexpr float kUnit = 1.0f;
+  using Codes = NestedCodes;
   template <int Part>
-  static EDGE_INLINE NestedCodes unpack(const std::uint8_t* high, const std::uint8_t* low, std::int64_t at) {
-    return both_codes<Part>(high + at, low + at);
+  static EDGE_INLINE Codes unpack(const edge::NestedRows& w, std::int64_t group) {
+    return both_codes<Part>(w.high + group * kPlaneBytes, w.low + group * kPlaneBytes);
+  }
+};
+
+struct AllPlanes {
+  static constexpr int kZeroPoint = kWholeZeroPoint;
+  static constexpr float kUnit = 0.0625f;
+  using Codes = WholeCodes;
+  template <int Part>
+  static EDGE_INLINE Codes unpack(const edge::NestedRows& w, std::int64_t group) {
+    return whole_codes<Part>(w.high + group * kPlaneBytes, w.low + group * kPlaneBytes, w.fine + group * kFineBytes);
   }
 };
 
@@ -64,15 +78,14 @@ EDGE_INLINE void nested_part(const edge::NestedRows& w, std::int64_t first, cons
   for (int n = 0; n < N; ++n)
     EDGE_UNROLL
     for (int m = 0; m < M; ++m) own[n][m] = nested_zero();
-  const std::int64_t groups = w.groups;
-  const std::uint8_t *high = w.high, *low = w.low;
-  const std::uint16_t* all_scales = w.scales;
+  const edge::NestedRows planes = w;
+  const std::int64_t groups = planes.groups;
   for (std::int64_t g = 0; g < groups; ++g)
     EDGE_UNROLL
     for (int n = 0; n < N; ++n) {
       const std::int64_t group = (first + n) * groups + g;
-      const NestedCodes codes = View::template unpack<Part>(high, low, group * kPlaneBytes);
-      const NestedSum scales = nested_scales<Part>(all_scales + group * kGroupBlocks);
+      const typename View::Codes codes = View::template unpack<Part>(planes, group);
+      const NestedSum scales = nested_scales<Part>(planes.scales + group * kGroupBlocks);
       EDGE_UNROLL
       for (int m = 0; m < M; ++m)
         own[n][m] = nested_add<Part>(codes, rows[m] + g * edge::kNestedGroupBytes, scales, own[n][m]);

@@ -8,6 +8,7 @@ constexpr int kNestedWeights = kWeightRows > 2 ? 2 : 1;  // rows of a tile
 
 using NestedSum = F;
 using NestedCodes = decltype(eighths(nullptr));
+using WholeCodes = NestedCodes;
 
 inline NestedSum nested_zero() { return set1(0.0f); }
 
@@ -21,6 +22,12 @@ EDGE_INLINE NestedCodes high_codes(const std::uint8_t* high) {
 template <int Part>
 EDGE_INLINE NestedCodes both_codes(const std::uint8_t* high, const std::uint8_t* low) {
   return planes(high, low);
+}
+
+// Those of all three, less what kWholeZeroPoint does not take off.
+template <int Part>
+EDGE_INLINE WholeCodes whole_codes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
+  return wholes(high, low, fine);
 }
 
 // A group's four bfloat16, each in the lanes of its block.

@@ -8,12 +8,17 @@ namespace {
 
 constexpr int kNestedParts = 2;
 constexpr int kNestedWeights = 1;  // rows of a tile
+constexpr int kWholeZeroPoint = 136;
 
 struct NestedSum {
   __m256 v;
 };
 struct NestedCodes {
   __m256i even, odd;
+};
+// 16 times the one and once the other: products of 8 bits would not fit 16.
+struct WholeCodes {
+  NestedCodes codes, fine;
 };
 
 inline NestedSum nested_zero() { return {_mm256_setzero_ps()}; }
@@ -38,6 +43,13 @@ EDGE_INLINE NestedCodes both_codes(const std::uint8_t* high, const std::uint8_t*
   return {_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask)};
 }
 
+// Those, and the third plane's.
+template <int Part>
+EDGE_INLINE WholeCodes whole_codes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
+  const __m256i f = load256(fine + 32 * Part), mask = _mm256_set1_epi8(15);
+  return {both_codes<Part>(high, low), {_mm256_and_si256(f, mask), _mm256_and_si256(_mm256_srli_epi16(f, 4), mask)}};
+}
+
 // Two bfloat16 of a group's four, each in the lanes of its block.
 template <int Part>
 EDGE_INLINE NestedSum nested_scales(const std::uint16_t* scales) {
@@ -48,12 +60,26 @@ EDGE_INLINE NestedSum nested_scales(const std::uint16_t* scales) {
   return {_mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_castpd_si256(four), place))};
 }
 
-// `sum` and what a group of a row (kNestedGroupBytes) times these codes adds. 2 * 2 * 24 * 127 fits 16 bits.
+// Eight products a lane, times `unit`. 2 * 2 * 24 * 127 fits 16 bits.
 template <int Part>
-EDGE_INLINE NestedSum nested_add(const NestedCodes& w, const std::int8_t* x, NestedSum scales, NestedSum sum) {
+EDGE_INLINE __m256i nested_dots(const NestedCodes& w, const std::int8_t* x, short unit) {
   const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.even, load256(x + 32 * Part)),
                                          _mm256_maddubs_epi16(w.odd, load256(x + 64 + 32 * Part)));
-  const __m256i dots = _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), load256(x + 128 + 32 * Part));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(unit));
+}
+template <int Part>
+EDGE_INLINE __m256i nested_dots(const NestedCodes& w, const std::int8_t* x) {
+  return nested_dots<Part>(w, x, 1);
+}
+template <int Part>
+EDGE_INLINE __m256i nested_dots(const WholeCodes& w, const std::int8_t* x) {
+  return _mm256_add_epi32(nested_dots<Part>(w.codes, x, 16), nested_dots<Part>(w.fine, x, 1));
+}
+
+// `sum` and what a group of a row (kNestedGroupBytes) times these codes adds.
+template <int Part, typename Codes>
+EDGE_INLINE NestedSum nested_add(const Codes& w, const std::int8_t* x, NestedSum scales, NestedSum sum) {
+  const __m256i dots = _mm256_add_epi32(nested_dots<Part>(w, x), load256(x + 128 + 32 * Part));
   const __m256 scale = _mm256_mul_ps(scales.v, _mm256_loadu_ps(reinterpret_cast<const float*>(x + 192 + 32 * Part)));
   return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scale, sum.v)};
 }

@@ -7,6 +7,9 @@ rounded to q, and the columns behind it move by -(w - q) / U[j, j] * U[j, j + 1:
 Scales are chosen for a block when its turn comes, of weights that have moved already. Columns are treated in stretches
 of STRETCH, as if those of different ones had nothing to do with each other: time and memory grow with its square.
 
+Where every weight has a value near by that it can't leave far (the planes before a third one, `edge_kernels.nested`),
+the same is done with codes around that value.
+
 Knows: that arithmetic. Does not know: where inputs come from, or which matrices are rounded like this.
 """
 
@@ -63,6 +66,19 @@ def quantize_with_feedback(weights: F32, feedback: ErrorFeedback) -> QuantizedMa
     return QuantizedMatrix(packed_codes(codes, 4), np.ascontiguousarray(scales))
 
 
+def refine_with_feedback(weights: F32, feedback: ErrorFeedback, base: F32, steps: F32) -> U8:
+    """Codes [N, K], so that base + (code - 8) * step serves like `weights`. float32 [N, K] both; steps [N, B]."""
+    check_weights(weights, feedback.importance)
+    pieces = []
+    for index, factor in enumerate(feedback.factors):
+        columns = slice(index * STRETCH, index * STRETCH + len(factor))
+        blocks = slice(index * STRETCH // BLOCK, index * STRETCH // BLOCK + -(-len(factor) // BLOCK))
+        around = np.ascontiguousarray(base[:, columns].T), np.ascontiguousarray(steps[:, blocks].T)
+        codes, _ = _stretch(weights[:, columns], feedback.importance[columns], factor, around)
+        pieces.append(codes.reshape(len(weights), -1)[:, : len(factor)])
+    return np.concatenate(pieces, axis=1)
+
+
 def _factor(inputs: F32, importance: F32) -> F32:
     """U: correlations as far as there are rows to believe them, mean squares on the diagonal."""
     rows = len(inputs)
@@ -74,8 +90,11 @@ def _factor(inputs: F32, importance: F32) -> F32:
     return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(moments)).T, np.float32)
 
 
-def _stretch(weights: F32, importance: F32, factor: F32) -> tuple[U8, F32]:
-    """Codes [N, B, 32] and scales [N, B] of weights [N, C]."""
+def _stretch(
+    weights: F32, importance: F32, factor: F32, around: tuple[F32, F32] | None = None
+) -> tuple[U8, F32]:
+    """Codes [N, B, 32] and scales [N, B] of weights [N, C]; `around`: values [C, N] that codes are added to, and scales
+    [B, N]."""
     rows, columns = weights.shape
     blocks = -(-columns // BLOCK)
     codes = np.full((blocks, BLOCK, rows), _ZERO, np.uint8)
@@ -84,19 +103,24 @@ def _stretch(weights: F32, importance: F32, factor: F32) -> tuple[U8, F32]:
     for block, start in enumerate(range(0, columns, BLOCK)):
         stop = min(start + BLOCK, columns)
         inside = slice(start, stop)
-        scales[block] = best_scales(np.ascontiguousarray(turned[inside].T), importance[inside], 4)
-        errors = _round(turned[inside], scales[block], factor[inside, inside], codes[block])
+        base = None
+        if around is None:
+            scales[block] = best_scales(np.ascontiguousarray(turned[inside].T), importance[inside], 4)
+        else:
+            base, scales[block] = around[0][inside], around[1][block]
+        errors = _round(turned[inside], scales[block], factor[inside, inside], codes[block], base)
         turned[stop:] -= factor[inside, stop:].T @ errors
     return codes.transpose(2, 0, 1), scales.T
 
 
-def _round(turned: F32, scales: F32, factor: F32, codes: U8) -> F32:
+def _round(turned: F32, scales: F32, factor: F32, codes: U8, base: F32 | None) -> F32:
     """One block [up to 32, N], column by column. Fills `codes`; returns errors as the columns behind must take them."""
     errors = np.empty_like(turned)
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     for column, wanted in enumerate(turned):
-        rounded = np.clip(np.rint(wanted * inverse), _LOW, _HIGH)
+        own = wanted if base is None else wanted - base[column]
+        rounded = np.clip(np.rint(own * inverse), _LOW, _HIGH)
         codes[column] = (rounded + _ZERO).astype(np.uint8)
-        errors[column] = (wanted - rounded * scales) / factor[column, column]
+        errors[column] = (own - rounded * scales) / factor[column, column]
         turned[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
     return errors

@@ -2,7 +2,7 @@
 
 Expert e's arrays start `e * stride_bytes` after expert 0's: gate and up [intermediate, hidden], down [hidden,
 intermediate], in fp32, in the int8/int4 layout of `edge_kernels.quantization` (data, and scales beside it), or in the
-planes of `edge_kernels.nested`: "nested4" reads both, "nested2" the first alone.
+planes of `edge_kernels.nested`: "nested2" reads the first, "nested4" two, "nested8" all three.
 
 Knows: that layout and the arithmetic. Does not know: bundles, files, caches.
 """
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from edge_kernels import _native
 from edge_kernels.nested import (
-    FULL_BITS,
+    FINE_BYTES,
     GROUP,
     PLANE_BYTES,
     SCALE_BYTES,
-    START_BITS,
     NestedMatrix,
     dequantize_nested,
 )
@@ -32,15 +31,15 @@ I32 = NDArray[np.int32]
 U8 = NDArray[np.uint8]
 
 PARTS = ("gate", "up", "down")
-NESTED_BITS = {"nested2": START_BITS, "nested4": FULL_BITS}
+NESTED_BITS = {"nested2": 2, "nested4": 4, "nested8": 8}  # in the order of their planes
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """All experts of one layer, as bytes. `format`: "fp32", "int8", "int4", "nested4" or "nested2".
+    """All experts of one layer, as bytes. `format`: "fp32", "int8", "int4", "nested2", "nested4" or "nested8".
 
     Offsets are from the buffer's start: gate, up, down; but for fp32 gate_scales, up_scales, down_scales; for nested4
-    gate_low, up_low, down_low.
+    and nested8 gate_low, up_low, down_low; for nested8 gate_fine, up_fine, down_fine.
     """
 
     buffer: U8  # one slice, mapped
@@ -57,7 +56,7 @@ class ExpertWeights:
     def __post_init__(self) -> None:
         if self.format not in ("fp32", *BITS, *NESTED_BITS):
             raise ValueError(
-                f"unknown expert format {self.format!r}: choose fp32, int8, int4, nested4 or nested2"
+                f"unknown expert format {self.format!r}: choose fp32, {', '.join((*BITS, *NESTED_BITS))}"
             )
         if min(self.num_experts, self.hidden, self.intermediate) < 1:
             raise ValueError("experts need at least one expert, one hidden and one intermediate channel")
@@ -90,7 +89,8 @@ class ExpertWeights:
         if self.format == "fp32":
             return rows, columns
         if self.format in NESTED_BITS:
-            return rows, -(-columns // GROUP), SCALE_BYTES if kind == "scales" else PLANE_BYTES
+            group_bytes = {"scales": SCALE_BYTES, "fine": FINE_BYTES}.get(kind, PLANE_BYTES)
+            return rows, -(-columns // GROUP), group_bytes
         blocks = -(-columns // BLOCK)
         return (rows, blocks) if kind else (rows, blocks, BLOCK * BITS[self.format] // 8)
 
@@ -109,14 +109,21 @@ class ExpertWeights:
         columns = self.intermediate if part == "down" else self.hidden
         if self.format == "fp32":
             return data.astype(np.float32)
-        scales = self.part(expert, f"{part}_scales")
         if self.format in NESTED_BITS:
-            codes = data.astype(np.uint8)
-            low = self.part(expert, f"{part}_low").astype(np.uint8) if self.format == "nested4" else codes
-            nested = NestedMatrix(codes, low, scales.astype(np.uint8))
-            return dequantize_nested(nested, NESTED_BITS[self.format], columns)
+            return dequantize_nested(self._nested(expert, part), NESTED_BITS[self.format], columns)
+        scales = self.part(expert, f"{part}_scales")
         quantized = QuantizedMatrix(data.astype(np.uint8), scales.astype(np.float32))
         return dequantize(quantized, self.format, columns)
+
+    def _nested(self, expert: int, part: str) -> NestedMatrix:
+        """With the first plane in the place of the second where it has none: it is not read."""
+        planes = {
+            kind: self.part(expert, part + kind).astype(np.uint8)
+            for kind in ("", "_scales", "_low", "_fine")
+            if part + kind in self.offsets
+        }
+        low = planes.get("_low", planes[""])
+        return NestedMatrix(planes[""], low, planes["_scales"], planes.get("_fine"))
 
     def _dtype(self, part: str) -> np.dtype[np.generic]:
         is_float = self.format == "fp32" or (part.endswith("_scales") and self.format in BITS)
@@ -189,5 +196,10 @@ def combine(outputs: F32, gates: F32) -> F32:
 
 def _part_names(format: str) -> tuple[str, ...]:
     """In the order the native kernel takes their offsets."""
-    kinds = {"fp32": (), "nested4": ("scales", "low")}.get(format, ("scales",))
+    more: dict[str, tuple[str, ...]] = {
+        "fp32": (),
+        "nested4": ("scales", "low"),
+        "nested8": ("scales", "low", "fine"),
+    }
+    kinds = more.get(format, ("scales",))
     return PARTS + tuple(f"{part}_{kind}" for kind in kinds for part in PARTS)

@@ -1,32 +1,40 @@
-"""Bit-nested matrices: two planes of 2 bits a weight; the first alone is a usable matrix, both are an int4 one.
+"""Bit-nested matrices: planes of 2, 2 and 4 bits a weight; the first alone is a usable matrix, so are the first two.
 
-Codes are those that `quantize` gives for int4, scales are rounded to bfloat16 and belong to the first plane:
+Two planes have the codes that `quantize` gives for int4. Scales are rounded to bfloat16 and belong to the first plane:
 
     high plane: code >> 2    low plane: code & 3    weight = (code - 8) * scale
 
-Of the high plane alone a weight is (4 * (code >> 2) + 1.5 - 8) * scale: the middle of the four codes it may be.
+Of the high plane alone a weight is (4 * (code >> 2) + 1.5 - 8) * scale: the middle of the four codes it may be. A third
+plane says where a weight lies around its code, in sixteenths of a step (8 bits in all):
 
-A row of K weights is cut into groups of 128, the last one padded with zeros of scale 0; a group is 32 bytes of each
-plane and four scales, one for each block of 32. Byte j of a group holds four weights, lowest bits first: of the group's
-even columns the j-th and the (j + 32)-th, then of its odd columns the same two.
+    fine plane: 0 to 15      weight = (code - 8 + (fine - 8) / 16) * scale
+
+A row of K weights is cut into groups of 128, the last one padded with zeros of scale 0; a group is 32 bytes of each of
+the first planes, 64 of the third, and four scales, one for each block of 32. Byte j of a group holds four weights,
+lowest bits first: of the group's even columns the j-th and the (j + 32)-th, then of its odd columns the same two. Byte
+j of the third plane holds two: the j-th of the even columns, and of the odd ones.
 
 Knows: that layout and its arithmetic. Does not know: experts, files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_kernels.error_feedback import ErrorFeedback, refine_with_feedback
 from edge_kernels.quantization import BLOCK, quantize
 
 GROUP = 128
 PLANE_BYTES = 32  # of a group
+FINE_BYTES = 64  # of a group
 SCALE_BYTES = 2 * (GROUP // BLOCK)  # of a group
-START_BITS, FULL_BITS = 2, 4
+PLANE_BITS = (2, 4, 8)  # of a weight, of which one plane, two, three are there
 MIDDLE = 1.5  # of the four codes that share their high bits
+FINE_STEPS = 16  # in a step of the codes
+_FINE_ZERO = 8
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -39,12 +47,21 @@ class NestedMatrix:
     high: U8  # [N, G, 32]
     low: U8  # [N, G, 32]
     scales: U8  # [N, G, 8]: bfloat16, little-endian
+    fine: U8 | None = None  # [N, G, 64], or None: two planes
+
+    @property
+    def bits(self) -> int:
+        return PLANE_BITS[1 if self.fine is None else 2]
 
 
-def quantize_nested(weights: F32, *, importance: F32 | None = None, search: bool = True) -> NestedMatrix:
-    """float32 [N, K]; options and errors of `quantize`, whose int4 codes these are."""
+def quantize_nested(
+    weights: F32, *, bits: int = 4, importance: F32 | None = None, search: bool = True
+) -> NestedMatrix:
+    """float32 [N, K] in two planes (4 bits) or three (8); options and errors of `quantize`, whose int4 codes the first
+    two have."""
     quantized = quantize(weights, "int4", importance=importance, search=search)
-    return nest(quantized.data, quantized.scales)
+    nested = nest(quantized.data, quantized.scales)
+    return nested if bits == nested.bits else refine(nested, weights)
 
 
 def nest(data: U8, scales: F32) -> NestedMatrix:
@@ -63,12 +80,35 @@ def nest(data: U8, scales: F32) -> NestedMatrix:
     )
 
 
+def refine(matrix: NestedMatrix, weights: F32, feedback: ErrorFeedback | None = None) -> NestedMatrix:
+    """Two planes, and a third that brings them as near to the float32 [N, K] as it can; with `feedback` their product
+    with the inputs that it knows."""
+    rows, columns = weights.shape
+    blocks = -(-columns // BLOCK)
+    base = dequantize_nested(matrix, 4, columns)
+    steps = np.ascontiguousarray(nested_scales(matrix)[:, :blocks]) / np.float32(FINE_STEPS)
+    codes = np.full((rows, matrix.high.shape[1] * GROUP), _FINE_ZERO, np.uint8)
+    if feedback is None:
+        by_column = steps.repeat(BLOCK, -1)[:, :columns]
+        units = np.divide(weights - base, by_column, out=np.zeros_like(base), where=by_column != 0)
+        codes[:, :columns] = np.clip(np.rint(units), -_FINE_ZERO, _FINE_ZERO - 1) + _FINE_ZERO
+    else:
+        codes[:, :columns] = refine_with_feedback(weights, feedback, base, steps)
+    grouped = codes.reshape(*matrix.high.shape[:2], GROUP)
+    fine: U8 = grouped[..., 0::2] | grouped[..., 1::2] << np.uint8(4)
+    return replace(matrix, fine=np.ascontiguousarray(fine))
+
+
 def dequantize_nested(matrix: NestedMatrix, bits: int, columns: int) -> F32:
-    """The float32 [N, columns] that the first plane (2 bits), or both (4), stand for."""
-    if bits not in (START_BITS, FULL_BITS):
-        raise ValueError(f"nested weights are read at {START_BITS} or {FULL_BITS} bits, not {bits}")
+    """The float32 [N, columns] that the first plane (2 bits), two (4) or all three (8) stand for."""
+    if bits not in PLANE_BITS or bits > matrix.bits:
+        known = " or ".join(str(each) for each in PLANE_BITS if each <= matrix.bits)
+        raise ValueError(f"nested weights are read at {known} bits, not {bits}")
     codes = 4 * _unpack(matrix.high).astype(np.float32)
-    codes += np.float32(MIDDLE) if bits == START_BITS else _unpack(matrix.low)
+    codes += np.float32(MIDDLE) if bits == PLANE_BITS[0] else _unpack(matrix.low)
+    if matrix.fine is not None and bits == PLANE_BITS[2]:
+        units = _unpack_fine(matrix.fine).astype(np.float32) - np.float32(_FINE_ZERO)
+        codes += units / np.float32(FINE_STEPS)
     rows, groups = matrix.high.shape[:2]
     scales = nested_scales(matrix).reshape(rows, groups, GROUP // BLOCK).repeat(BLOCK, -1)
     values: F32 = ((codes - np.float32(8)) * scales).reshape(rows, -1)[:, :columns]
@@ -95,6 +135,12 @@ def _unpack(plane: U8) -> U8:
     codes = np.empty((*plane.shape[:2], GROUP), np.uint8)
     codes[..., 0::2] = np.concatenate((plane & 3, plane >> 2 & 3), axis=-1)
     codes[..., 1::2] = np.concatenate((plane >> 4 & 3, plane >> 6), axis=-1)
+    return codes
+
+
+def _unpack_fine(plane: U8) -> U8:
+    codes = np.empty((*plane.shape[:2], GROUP), np.uint8)
+    codes[..., 0::2], codes[..., 1::2] = plane & 15, plane >> 4
     return codes
 
 
