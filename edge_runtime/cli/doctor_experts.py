@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -157,6 +158,8 @@ def _report(
         "srp": routing.srp,
         "srp_set_size": routing.set_size,
         "sch": {f"{rho:g}": segment_cache_hit_rate(examined.routing, layer.experts, rho) for rho in RHOS},
+        "named_by_next_gate": list(examined.named.by_gate),
+        "named_by_affinity": list(examined.named.by_affinity),
         "flash": asdict(examined.flash),
         "speed": asdict(examined.speed),
         "in_memory_tokens_per_second": in_memory_tps(examined.speed),
@@ -183,6 +186,11 @@ def _show(
         f"routing of {facts['tokens']} tokens: SRP({facts['segment_tokens']}) {facts['srp']:.0%} with "
         f"{facts['srp_set_size']:.1f} x top_k experts, SCH({facts['segment_tokens']}) {sch}"
     )
+    if examined.named.by_gate:
+        result(
+            f"guessed a layer ahead, top_k: its gate names {_spread(examined.named.by_gate)} of a layer's experts, "
+            f"counts of what follows what {_spread(examined.named.by_affinity)}"
+        )
     how = "past the page cache" if flash.direct else "through the page cache"
     result(
         f"flash here: {flash.bytes_per_second / 1e9:.2f} GB/s, {flash.lanes} reads at a time, {how}; computing: "
@@ -217,6 +225,10 @@ def _planes(layer: ExpertLayer, quality: str) -> str:
         f"experts have planes of {sizes}: the first is usable alone with edge-runtime agent --expert-start-bits "
         f"{EARLY_BITS}; {quality}"
     )
+
+
+def _spread(shares: Sequence[float]) -> str:
+    return f"{sum(shares) / len(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
 
 
 def _dict(value: object) -> dict[str, float]:

@@ -105,10 +105,14 @@ def test_the_command_reports(bundle: Bundle, tmp_path: Path, capsys: Capture) ->
     assert (report["layers"], report["experts"], report["top_k"], report["tokens"]) == (2, 8, 2, 80)
     assert 0 < report["srp"] <= 1
     assert report["flash"]["bytes_per_second"] > 0
+    for guesses in (report["named_by_next_gate"], report["named_by_affinity"]):
+        assert len(guesses) == 1  # of the second layer
+        assert all(2 / 8 < share <= 1 for share in guesses)  # better than chance
     assert report["usable_from_bytes"] == report["caches"][0]["cache_bytes"]
     assert main(["doctor", "experts", str(bundle.path), *flags, "--at-least", "1e9"]) == 1
     printed = capsys.readouterr()
     assert "SRP(16)" in printed.out
+    assert "guessed a layer ahead" in printed.out
     assert "not usable here" in printed.out
     assert main(["doctor", "experts", str(bundle.path), *flags, "--at-least", "0.001"]) == 0
     assert "edge-runtime agent --expert-cache 1MiB" in capsys.readouterr().out
