@@ -100,6 +100,22 @@ class ExpertLinks:
             raise self._lost(device_id, "its answer does not have the size that was asked for")
         return np.frombuffer(answer, np.float32).reshape(outputs, hidden)
 
+    def wait_until_late(
+        self, device_id: str, ticket: int, outputs: int, hidden: int, seconds: float
+    ) -> Float32 | None:
+        """`wait`, for so long. None: it is late; the link stays, and what still comes of this request is dropped."""
+        mesh, deadline = self._need_mesh(), self._clock() + seconds
+        while ticket not in self._answers:
+            left_seconds = deadline - self._clock()
+            if left_seconds <= 0:
+                self._asked.pop(ticket, None)
+                return None
+            try:
+                mesh.wait(device_id, left_seconds)
+            except EdgeRuntimeError as problem:
+                raise self._lost(device_id, problem.message) from None
+        return self.wait(device_id, ticket, outputs, hidden)
+
     def forget(self, device_id: str) -> None:
         for request in [request for request, whom in self._asked.items() if whom == device_id]:
             del self._asked[request]

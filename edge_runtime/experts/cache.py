@@ -25,6 +25,7 @@ from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import make_pools
 from edge_runtime.experts.reader import DEFAULT_LANES, Cancelled, ExpertReader, ReadBatch, Refetch
 from edge_runtime.experts.reads import LaneReads, RingReads, kernel_reads
+from edge_runtime.experts.slot_table import ABSENT
 from edge_runtime.experts.start_bits import ALL_BITS, CHOICES
 from edge_runtime.experts.statistics import CacheStatistics
 from edge_runtime.experts.upgrades import Upgrades
@@ -118,6 +119,16 @@ class ExpertCache:
             if layer.tensor == tensor:
                 return layer.layer
         raise EngineError(f"the expert cache of this stage does not know {tensor}")
+
+    def is_here(self, layer: int, expert: int) -> bool:
+        """Whether it is in memory now. Says nothing to the policy."""
+        pool = self._pools[layer]
+        return pool.table.slot(pool.first_key[layer] + expert) != ABSENT
+
+    def has_room(self, layer: int) -> bool:
+        """Whether an expert more fits without one that has to go."""
+        table = self._pools[layer].table
+        return table.resident < table.slots
 
     @property
     def arena_bytes(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from edge_runtime.experts.miss_split import NOTHING, Line
 
 DECAY = 15 / 16  # of what was seen before, at each observation
+DECAY_FASTER = 1 / 2  # where it took less than half of what was expected: nothing is that fast by accident
 MOST_AT_ONCE = 8.0  # times what was expected: one hiccup says little, several in a row say enough
 _SEEN_ENOUGH = 4  # observations, before one of them may be a hiccup
 _TOWARDS_ORIGIN = 0.02  # variance of the counts, over their squared mean, at which both views count alike
@@ -24,14 +25,16 @@ class MeasuredLine:
 
     def observe(self, count: int, seconds: float) -> None:
         """`count` at once, more than none, took so long."""
-        if self.observations >= _SEEN_ENOUGH:
-            seconds = min(seconds, MOST_AT_ONCE * self.line.seconds(count))
+        expected_seconds = self.line.seconds(count)
+        if self.observations >= _SEEN_ENOUGH and expected_seconds > 0:
+            seconds = min(seconds, MOST_AT_ONCE * expected_seconds)
         self.observations += 1
-        self._weight = self._weight * DECAY + 1
-        self._count = self._count * DECAY + count
-        self._seconds = self._seconds * DECAY + seconds
-        self._count_squared = self._count_squared * DECAY + count * count
-        self._product = self._product * DECAY + count * seconds
+        decay = DECAY_FASTER if 2 * seconds < expected_seconds else DECAY
+        self._weight = self._weight * decay + 1
+        self._count = self._count * decay + count
+        self._seconds = self._seconds * decay + seconds
+        self._count_squared = self._count_squared * decay + count * count
+        self._product = self._product * decay + count * seconds
         self._line = None
 
     @property

@@ -188,12 +188,7 @@ class _Uses(_Order):
         self._x, self._ids, self._top_k = x, ids.reshape(-1), ids.shape[1]
 
     def _send(self, places: NDArray[np.intp]) -> int:
-        uses = np.zeros((len(places), 2), np.int32)
-        uses[:, 1] = self._ids[places]
-        rows = self._x
-        if len(rows) > 1:  # of one row there is nothing to choose: every decoded token waits for this
-            wanted, uses[:, 0] = np.unique(places // self._top_k, return_inverse=True)
-            rows = rows[wanted]
+        rows, uses = rows_and_uses(self._x, self._ids, self._top_k, places)
         return self._port.ask(self._device_id, self._layer, rows, uses)
 
 
@@ -215,6 +210,18 @@ class _Rows(_Order):
         uses[:, 0] = np.arange(ids.size) // ids.shape[1]
         uses[:, 1] = ids.reshape(-1)
         return self._port.ask(self._device_id, self._layer, self.x[rows], uses, self._gates[rows])
+
+
+def rows_and_uses(
+    x: Float32, ids: Int32, top_k: int, places: NDArray[np.intp]
+) -> tuple[Float32, NDArray[np.int32]]:
+    """What is sent for some places in `ids` [R * top_k]: each row once, and which of them goes through which expert."""
+    uses = np.zeros((len(places), 2), np.int32)
+    uses[:, 1] = ids[places]
+    if len(x) == 1:  # there is nothing to choose: every decoded token waits for this
+        return x, uses
+    wanted, uses[:, 0] = np.unique(places // top_k, return_inverse=True)
+    return x[wanted], uses
 
 
 def peers_of(owners: Mapping[int, LayerOwners]) -> Sequence[str]:

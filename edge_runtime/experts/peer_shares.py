@@ -72,6 +72,28 @@ def owners_of(
     return {layer: LayerOwners(devices, of) for layer, of in found.items()}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerHolders:
+    """`holds[i, e]`: devices[i] has expert e in memory."""
+
+    devices: tuple[str, ...]
+    holds: NDArray[np.bool_]  # [devices, experts]
+
+
+def holders_of(
+    shares: Sequence[ExpertShare], device_id: str, counts: Mapping[int, int]
+) -> dict[int, LayerHolders]:
+    """The others, as `device_id` sees them, for every layer. Raises ProtocolError for a share that fits no layer."""
+    devices = tuple(dict.fromkeys(s.device_id for s in shares if s.device_id != device_id))
+    found = {
+        layer: LayerHolders(devices, np.zeros((len(devices), count), bool)) for layer, count in counts.items()
+    }
+    for number, device in enumerate(devices):
+        for layer, experts in held_by(shares, device, counts).items():
+            found[layer].holds[number, list(experts)] = True
+    return found
+
+
 def _count(layer: int, counts: Mapping[int, int]) -> int:
     if layer not in counts:
         raise ProtocolError(f"a share of layer {layer}, which has no experts here")

@@ -129,9 +129,9 @@ def test_a_change_is_seen_soon_and_a_hiccup_hardly() -> None:
     for _ in range(30):
         measured.observe(2, 1e-2)
     assert measured.line.seconds(2) == pytest.approx(1e-2, rel=0.2)
-    for _ in range(60):
+    for _ in range(5):
         measured.observe(2, 1e-3)
-    assert measured.line.seconds(2) == pytest.approx(1e-3, rel=0.3)
+    assert measured.line.seconds(2) < 4e-3  # what is fast again is believed at once
 
 
 # ---------------------------------------------------------------- who is asked again, and when

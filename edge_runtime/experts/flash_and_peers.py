@@ -1,0 +1,272 @@
+"""Experts behind a cache on this device's flash, where peers have some of them in memory: a miss goes where it is
+there first.
+
+    router ─┬─ in memory ── computed here ──────────────┐
+            ├─ missing, read ── cache, flash ───────────┼─ outputs by (row, gate rank) ── combine ── row
+            └─ missing, asked ── rows ► peer ► outputs ─┘
+
+Who is asked for what is decided for every layer of every batch (`miss_split`), by what reads and answers took lately.
+Nothing depends on a peer: what is late or can't be had is read from flash, and an answer that comes later is dropped.
+Before a peer is asked for anything that counts, it computes rows that this device computes, too, and every bit must be
+the same (`introduce`). So a row has the bits that it has on one device, whatever was where.
+
+What a peer computes does not come into the cache. Where that has room, one miss of a layer at least is read.
+
+Knows: the order among looking up, asking, reading and waiting. Does not know: links, plans, the cache's inside. One
+compute thread uses it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from edge_kernels.experts import combine
+from numpy.typing import NDArray
+
+from edge_runtime.experts.cache import CacheOptions, ExpertCache
+from edge_runtime.experts.helper_request import Helper, HelperPort, HelperRequest
+from edge_runtime.experts.measured_line import MeasuredLine
+from edge_runtime.experts.miss_split import Division, HereCost, Miss, PeerCost, divide
+from edge_runtime.experts.peer_runner import PIECE_BYTES
+from edge_runtime.experts.peer_shares import LayerHolders
+from edge_runtime.experts.peer_standing import PeerStanding, Trials
+
+log = logging.getLogger(__name__)
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+INTRODUCTIONS = 3  # layers in which a peer must have given the bits of this device
+INTRODUCED_ROWS = (1, 4)  # in each: seconds of two counts, for the line
+
+
+@dataclass(frozen=True, slots=True)
+class HelpedOptions:
+    """`holders`: of every layer, the peers that may be asked once they were introduced."""
+
+    cache: CacheOptions
+    holders: Mapping[int, LayerHolders]
+    port: HelperPort
+
+
+@dataclass(slots=True)
+class HelpedStatistics:
+    """Uses: a row through an expert that was not in memory here."""
+
+    asked_uses: int = 0  # and answered in time
+    late_uses: int = 0  # and read after all
+    shared_layers: int = 0  # of batches, in which somebody was asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Intent:
+    """For one layer of a batch. `is_trial`: a peer is asked to see how it is now, by itself."""
+
+    absent: frozenset[int] = frozenset()
+    asked: tuple[tuple[int, ...], ...] = ()  # by peer: experts
+    is_trial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """x [R, hidden], ids and gates [R, top_k]."""
+
+    number: int
+    x: Float32
+    ids: Int32
+    gates: Float32
+    activation: str
+    threads: int
+
+
+class FlashAndPeers:
+    def __init__(
+        self, cache: ExpertCache, options: HelpedOptions, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.cache = cache
+        self.statistics = HelpedStatistics()
+        self._holders, self._clock = options.holders, clock
+        devices = next(iter(options.holders.values())).devices if options.holders else ()
+        self._helpers = [Helper(device, PeerStanding(), options.port, clock) for device in devices]
+        self._computing, self._reading = MeasuredLine(), MeasuredLine()  # by uses; by experts read
+        self._reads = Trials()
+        self._is_open = False
+
+    @property
+    def peers(self) -> Mapping[str, PeerStanding]:
+        return {helper.device_id: helper.standing for helper in self._helpers}
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.cache.arena_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.cache.total_bytes
+
+    def layer_of(self, tensor: str) -> int:
+        return self.cache.layer_of(tensor)
+
+    def close(self) -> None:
+        self._is_open = False
+        self.cache.close()
+
+    # ------------------------------------------------------------ before the first batch
+
+    def introduce(self, activations: Mapping[int, str], threads: int) -> None:
+        """Peers that are within reach compute what is computed here, too: from now on those that gave the same bits may
+        be asked. Until then all is read."""
+        if self.cache.is_lossy:
+            return  # what this device computes depends on when reads end: there is nothing to compare with
+        for number, helper in enumerate(self._helpers):
+            layers = [layer for layer, of in sorted(self._holders.items()) if of.holds[number].any()]
+            for layer in layers[:: max(1, len(layers) // INTRODUCTIONS)][:INTRODUCTIONS]:
+                for rows in INTRODUCED_ROWS:
+                    if not helper.standing.is_barred:
+                        self._compare(number, layer, rows, activations[layer], threads)
+        self._reading = MeasuredLine()  # flash that had to wake up says little
+        self.cache.statistics.reset()
+        self._is_open = True
+
+    def _compare(self, number: int, layer: int, rows: int, activation: str, threads: int) -> None:
+        helper = self._helpers[number]
+        expert = int(np.flatnonzero(self._holders[layer].holds[number])[0])
+        x = np.random.default_rng(layer).standard_normal((rows, self.cache.layers[layer].hidden), np.float32)
+        ids, ones = np.full((rows, 1), expert, np.int32), np.ones((rows, 1), np.float32)
+        wanted = self.cache.run(layer, x, ids, ones, activation=activation, threads=threads)
+        request = HelperRequest(helper, np.arange(rows))
+        found = request.collect(x.shape[1]) if request.ask(layer, x, ids) else None
+        if found is not None and found.tobytes() != wanted.tobytes():
+            helper.standing.is_barred = True
+            log.warning(
+                "device %s is not asked for experts: it computes other bits than this device",
+                helper.device_id[:8],
+            )
+
+    # ------------------------------------------------------------ a layer of a batch
+
+    def run(
+        self, layer: int, x: Float32, ids: Int32, gates: Float32, *, activation: str, threads: int
+    ) -> Float32:
+        """What `run_experts` gives, bit for bit. Raises as `ExpertCache.run`."""
+        if not self._is_open:
+            return self.cache.run(layer, x, ids, gates, activation=activation, threads=threads)
+        begin = self._clock()
+        work = _Layer(layer, x, ids, gates, activation, threads)
+        intent = self._intent(layer, Counter(ids.reshape(-1).tolist()))
+        requests = self._ask(work, intent)
+        if requests:
+            self.statistics.shared_layers += 1
+            result = self._shared(work, intent, requests)
+        else:
+            result = self._computed(work, x, ids, gates, len(intent.absent))
+        self._passed(intent, self._clock() - begin)
+        return result
+
+    def _intent(self, layer: int, wanted: Mapping[int, int]) -> _Intent:
+        """`wanted`: uses of each expert."""
+        absent = [expert for expert in wanted if not self.cache.is_here(layer, expert)]
+        if not absent:
+            return _Intent()
+        holds = self._holders[layer].holds
+        trial = self._trial(holds, absent, wanted)
+        if trial is not None:
+            return _Intent(frozenset(absent), trial, is_trial=True)
+        return _Intent(frozenset(absent), self._divided(layer, holds, absent, wanted).asked)
+
+    def _divided(
+        self, layer: int, holds: NDArray[np.bool_], absent: Sequence[int], wanted: Mapping[int, int]
+    ) -> Division:
+        able = [number for number, helper in enumerate(self._helpers) if helper.standing.may_be_asked]
+        misses = [
+            Miss(expert, wanted[expert], tuple(n for n in able if holds[n, expert])) for expert in absent
+        ]
+        hit_uses = sum(wanted.values()) - sum(miss.uses for miss in misses)
+        here = HereCost(self._reading.line, self._computing.line, hit_uses)
+        most_uses = PIECE_BYTES // (4 * self.cache.layers[layer].hidden)
+        peers = [PeerCost(helper.standing.measured.line, most_uses) for helper in self._helpers]
+        must_read = not self._reading.observations or self.cache.has_room(layer)
+        must_read = must_read or self._reads.is_due(self._reading.line.seconds(1))
+        return divide(misses, here, peers, least_reads=int(must_read))
+
+    def _trial(
+        self, holds: NDArray[np.bool_], absent: Sequence[int], wanted: Mapping[int, int]
+    ) -> tuple[tuple[int, ...], ...] | None:
+        """One expert that few rows want, of a peer that was not asked for long."""
+        for number, helper in enumerate(self._helpers):
+            held = [expert for expert in absent if holds[number, expert]] if helper.standing.is_due else []
+            if held:
+                chosen = min(held, key=lambda expert: (wanted[expert], expert))
+                return tuple((chosen,) if n == number else () for n in range(len(self._helpers)))
+        return None
+
+    def _ask(self, work: _Layer, intent: _Intent) -> list[HelperRequest]:
+        """Those that were sent."""
+        sent = []
+        for helper, experts in zip(self._helpers, intent.asked, strict=False):
+            if experts:
+                places = np.flatnonzero(np.isin(work.ids.reshape(-1), experts))
+                request = HelperRequest(helper, places, helper.standing.late_seconds(len(places)))
+                if request.ask(work.number, work.x, work.ids):
+                    sent.append(request)
+        return sent
+
+    def _shared(self, work: _Layer, intent: _Intent, requests: Sequence[HelperRequest]) -> Float32:
+        outputs = np.empty((work.ids.size, work.x.shape[1]), np.float32)
+        is_here = np.ones(work.ids.size, bool)
+        for request in requests:
+            is_here[request.places] = False
+        try:
+            if not intent.is_trial:
+                self._apart(work, np.flatnonzero(is_here), intent, outputs)
+                is_here[:] = False
+            late = [request.places for request in requests if not self._collect(request, outputs)]
+            for places in late:
+                is_here[places] = True
+            self._apart(work, np.flatnonzero(is_here), intent, outputs)
+        except BaseException:
+            for request in requests:
+                request.give_up()
+            raise
+        return combine(outputs, work.gates)
+
+    def _collect(self, request: HelperRequest, outputs: Float32) -> bool:
+        found = request.collect(outputs.shape[1])
+        if found is None:
+            self.statistics.late_uses += len(request.places)
+            return False
+        outputs[request.places] = found
+        self.statistics.asked_uses += len(request.places)
+        return True
+
+    def _apart(self, work: _Layer, places: NDArray[np.intp], intent: _Intent, outputs: Float32) -> None:
+        """Each use as a row with one expert and the gate 1: its output as it is."""
+        if places.size:
+            ids = work.ids.reshape(-1)[places]
+            rows, ones = work.x[places // work.ids.shape[1]], np.ones((places.size, 1), np.float32)
+            reads = len(intent.absent.intersection(ids.tolist()))
+            outputs[places] = self._computed(work, rows, ids[:, None], ones, reads)
+
+    def _computed(self, work: _Layer, x: Float32, ids: Int32, gates: Float32, reads: int) -> Float32:
+        """Here, and what it took."""
+        begin = self._clock()
+        result = self.cache.run(work.number, x, ids, gates, activation=work.activation, threads=work.threads)
+        seconds = self._clock() - begin
+        if reads:
+            self._reading.observe(reads, max(0.0, seconds - self._computing.line.seconds(ids.size)))
+            self._reads.used()
+        else:
+            self._computing.observe(ids.size, seconds)
+        return result
+
+    def _passed(self, intent: _Intent, seconds: float) -> None:
+        self._reads.passed(seconds)
+        asked = intent.asked or ((),) * len(self._helpers)
+        for helper, experts in zip(self._helpers, asked, strict=True):
+            if not experts:
+                helper.standing.passed(seconds)
