@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.errors import UsageError
 from edge_runtime.experts.policies import POLICIES
 from edge_runtime.experts.replay import BELADY, replay
+from edge_runtime.experts.retention import Retention
 from edge_runtime.experts.slot_table import ABSENT, NATIVE_POLICY, Slots, SlotTable, make_slots
 from edge_runtime.experts.trace import Access, RoutingTrace, decode_routing, read_trace
 
@@ -205,3 +206,34 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
         replay(trace, 1, "lru")
     with pytest.raises(UsageError, match="not a policy"):
         replay(trace, 2, "clairvoyant")
+
+
+@given(trace=traces(), extra=st.integers(0, 20), policy=st.sampled_from(sorted(POLICIES)))
+@settings(max_examples=60, deadline=None)
+def test_what_is_kept_leaves_room_and_changes_no_count(trace: RoutingTrace, extra: int, policy: str) -> None:
+    slots = trace.top_k + extra
+    kept, plain = (replay(trace, slots, policy, keeps=keeps) for keeps in (True, False))
+    assert kept.hits + kept.misses == plain.hits + plain.misses
+    if slots // 2 <= trace.top_k:  # no room to keep anything
+        assert kept == plain
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "lfu"])
+def test_keeping_what_affinity_expects_changes_little_on_recorded_routing(policy: str) -> None:
+    trace = read_trace(RECORDED)
+    kept, plain = (replay(trace, trace.keys // 4, policy, keeps=keeps) for keeps in (True, False))
+    assert abs(kept.hit_rate - plain.hit_rate) < 0.02
+
+
+def test_what_is_kept_stays_until_it_is_let_go() -> None:
+    table = SlotTable(4, 10, POLICIES["lru"](4, 10))
+    for key in range(4):
+        table.admit(key, 0, 1)
+    table.unpin_all()
+    retention = Retention()
+    retention.keep(table, [0, 9, 1, 2], uses=0)  # half of the slots: 0 and 1
+    assert [table.admit(key, 1, 1) == ABSENT for key in (4, 5, 6)] == [False, False, True]
+    assert [table.slot(key) == ABSENT for key in range(4)] == [False, False, True, True]
+    retention.let_go()
+    assert table.admit(6, 1, 1) != ABSENT
+    assert table.slot(0) == ABSENT

@@ -1,0 +1,109 @@
+"""How many of a layer's experts its predictors name, looked at in a step now and then, and learning from every fourth.
+
+Both happen after a step, for all of its layers together, so that no layer waits for them.
+
+Knows: what the rows of a step chose, layer after layer. Does not know: slots, reading, when guesses are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.experts.affinity import Affinity
+from edge_runtime.experts.next_gate import NextGate
+from edge_runtime.experts.predictor import Predictor, best_of, recalled
+from edge_runtime.experts.statistics import CacheStatistics
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+LEARNS_EVERY_STEPS = 4
+COMPARES_EVERY_STEPS = 64
+FIRST_COMPARED_STEPS = (16, 32, 48)  # soon enough for a first opinion
+MOST_ROWS = 4  # of a step: prompts say little about decoding
+
+
+@dataclass(slots=True)
+class _Named:
+    compared: int = 0
+    by_gate: int = 0
+    by_affinity: int = 0
+
+
+class Recall:
+    """`layers`: numbers of those with experts, in order; a step asks for all of them or is left out."""
+
+    def __init__(
+        self, layers: Sequence[int], gate: NextGate, affinity: Affinity | None, statistics: CacheStatistics
+    ) -> None:
+        self._layers = tuple(layers)
+        self._gate, self._affinity = gate, affinity
+        self._statistics = statistics
+        self._named = [_Named() for _ in layers]  # by the place the guess was made at
+        self._steps = 0
+        self._ids: list[Int32] = []
+        self._rows: list[Float32] = []
+        self._learns = self._compares = False
+
+    def note(self, place: int, x: Float32, ids: Int32) -> None:
+        """What the layer at `place` was asked for: x [R, hidden], ids [R, top_k]."""
+        if place == 0:
+            self._ids, self._rows = [], []
+            self._learns = self._compares = False
+            if len(ids) <= MOST_ROWS:
+                self._steps += 1
+                self._learns = self._steps % LEARNS_EVERY_STEPS == 0
+                self._compares = compares(self._steps)
+        if (self._learns or self._compares) and place == len(self._ids):
+            self._ids.append(ids)
+            if self._compares:
+                self._rows.append(x.copy())
+
+    def end_step(self) -> None:
+        """After the last layer."""
+        is_whole = len(self._ids) == len(self._layers) and len({ids.shape for ids in self._ids}) == 1
+        if is_whole and self._compares:
+            self._compare()
+        if is_whole and self._learns and self._affinity is not None:
+            self._affinity.learn(np.stack(self._ids))
+        self._ids, self._rows = [], []
+
+    def best(self, place: int) -> Predictor | None:
+        """Whoever named most of what followed the layer at `place`; None: nothing was compared, or nobody named any."""
+        named = self._named[place]
+        predictors: list[Predictor] = [self._gate]
+        counts = [named.by_gate]
+        if self._affinity is not None:
+            predictors.append(self._affinity)
+            counts.append(named.by_affinity)
+        return best_of(predictors, counts)
+
+    @property
+    def recall(self) -> float:
+        """Of the better predictor of each layer: the share of experts that it named. 0: nothing was compared."""
+        compared = sum(named.compared for named in self._named)
+        return sum(max(named.by_gate, named.by_affinity) for named in self._named) / max(1, compared)
+
+    def _compare(self) -> None:
+        for place in range(len(self._layers) - 1):
+            x, ids, following = self._rows[place], self._ids[place], self._ids[place + 1]
+            by_gate = by_affinity = 0
+            if self._gate.reaches(place):
+                by_gate = recalled(self._gate, place, x, ids, following)
+            if self._affinity is not None:
+                by_affinity = recalled(self._affinity, place, x, ids, following)
+            named = self._named[place]
+            named.compared += following.size
+            named.by_gate += by_gate
+            named.by_affinity += by_affinity
+            self._statistics.count_guesses(
+                self._layers[place + 1], compared=following.size, by_gate=by_gate, by_affinity=by_affinity
+            )
+
+
+def compares(step: int) -> bool:
+    return step in FIRST_COMPARED_STEPS or step % COMPARES_EVERY_STEPS == 0
