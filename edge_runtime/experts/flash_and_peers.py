@@ -7,8 +7,8 @@ there first.
 
 Who is asked for what is decided for every layer of every batch (`miss_split`), by what reads and answers took lately.
 Nothing depends on a peer: what is late or can't be had is read from flash, and an answer that comes later is dropped.
-Before a peer is asked for anything that counts, it computes rows that this device computes, too, and every bit must be
-the same (`introduce`). So a row has the bits that it has on one device, whatever was where.
+The first answers of a peer count for nothing: this device computes the same, and every bit must agree, else the peer is
+never asked again. So a row has the bits that it has on one device, whatever was where.
 
 What a peer computes does not come into the cache. Where that has room, one miss of a layer at least is read.
 
@@ -18,7 +18,6 @@ compute thread uses it.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,18 +35,15 @@ from edge_runtime.experts.peer_runner import PIECE_BYTES
 from edge_runtime.experts.peer_shares import LayerHolders
 from edge_runtime.experts.peer_standing import PeerStanding, Trials
 
-log = logging.getLogger(__name__)
-
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
-INTRODUCTIONS = 3  # layers in which a peer must have given the bits of this device
-INTRODUCED_ROWS = (1, 4)  # in each: seconds of two counts, for the line
+TRIED_TOGETHER = 3  # experts more than one, in every second trial
 
 
 @dataclass(frozen=True, slots=True)
 class HelpedOptions:
-    """`holders`: of every layer, the peers that may be asked once they were introduced."""
+    """`holders`: of every layer, peers of this device's numeric class."""
 
     cache: CacheOptions
     holders: Mapping[int, LayerHolders]
@@ -112,41 +108,14 @@ class FlashAndPeers:
     def layer_of(self, tensor: str) -> int:
         return self.cache.layer_of(tensor)
 
+    def open(self) -> None:
+        """There are links: from now on peers may be asked. Until then all is read."""
+        # What a device computes whose experts are used early depends on when reads end: nobody computes the same.
+        self._is_open = not self.cache.is_lossy
+
     def close(self) -> None:
         self._is_open = False
         self.cache.close()
-
-    # ------------------------------------------------------------ before the first batch
-
-    def introduce(self, activations: Mapping[int, str], threads: int) -> None:
-        """Peers that are within reach compute what is computed here, too: from now on those that gave the same bits may
-        be asked. Until then all is read."""
-        if self.cache.is_lossy:
-            return  # what this device computes depends on when reads end: there is nothing to compare with
-        for number, helper in enumerate(self._helpers):
-            layers = [layer for layer, of in sorted(self._holders.items()) if of.holds[number].any()]
-            for layer in layers[:: max(1, len(layers) // INTRODUCTIONS)][:INTRODUCTIONS]:
-                for rows in INTRODUCED_ROWS:
-                    if not helper.standing.is_barred:
-                        self._compare(number, layer, rows, activations[layer], threads)
-        self._reading = MeasuredLine()  # flash that had to wake up says little
-        self.cache.statistics.reset()
-        self._is_open = True
-
-    def _compare(self, number: int, layer: int, rows: int, activation: str, threads: int) -> None:
-        helper = self._helpers[number]
-        expert = int(np.flatnonzero(self._holders[layer].holds[number])[0])
-        x = np.random.default_rng(layer).standard_normal((rows, self.cache.layers[layer].hidden), np.float32)
-        ids, ones = np.full((rows, 1), expert, np.int32), np.ones((rows, 1), np.float32)
-        wanted = self.cache.run(layer, x, ids, ones, activation=activation, threads=threads)
-        request = HelperRequest(helper, np.arange(rows))
-        found = request.collect(x.shape[1]) if request.ask(layer, x, ids) else None
-        if found is not None and found.tobytes() != wanted.tobytes():
-            helper.standing.is_barred = True
-            log.warning(
-                "device %s is not asked for experts: it computes other bits than this device",
-                helper.device_id[:8],
-            )
 
     # ------------------------------------------------------------ a layer of a batch
 
@@ -197,12 +166,14 @@ class FlashAndPeers:
     def _trial(
         self, holds: NDArray[np.bool_], absent: Sequence[int], wanted: Mapping[int, int]
     ) -> tuple[tuple[int, ...], ...] | None:
-        """One expert that few rows want, of a peer that was not asked for long."""
+        """Of a peer that was not asked for long: one expert that few rows want, and in turn several, for the line."""
         for number, helper in enumerate(self._helpers):
-            held = [expert for expert in absent if holds[number, expert]] if helper.standing.is_due else []
+            peer = helper.standing
+            held = [expert for expert in absent if holds[number, expert]] if peer.is_due else []
             if held:
-                chosen = min(held, key=lambda expert: (wanted[expert], expert))
-                return tuple((chosen,) if n == number else () for n in range(len(self._helpers)))
+                held.sort(key=lambda expert: (wanted[expert], expert))
+                chosen = tuple(held[: 1 + peer.measured.observations % 2 * TRIED_TOGETHER])
+                return tuple(chosen if n == number else () for n in range(len(self._helpers)))
         return None
 
     def _ask(self, work: _Layer, intent: _Intent) -> list[HelperRequest]:
@@ -211,24 +182,26 @@ class FlashAndPeers:
         for helper, experts in zip(self._helpers, intent.asked, strict=False):
             if experts:
                 places = np.flatnonzero(np.isin(work.ids.reshape(-1), experts))
-                request = HelperRequest(helper, places, helper.standing.late_seconds(len(places)))
+                request = HelperRequest(helper, places)
                 if request.ask(work.number, work.x, work.ids):
                     sent.append(request)
         return sent
 
     def _shared(self, work: _Layer, intent: _Intent, requests: Sequence[HelperRequest]) -> Float32:
         outputs = np.empty((work.ids.size, work.x.shape[1]), np.float32)
-        is_here = np.ones(work.ids.size, bool)
+        left = np.ones(work.ids.size, bool)  # places that this device computes
         for request in requests:
-            is_here[request.places] = False
+            left[request.places] = False
         try:
-            if not intent.is_trial:
-                self._apart(work, np.flatnonzero(is_here), intent, outputs)
-                is_here[:] = False
-            late = [request.places for request in requests if not self._collect(request, outputs)]
-            for places in late:
-                is_here[places] = True
-            self._apart(work, np.flatnonzero(is_here), intent, outputs)
+            if not intent.is_trial:  # else its time is to be that of the peer alone
+                self._apart(work, np.flatnonzero(left), intent, outputs)
+                left[:] = False
+            for request in requests:
+                left[request.places] = not self._collect(request, outputs)
+            told = outputs.copy() if requests[0].is_only_checked else outputs
+            self._apart(work, np.flatnonzero(left), intent, outputs)
+            for request in requests:
+                request.check(told, outputs)
         except BaseException:
             for request in requests:
                 request.give_up()
@@ -236,13 +209,14 @@ class FlashAndPeers:
         return combine(outputs, work.gates)
 
     def _collect(self, request: HelperRequest, outputs: Float32) -> bool:
+        """Whether these outputs are good as they are."""
         found = request.collect(outputs.shape[1])
         if found is None:
             self.statistics.late_uses += len(request.places)
             return False
         outputs[request.places] = found
-        self.statistics.asked_uses += len(request.places)
-        return True
+        self.statistics.asked_uses += 0 if request.is_only_checked else len(request.places)
+        return not request.is_only_checked
 
     def _apart(self, work: _Layer, places: NDArray[np.intp], intent: _Intent, outputs: Float32) -> None:
         """Each use as a row with one expert and the gate 1: its output as it is."""

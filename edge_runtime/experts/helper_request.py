@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.experts.peer_runner import rows_and_uses
-from edge_runtime.experts.peer_standing import MOST_LATE_SECONDS, PeerStanding
+from edge_runtime.experts.peer_standing import PeerStanding
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,13 @@ class Helper:
 
 
 class HelperRequest:
-    """`late_seconds` after it was asked nobody waits any more."""
+    """`is_only_checked`: this device computes the same, and that counts."""
 
-    def __init__(self, helper: Helper, places: Places, late_seconds: float = MOST_LATE_SECONDS) -> None:
+    def __init__(self, helper: Helper, places: Places) -> None:
         self.places = places
-        self._helper, self._late_seconds = helper, late_seconds
+        self.is_only_checked = not helper.standing.is_checked
+        self._helper, self._late_seconds = helper, helper.standing.late_seconds(len(places))
+        self._has_answer = False
         self._ticket = 0
         self._began_at = 0.0
 
@@ -91,8 +93,21 @@ class HelperRequest:
             return None
         now = helper.clock()
         seconds = now - self._began_at
+        self._has_answer = True
         helper.standing.answered(uses, seconds, waited=now - looked_at > _WAITED * seconds)
         return found
+
+    def check(self, told: Float32, computed: Float32) -> None:
+        """Both [R * top_k, hidden]: what peers said, and what counts."""
+        if not self.is_only_checked or not self._has_answer:
+            return
+        helper = self._helper
+        helper.standing.agreed(told[self.places].tobytes() == computed[self.places].tobytes())
+        if helper.standing.is_barred:
+            log.warning(
+                "device %s is not asked for experts any more: it computes other bits than this device",
+                helper.device_id[:8],
+            )
 
     def give_up(self) -> None:
         self._helper.port.forget(self._helper.device_id)

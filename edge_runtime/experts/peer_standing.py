@@ -15,6 +15,8 @@ MOST_DOUBLINGS = 6
 LATE_FACTOR = 4.0  # times what was expected: the answer is not waited for any longer
 LEAST_LATE_SECONDS = 0.02
 MOST_LATE_SECONDS = 2.0
+FIRST_LATE_SECONDS = 0.2  # where nothing is known yet
+CHECKS = 3  # answers that must have had this device's own bits
 
 
 class Trials:
@@ -39,6 +41,7 @@ class PeerStanding:
     def __init__(self) -> None:
         self.measured = MeasuredLine()
         self.is_barred = False  # for good: what it sends is wrong
+        self._checks_left = CHECKS
         self._trials = Trials()
         self._failures = 0
         self._rest_seconds = 0.0
@@ -46,7 +49,17 @@ class PeerStanding:
     @property
     def may_be_asked(self) -> bool:
         """In the ordinary way, where it is expected to be faster."""
-        return not self.is_barred and not self._failures and self.measured.observations > 0
+        return self.is_checked and not self.is_barred and not self._failures
+
+    @property
+    def is_checked(self) -> bool:
+        """It computes the bits of this device, as far as one can see."""
+        return self._checks_left == 0
+
+    def agreed(self, is_same: bool) -> None:
+        """An answer was compared with what this device computes."""
+        self._checks_left = max(0, self._checks_left - 1)
+        self.is_barred = self.is_barred or not is_same
 
     def passed(self, seconds: float) -> None:
         """Of work in which it was not asked."""
@@ -58,10 +71,14 @@ class PeerStanding:
         """It is worth a single request to see how it is now."""
         if self.is_barred or self._rest_seconds > 0:
             return False
-        return bool(self._failures) or self._trials.is_due(self.measured.line.seconds(1))
+        return (
+            bool(self._failures) or not self.is_checked or self._trials.is_due(self.measured.line.seconds(1))
+        )
 
     def late_seconds(self, uses: int) -> float:
         """How long an answer is waited for."""
+        if not self.measured.observations:
+            return FIRST_LATE_SECONDS
         expected = LATE_FACTOR * self.measured.line.seconds(uses)
         return min(max(expected, LEAST_LATE_SECONDS), MOST_LATE_SECONDS)
 

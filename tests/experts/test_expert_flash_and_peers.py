@@ -159,8 +159,11 @@ class World:
         self.time.passes(self.flash_seconds)
         return read_into(descriptor, target, offset_bytes)
 
-    def introduce(self) -> None:
-        self.source.introduce(ACTIVATIONS, 1)
+    def open(self) -> None:
+        """Peers may be asked, and have been found to compute the same."""
+        self.source.open()
+        for _ in range(12):
+            self.run()
 
     def run(self, rows: int = 1) -> None:
         """All layers once, compared with all in memory."""
@@ -215,7 +218,7 @@ def test_any_division_and_any_mishap_give_the_bits_of_one_device(
     )
     moods = ["", "", "", "late", "gone", "refuses", "unreachable"]
     try:
-        world.introduce()
+        world.open()
         world.port.mood = lambda device_id: data.draw(st.sampled_from(moods))
         for _ in range(4):
             world.run(rows)
@@ -230,7 +233,7 @@ def test_slow_flash_makes_misses_go_to_peers_and_they_come_back(bundle: Bundle) 
     world.port.seconds = {"left": 2e-3, "right": 4e-3}
     try:
         world.flash_seconds = 1e-4
-        world.introduce()
+        world.open()
         world.run(8)  # the cache is full
         assert world.asked_share(40) < 0.05
         world.flash_seconds = 1e-2
@@ -247,7 +250,7 @@ def test_where_both_are_as_fast_both_are_used(bundle: Bundle) -> None:
     world = World(bundle)
     world.port.seconds = dict.fromkeys(PEERS, 2.5e-3)  # three reads take longer, one is quicker
     try:
-        world.introduce()
+        world.open()
         world.run(8)
         assert 0.1 < world.asked_share(60) < 0.9
     finally:
@@ -261,9 +264,11 @@ def test_nobody_is_asked_before_it_has_given_the_same_bits_and_never_who_did_not
     try:
         world.run()
         assert world.port.requests == {"left": 0, "right": 0}
-        world.introduce()
-        world.port.requests = dict.fromkeys(PEERS, 0)
+        world.open()
         assert world.source.peers["left"].is_barred
+        assert world.source.peers["right"].is_checked
+        assert world.port.requests["left"] == 1
+        world.port.requests = dict.fromkeys(PEERS, 0)
         for _ in range(60):
             world.run()
         assert world.port.requests["left"] == 0
@@ -277,7 +282,7 @@ def test_a_peer_that_fails_is_asked_rarely_until_it_answers(bundle: Bundle, mood
     world = World(bundle, held=(range(EXPERTS), ()))
     world.flash_seconds = 5e-2
     try:
-        world.introduce()
+        world.open()
         world.run(8)
         assert world.asked_share(30) > 0.8
         world.port.mood = lambda device_id: mood
@@ -300,7 +305,7 @@ def test_what_flash_can_not_give_ends_the_batch_and_nobody_waits(bundle: Bundle,
     world = World(bundle, held=(range(6), ()))
     world.flash_seconds = 1e-2
     try:
-        world.introduce()
+        world.open()
         world.run(8)
 
         def broken(*_: object, **__: object) -> Rows:

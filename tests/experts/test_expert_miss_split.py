@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from edge_runtime.experts.measured_line import MeasuredLine
 from edge_runtime.experts.miss_split import Division, HereCost, Line, Miss, PeerCost, divide
 from edge_runtime.experts.peer_standing import (
+    CHECKS,
+    FIRST_LATE_SECONDS,
     LEAST_LATE_SECONDS,
     LEAST_REST_SECONDS,
     MOST_LATE_SECONDS,
@@ -137,10 +139,33 @@ def test_a_change_is_seen_soon_and_a_hiccup_hardly() -> None:
 # ---------------------------------------------------------------- who is asked again, and when
 
 
-def test_a_peer_that_fails_rests_longer_each_time() -> None:
+def known_peer(seconds: float = 1e-3) -> PeerStanding:
     peer = PeerStanding()
-    assert not peer.may_be_asked  # nothing is known of it
-    peer.answered(1, 1e-3)
+    for _ in range(CHECKS):
+        peer.answered(1, seconds)
+        peer.agreed(is_same=True)
+    return peer
+
+
+def test_a_peer_is_asked_once_its_first_answers_were_right() -> None:
+    peer = PeerStanding()
+    for _ in range(CHECKS):
+        assert peer.is_due
+        assert not peer.may_be_asked
+        peer.answered(1, 1e-3)
+        peer.agreed(is_same=True)
+    assert peer.may_be_asked
+    liar = PeerStanding()
+    for number in range(CHECKS):
+        liar.answered(1, 1e-3)
+        liar.agreed(is_same=number < CHECKS - 1)
+    assert liar.is_barred
+    assert not liar.may_be_asked
+    assert not liar.is_due
+
+
+def test_a_peer_that_fails_rests_longer_each_time() -> None:
+    peer = known_peer()
     assert peer.may_be_asked
     rests = []
     for _ in range(4):
@@ -163,8 +188,7 @@ def test_a_peer_that_fails_rests_longer_each_time() -> None:
 
 @given(st.floats(1e-4, 0.5))
 def test_trials_of_a_slow_peer_take_a_small_share_of_the_time(slow_seconds: float) -> None:
-    peer = PeerStanding()
-    peer.answered(1, slow_seconds)
+    peer = known_peer(slow_seconds)
     worked, tried = 0.0, 0.0
     for _ in range(2000):
         worked += 0.05
@@ -178,7 +202,10 @@ def test_trials_of_a_slow_peer_take_a_small_share_of_the_time(slow_seconds: floa
 
 def test_an_answer_is_waited_for_as_long_as_it_may_take() -> None:
     peer = PeerStanding()
+    assert peer.late_seconds(1) == FIRST_LATE_SECONDS
+    peer.answered(1, 1e-3)
     assert peer.late_seconds(1) == LEAST_LATE_SECONDS
+    peer = PeerStanding()
     peer.answered(1, 0.05)
     assert peer.late_seconds(1) == pytest.approx(0.2)
     assert peer.late_seconds(1000) == MOST_LATE_SECONDS
@@ -186,6 +213,3 @@ def test_an_answer_is_waited_for_as_long_as_it_may_take() -> None:
     assert peer.late_seconds(1) == pytest.approx(0.2)
     peer.answered(1, 0.01, waited=False)
     assert peer.late_seconds(1) < 0.2
-    peer.is_barred = True
-    assert not peer.may_be_asked
-    assert not peer.is_due
