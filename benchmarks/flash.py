@@ -19,18 +19,19 @@ of each, the fastest round counts, since others' work on a machine only ever add
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from benchmarks.checkpoints import CACHE
 from benchmarks.flash_arm import MAPPED, MEMORY, NAIVE, PRODUCT, Notes, Order
-from benchmarks.flash_beside import STRETCH_TOKENS, spread
+from benchmarks.flash_beside import spread
 from benchmarks.flash_halves import ROUNDS, halves
+from benchmarks.flash_limit import Stretch, limit_fraction, medians, table
 from benchmarks.flash_two_agents import two_agents
 from benchmarks.memory_cgroup import memory_cgroup
 from benchmarks.other_work import Patience
@@ -38,7 +39,6 @@ from benchmarks.page_cache import forget
 from benchmarks.random_moe import LARGE, TINY, random_moe
 from benchmarks.report import Report, arguments, say
 from edge_runtime.bundle.bundle import Bundle
-from edge_runtime.experts.cost import LayerWork, schedule_limit_seconds
 from edge_runtime.experts.flash_probe import measure_flash
 from edge_runtime.experts.flash_store import expert_bytes, expert_layers
 from edge_runtime.experts.replay import BELADY, replay
@@ -209,16 +209,8 @@ def _large(
     )
     arms = _chosen(_arms(base, total, dense, speed.lanes), chosen)
     results = _rounds(arms, bundle, rounds, report)
-    memory = results["memory"]
     for name, result in results.items():
-        share = ""
-        if any(result.notes.flash_bytes_per_second):
-            beside = spread([found for found in result.notes.flash_bytes_per_second if found])
-            limit = _limit_tps(memory.notes, result.notes, trace.top_k, layers[0].stride_bytes)
-            fraction = result.tokens_per_second / limit
-            share = f", {100 * fraction:.0f} % of the limit of {limit:.2f} at {beside} GB/s"
-            if name in ("product 50 %", "product 25 %"):
-                figures[f"limit_fraction_{name.split()[1]}"] = fraction
+        share = _limit(figures, name, result, trace.top_k, layers[0].stride_bytes)
         report.line(
             f"{name}: {result.tokens_per_second:.2f} tokens/s, prompt {result.notes.prefill_seconds:.2f} s, "
             f"{_hits(result)}, {result.notes.major_faults} major faults{share}"
@@ -226,6 +218,26 @@ def _large(
     _compare(figures, results)
     _check_replay(figures, report, results, total // 4 // layers[0].stride_bytes, small=small)
     return len({digest for result in results.values() for digest in result.digests}) == 1
+
+
+def _limit(figures: Figures, name: str, result: Result, top_k: int, expert_bytes: int) -> str:
+    """What the product reaches of the limit beside it, in words; its stretches go to the figures, too."""
+    stretches = result.notes.stretches
+    if not any(own.flash_bytes_per_second for own in stretches):
+        return ""
+    fraction = limit_fraction(stretches, top_k, expert_bytes)
+    rows = table(stretches, top_k, expert_bytes)
+    usual = medians(rows)
+    if name in ("product 50 %", "product 25 %"):
+        share = name.split()[1]
+        figures[f"limit_fraction_{share}"] = fraction
+        figures[f"stretches_{share}"] = rows
+        figures[f"stretch_{share}"] = usual
+    beside = spread([own.flash_bytes_per_second for own in stretches if own.flash_bytes_per_second])
+    return (
+        f", {100 * fraction:.0f} % of the limit of {result.tokens_per_second / fraction:.2f} at {beside} GB/s and "
+        f"{usual['memory']:.1f} ms a token in memory; medians of stretches: {usual}"
+    )
 
 
 def _two_agents_order(threads: int, *, small: bool) -> Order:
@@ -296,34 +308,11 @@ def run_arm(arm: Arm, bundle: Bundle) -> Result:
         if done.returncode != 0:
             raise RuntimeError(f"{arm.name} failed:\n{done.stderr[-2000:]}")
     notes = Notes(**json.loads(done.stdout.splitlines()[-1]))
+    notes.stretches = [Stretch(**own) for own in cast(list[dict[str, Any]], notes.stretches)]
     return Result(notes, order.decode_tokens / notes.decode_seconds, {notes.digest}, kills)
 
 
 # ---------------------------------------------------------------- figures
-
-
-def _limit_tps(memory: Notes, own: Notes, top_k: int, expert_bytes: int) -> float:
-    """Tokens a second if every read began at once and hid behind the hits, with what flash gave beside each stretch."""
-    tokens, layers = len(own.missed), len(own.missed[0])
-    expert_seconds = memory.experts_seconds / (tokens * layers * top_k)
-    dense_seconds = (memory.decode_seconds - memory.experts_seconds) / (tokens * layers)
-    usual = statistics.median(found for found in own.flash_bytes_per_second if found)
-    seconds = 0.0
-    for start in range(0, tokens, STRETCH_TOKENS):
-        at = start // STRETCH_TOKENS
-        beside = own.flash_bytes_per_second[at] if at < len(own.flash_bytes_per_second) else 0.0
-        work = [
-            LayerWork(
-                dense_seconds,
-                (top_k - misses) * expert_seconds,
-                expert_seconds if misses else 0.0,
-                misses * expert_bytes,
-            )
-            for token in own.missed[start : start + STRETCH_TOKENS]
-            for misses in token
-        ]
-        seconds += schedule_limit_seconds(work, beside or usual)
-    return tokens / seconds
 
 
 def _compare(figures: Figures, results: dict[str, Result]) -> None:

@@ -15,15 +15,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from edge_kernels.experts import ExpertWeights, combine, run_each
 from numpy.typing import NDArray
 
-from benchmarks.flash_beside import PROMPT, FlashBeside
+from benchmarks.flash_beside import FlashBeside
+from benchmarks.flash_limit import Stretch
+from benchmarks.memory_beside import MemoryBeside
 from benchmarks.memory_cgroup import MemoryCgroup
+from benchmarks.product_beside import ProductBeside
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Span
@@ -58,7 +62,7 @@ class Order:
     passes: int = 1  # only the last is timed
     ring: bool = True  # the kernel reads on its own; False: lanes do
     one_call: bool = True
-    beside: bool = False  # flash is measured between tokens (flash_beside)
+    beside: bool = False  # flash and memory are measured between tokens (flash_beside, memory_beside)
     start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
     cgroup_version: int = 0
@@ -82,7 +86,7 @@ class Notes:
     peak_resident_bytes: int = 0
     arena_bytes: int = 0
     direct: bool = True
-    flash_bytes_per_second: list[float] = field(default_factory=list)  # beside it, by stretch of tokens
+    stretches: list[Stretch] = field(default_factory=list)  # with what was measured beside them
     digest: str = ""  # of all ids and logits
 
 
@@ -91,11 +95,16 @@ class Routed:
 
     def __init__(self, inner: ExpertRunner, replay: Replay | None, layer: int, notes: Notes) -> None:
         self._inner, self._replay, self._layer, self._notes = inner, replay, layer, notes
+        self.in_memory: MemoryBeside | None = None  # who computes instead, for now
 
     def run(self, x: Float32, ids: Int32, gates: Float32) -> Float32:
         if self._replay is not None:
             ids = self._replay.ids(self._layer, len(x))
         begin = time.perf_counter()
+        if self.in_memory is not None:
+            result = self.in_memory.run(self._layer, x, gates)
+            self.in_memory.seconds += time.perf_counter() - begin
+            return result
         result = self._inner.run(x, ids, gates)
         self._notes.experts_seconds += time.perf_counter() - begin
         return result
@@ -179,12 +188,12 @@ def run(order: Order) -> Notes:
     _route(order, bundle, stage, replay, notes)
     if order.arm == MEMORY and stage.experts is None:
         _touch(bundle)
-    beside = _beside(order, bundle)
+    beside = _beside(order, bundle, stage, notes)
     try:
         for _ in range(order.passes):
             _generate(order, stage, replay, notes, beside)
         if beside is not None:
-            notes.flash_bytes_per_second = beside.bytes_per_second
+            notes.stretches = beside.stretches
             beside.close()
         if stage.experts is not None:
             notes.arena_bytes, notes.direct = stage.experts.arena_bytes, stage.experts.reader.direct
@@ -194,12 +203,21 @@ def run(order: Order) -> Notes:
     return notes
 
 
-def _beside(order: Order, bundle: Bundle) -> FlashBeside | None:
-    if not order.beside:
+def _beside(order: Order, bundle: Bundle, stage: CpuStage, notes: Notes) -> ProductBeside | None:
+    """None also where the kernel does not read on its own: there is no limit then."""
+    if not order.beside or stage.experts is None or not stage.experts.kernel_reads:
         return None
     layers = expert_layers(bundle, bundle.manifest.layers)
     slots = order.cache_bytes // layers[0].stride_bytes
-    return FlashBeside(layers, read_trace(order.trace), slots, order.policy)
+    trace = read_trace(order.trace)
+    steps = [stage.blocks[f"layers.{layer.layer}"].experts_steps[0] for layer in layers]
+    return ProductBeside(
+        stage.experts,
+        [cast(Routed, step.runner) for step in steps],
+        MemoryBeside(stage.experts, trace.top_k, order.threads),
+        FlashBeside(layers, trace, slots, order.policy),
+        lambda: notes.experts_seconds,
+    )
 
 
 def _options(order: Order, bundle: Bundle) -> CacheOptions | None:
@@ -233,7 +251,7 @@ def _touch(bundle: Bundle) -> None:
 
 
 def _generate(
-    order: Order, stage: CpuStage, replay: Replay | None, notes: Notes, beside: FlashBeside | None = None
+    order: Order, stage: CpuStage, replay: Replay | None, notes: Notes, beside: ProductBeside | None = None
 ) -> None:
     """A prompt and greedy tokens after it, noted from scratch."""
     notes.missed.clear()
@@ -243,7 +261,7 @@ def _generate(
     found = hashlib.sha256()
     stage.open(SESSION, order.prompt_tokens + order.decode_tokens)
 
-    def step(base: int, rows: list[int]) -> int:
+    def step(base: int, rows: list[int], found: hashlib._Hash = found) -> int:
         logits = stage.run(Batch((Span(SESSION, base, tuple(rows), 1),), None))
         found.update(logits.tobytes())
         return int(logits[-1].argmax())
@@ -254,8 +272,7 @@ def _generate(
     token = step(0, ids)
     notes.prefill_seconds = time.perf_counter() - begin
     if beside is not None:
-        beside.follow(PROMPT)
-    beside_seconds = 0.0
+        beside.prompt()
     notes.experts_seconds = 0.0
     misses = _misses(stage)
     total = stage.experts.statistics.total if stage.experts is not None else None
@@ -265,13 +282,17 @@ def _generate(
     for index in range(order.decode_tokens):
         if replay is not None:
             replay.token = index
-        token = step(order.prompt_tokens + index, [token])
+        base, row = order.prompt_tokens + index, [token]
+        if beside is not None:
+            beside.before(index, partial(step, base, row, hashlib.sha256()))
+        token = step(base, row)
         now = _misses(stage)
         notes.missed.append([new - old for new, old in zip(now, misses, strict=True)])
         misses = now
         if beside is not None:
-            beside_seconds += beside.follow(index)
-    notes.decode_seconds = time.perf_counter() - begin - beside_seconds
+            beside.after(index, notes.missed[-1])
+    aside_seconds = beside.aside_seconds if beside is not None else 0.0
+    notes.decode_seconds = time.perf_counter() - begin - aside_seconds
     notes.processor_seconds = time.process_time() - processor
     notes.major_faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
     if stage.experts is not None and total is not None:

@@ -16,13 +16,15 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import groupby
 
+from edge_kernels.flash import DIGEST_BYTES, FlashReads, Part
+
+from edge_runtime.bundle.hashing import EXPERT_PIECE_BYTES
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
-from edge_runtime.experts.lanes import open_for_reading, read_fully
+from edge_runtime.experts.lanes import open_for_reading
 from edge_runtime.experts.policies import POLICIES
 from edge_runtime.experts.slot_table import ABSENT, SlotTable
 from edge_runtime.experts.trace import RoutingTrace
@@ -86,7 +88,7 @@ class FlashBeside:
         self._missed = missed_experts(trace, slots, policy)
         self._stand_ins = stand_ins(trace)
         self._arena = Arena(trace.top_k * SLOTS, max(layer.stride_bytes for layer in layers))
-        self._others = ThreadPoolExecutor(trace.top_k - 1)  # the caller reads, too
+        self._reads = FlashReads(EXPERT_PIECE_BYTES)
         self._read_layers = 0
         self._waiting: list[list[Expert]] = []  # by layer of a token
 
@@ -105,32 +107,35 @@ class FlashBeside:
         return time.perf_counter() - begin
 
     def close(self) -> None:
-        self._others.shutdown()
         for file in self._files.values():
             os.close(file)
 
     def _read_stretch(self) -> float:
         """Bytes a second."""
         read_bytes = sum(self._layers[layer].stride_bytes for own in self._waiting for layer, _ in own)
-        begin = time.perf_counter()
-        for own in self._waiting:
-            self._read(own)
-        return read_bytes / (time.perf_counter() - begin) if read_bytes else 0.0
+        seconds = sum(self._read(own) for own in self._waiting)
+        return read_bytes / seconds if read_bytes else 0.0
 
-    def _read(self, experts: Sequence[Expert]) -> None:
-        """What a layer misses, all at once."""
-        for start in range(0, len(experts), self._arena.slots // SLOTS):
-            self._read_together(experts[start : start + self._arena.slots // SLOTS])
+    def _read(self, experts: Sequence[Expert]) -> float:
+        """What a layer misses, all at once: seconds."""
+        places = self._arena.slots // SLOTS
+        return sum(
+            self._read_together(experts[start : start + places]) for start in range(0, len(experts), places)
+        )
 
-    def _read_together(self, experts: Sequence[Expert]) -> None:
+    def _read_together(self, experts: Sequence[Expert]) -> float:
         self._read_layers += 1
-        others = [self._others.submit(self._read_one, at, own) for at, own in enumerate(experts[1:], 1)]
-        self._read_one(0, experts[0])
-        wait(others)
-        for other in others:
-            other.result()
+        parts = [self._part(place, own) for place, own in enumerate(experts)]
+        return self._reads.time_reads(self._arena.bytes, parts)
 
-    def _read_one(self, place: int, expert: Expert) -> None:
+    def _part(self, place: int, expert: Expert) -> Part:
         layer = self._layers[expert[0]]
-        target = self._arena.slot(place * SLOTS + self._read_layers % SLOTS)[: layer.stride_bytes]
-        read_fully(self._files[layer.layer], target, layer.offset(expert[1]))
+        slot = place * SLOTS + self._read_layers % SLOTS
+        return Part(
+            place,
+            self._files[layer.layer],
+            layer.offset(expert[1]),
+            layer.stride_bytes,
+            slot * self._arena.slot_bytes,
+            bytes(DIGEST_BYTES),
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import numpy as np
-from edge_kernels.flash import Landed
+from edge_kernels.flash import NO_TIMES, FlashTimes, Landed
 from numpy.typing import NDArray
 
 from edge_runtime.errors import CapacityError, EngineError
@@ -22,7 +22,7 @@ from edge_runtime.experts.lanes import ReadInto, read_into
 from edge_runtime.experts.layer_run import LayerRun
 from edge_runtime.experts.native_layer import NativeLayer
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
-from edge_runtime.experts.pool import make_pools
+from edge_runtime.experts.pool import Pool, make_pools
 from edge_runtime.experts.reader import DEFAULT_LANES, Cancelled, ExpertReader, ReadBatch, Refetch
 from edge_runtime.experts.reads import LaneReads, RingReads, kernel_reads
 from edge_runtime.experts.slot_table import ABSENT
@@ -146,6 +146,15 @@ class ExpertCache:
     def kernel_reads(self) -> bool:
         """The kernel reads on its own; lanes do otherwise."""
         return self._ring is not None
+
+    @property
+    def kernel_times(self) -> FlashTimes:
+        """Where the time of layers with misses went, so far. Only with `kernel_reads`."""
+        return NO_TIMES if self._ring is None else self._ring.native.times
+
+    def pool(self, layer: int) -> Pool:
+        """Whose experts are in memory, and where: to look at."""
+        return self._pools[layer]
 
     def cancel(self) -> None:
         """Reads of the batch that runs now are given up, and the batch fails."""

@@ -31,6 +31,10 @@ void Arriving::operator()(int threads) {
   const int used = std::clamp(threads, 1, 256);
   run_phases(used, {used}, [&](int, std::int64_t, int thread) { take_part(thread == 0); });
   take_part(true);  // helpers that were quicker may have taken the caller's place
+  if (all_came_) {
+    reads_.times().reading.fetch_add(all_came_ - begun_, std::memory_order_relaxed);
+    FlashTimes::add(&reads_.times().after, all_came_);
+  }
   if (!failed_ || !checks_later_) return;
   reads_.put_back(leave_checks());
   reads_.hash_put_off(threads);
@@ -40,10 +44,14 @@ void Arriving::operator()(int threads) {
 void Arriving::take_part(bool is_caller) {
   if (is_caller) is_looked_after_.store(true, std::memory_order_relaxed);
   for (Work work; next(&work, is_caller);) {
-    if (work.kind != Kind::hash)
+    const std::int64_t start = FlashTimes::now();
+    if (work.kind != Kind::hash) {
       compute(work);
-    else if (FlashPart* part = FlashReads::hash(work.leaf))
-      checked(part);
+      FlashTimes::add(&reads_.times().computing, start);
+      continue;
+    }
+    if (FlashPart* part = FlashReads::hash(work.leaf)) checked(part);
+    FlashTimes::add(&reads_.times().hashing, start);
   }
 }
 
@@ -75,7 +83,7 @@ void Arriving::came(FlashPart* part) {
     const std::lock_guard<Spin> lock(spin_);
     is_next = !--own.missing && !own.is_lost;
   }
-  coming_.fetch_sub(1, std::memory_order_relaxed);
+  if (coming_.fetch_sub(1, std::memory_order_relaxed) == 1) all_came_ = FlashTimes::now();
   if (is_next) add(Kind::inner, part->group, run_.inner_chunks());
   if (checks_later_) open_.fetch_sub(1, std::memory_order_release);
 }

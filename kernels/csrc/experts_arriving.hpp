@@ -72,6 +72,8 @@ class Arriving {
   FlashReads& reads_;
   const bool checks_later_;
   std::vector<State> groups_;
+  const std::int64_t begun_ = FlashTimes::now();
+  std::int64_t all_came_ = 0;  // when
   std::atomic<bool> is_looked_after_{false};
   std::atomic<std::int64_t> coming_;  // parts of which not every byte has come
   std::atomic<std::int64_t> open_;    // groups that are neither computed nor lost, and parts that are not settled, or come

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <mutex>
+#include <stdexcept>
 
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -28,6 +29,18 @@ bool is_right(const FlashPart& part) {
   return std::equal(digest, digest + kBlake3DigestBytes, part.wanted);
 }
 
+void check_places(const Array<std::uint8_t, 1>& memory, const Array<const std::int64_t, 2>& places,
+                  const Array<const std::int64_t, 1>& targets) {
+  const std::size_t count = places.shape(0);
+  require(places.shape(1) == 4 && targets.shape(0) == count, "every part needs a place and a target");
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t bytes = places.data()[4 * i + 3], target = targets.data()[i], size = static_cast<std::int64_t>(memory.size());
+    require(bytes > 0 && bytes % kGrain == 0 && target >= 0 && bytes <= size && target <= size - bytes &&
+                places.data()[4 * i + 2] >= 0,
+            "a part must fit into its memory, and be a multiple of 2 KiB");
+  }
+}
+
 }  // namespace
 
 FlashReads::FlashReads(std::int64_t piece_bytes) : ring_(kInFlight), piece_bytes_(piece_bytes) {
@@ -43,15 +56,8 @@ FlashReads::~FlashReads() {
 void FlashReads::submit(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places,
                         Array<const std::int64_t, 1> targets, Array<const std::uint8_t, 2> digests) {
   const std::size_t count = places.shape(0);
-  require(places.shape(1) == 4 && targets.shape(0) == count && digests.shape(0) == count &&
-              digests.shape(1) == kBlake3DigestBytes,
-          "every part needs a place, a target and a digest");
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::int64_t bytes = places.data()[4 * i + 3], target = targets.data()[i], size = static_cast<std::int64_t>(memory.size());
-    require(bytes > 0 && bytes % kGrain == 0 && target >= 0 && bytes <= size && target <= size - bytes &&
-                places.data()[4 * i + 2] >= 0,
-            "a part must fit into its memory, and be a multiple of 2 KiB");
-  }
+  require(digests.shape(0) == count && digests.shape(1) == kBlake3DigestBytes, "every part needs a digest");
+  check_places(memory, places, targets);
   begin(memory);
   nb::gil_scoped_release released;
   for (std::size_t i = 0; i < count; ++i) {
@@ -124,6 +130,34 @@ FlashReads::Landed FlashReads::land(int threads) {
   }
   forget_memory();
   return landed;
+}
+
+double FlashReads::time_reads(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets) {
+  check_places(memory, places, targets);
+  require(parts_.empty(), "other reads are on their way");
+  constexpr std::uint8_t kUnchecked[kBlake3DigestBytes] = {};
+  begin(memory);
+  bool is_lost = false;
+  const std::int64_t start = FlashTimes::now();
+  {
+    nb::gil_scoped_release released;
+    for (std::size_t i = 0; i < places.shape(0); ++i) {
+      const std::int64_t* place = places.data() + 4 * i;
+      ask({place[0], static_cast<int>(place[1]), place[2], place[3], memory.data() + targets.data()[i], kUnchecked, 0});
+    }
+    FlashNews news;
+    for (poll(&news); is_waiting(); poll(&news)) {
+      const auto idle = std::chrono::steady_clock::now();
+      while (!ring_.is_ready() && std::chrono::steady_clock::now() - idle < kFlashAwake) pause_awake();
+      if (!ring_.is_ready()) wait();
+    }
+    is_lost = std::any_of(parts_.begin(), parts_.end(), [](const auto& part) { return part->unread != 0; });
+    parts_.clear();
+  }
+  const std::int64_t end = FlashTimes::now();
+  forget_memory();
+  if (is_lost) throw std::runtime_error("a part can't be read");
+  return 1e-9 * static_cast<double>(end - start);
 }
 
 void FlashReads::give_up() {
@@ -224,7 +258,10 @@ void FlashReads::feed() {
                     reinterpret_cast<std::uint64_t>(&piece)))
       break;
   }
-  if (any) ring_.submit();
+  if (!any) return;
+  const std::int64_t start = FlashTimes::now();
+  ring_.submit();
+  FlashTimes::add(&times_.asking, start);
 }
 
 namespace {
@@ -248,10 +285,15 @@ void bind_flash(nb::module_& m) {
       .def(nb::init<std::int64_t>())
       .def("submit", &FlashReads::submit)
       .def("land", &FlashReads::land)
+      .def("time_reads", &FlashReads::time_reads)
       .def("give_up", &FlashReads::give_up)
       .def("check", &FlashReads::check)
       .def("cancel", &FlashReads::cancel)
       .def_prop_ro("waited_seconds", &FlashReads::waited_seconds)
+      .def_prop_ro("times", [](FlashReads& reads) {
+        const FlashTimes& times = reads.times();
+        return std::make_tuple(times.asking.load(), times.reading.load(), times.after.load(), times.hashing.load(), times.computing.load());
+      })
       .def_prop_ro("parts", &FlashReads::parts);
   m.def("blake3", &hash_bytes);
 }

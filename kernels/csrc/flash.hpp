@@ -67,6 +67,20 @@ struct FlashLeaf {
   std::int64_t number;
 };
 
+// Where the time of layers with reads goes, in nanoseconds; anybody may add.
+struct FlashTimes {
+  std::atomic<std::int64_t> asking{0};     // system calls of the thread that asks
+  std::atomic<std::int64_t> reading{0};    // from a layer's first read to its last byte
+  std::atomic<std::int64_t> after{0};      // from its last byte to its result
+  std::atomic<std::int64_t> hashing{0};    // of all threads
+  std::atomic<std::int64_t> computing{0};  // of all threads
+
+  static std::int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+  static void add(std::atomic<std::int64_t>* to, std::int64_t from) { to->fetch_add(now() - from, std::memory_order_relaxed); }
+};
+
 // What a look brought: leaves to be hashed, parts of which every byte has come, parts that were lost.
 struct FlashNews {
   std::vector<FlashLeaf> leaves;
@@ -100,10 +114,14 @@ class FlashReads {
               Array<const std::uint8_t, 2> digests);
   // One part at least, and all that are there already; [] where none is on its way.
   Landed land(int threads);
+  // Reads and checks nothing: seconds until all is there. places and targets as for `submit`; nothing else may be on its
+  // way. Throws std::runtime_error for what can't be read.
+  double time_reads(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets);
   // What has not begun is not read; what is under way is waited for. All parts are forgotten.
   void give_up();
   // From any thread: what has not begun is not read, and comes as left out. Until the next `submit`.
   void cancel() { is_cancelled_.store(true, std::memory_order_relaxed); }
+  FlashTimes& times() { return times_; }
   double waited_seconds() const { return waited_seconds_; }
   std::int64_t parts() const { return static_cast<std::int64_t>(parts_.size()); }
   bool has(std::int64_t key) const {
@@ -157,6 +175,7 @@ class FlashReads {
   std::vector<Array<std::uint8_t, 1>> memory_;       // stays where it is while something is on its way into it
   std::atomic<bool> is_cancelled_{false};
   double waited_seconds_ = 0.0;
+  FlashTimes times_;
 };
 
 }  // namespace edge

@@ -22,6 +22,7 @@ from edge_kernels.experts import ExpertWeights
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 GRAIN_BYTES = 2048  # parts and pieces are multiples of it
@@ -55,6 +56,24 @@ class Landed:
     problem: str
 
 
+@dataclass(frozen=True, slots=True)
+class FlashTimes:
+    """Seconds since the beginning, of layers whose experts are computed while some of them come.
+
+    `asking`: system calls of the thread that asks. `reading`: from a layer's first read to its last byte. `after`: from
+    there to its result. `hashing`, `computing`: of all threads together.
+    """
+
+    asking: float
+    reading: float
+    after: float
+    hashing: float
+    computing: float
+
+
+NO_TIMES = FlashTimes(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 class FlashReads:
     """One thread uses it. Raises RuntimeError where `works` says no."""
 
@@ -71,12 +90,20 @@ class FlashReads:
         """Of this thread, for flash alone: nothing was there to be hashed."""
         return self._native.waited_seconds
 
+    @property
+    def times(self) -> FlashTimes:
+        return FlashTimes(*(1e-9 * nanoseconds for nanoseconds in self._native.times))
+
+    def time_reads(self, memory: U8, parts: Sequence[Part]) -> float:
+        """Seconds until all of them are there, unchecked: what flash gives who reads as `run_experts` does.
+
+        Nothing else may be on its way. Raises RuntimeError for what can't be read.
+        """
+        return self._native.time_reads(memory, *_places(parts))
+
     def submit(self, memory: U8, parts: Sequence[Part]) -> None:
         """Begin to read. The memory must stay where it is, and nobody else may touch the targets until they landed."""
-        places = np.array(
-            [(part.key, part.file, part.offset_bytes, part.size_bytes) for part in parts], np.int64
-        )
-        targets = np.array([part.target_byte for part in parts], np.int64)
+        places, targets = _places(parts)
         digests = np.frombuffer(b"".join([part.digest for part in parts]), np.uint8)
         self._native.submit(memory, places, targets, digests.reshape(len(parts), DIGEST_BYTES))
 
@@ -135,6 +162,12 @@ class FlashReads:
     def give_up(self) -> None:
         """What has not begun is not read; returns when the rest has come, and forgets it."""
         self._native.give_up()
+
+
+def _places(parts: Sequence[Part]) -> tuple[I64, I64]:
+    """[n, 4] and [n], as native kernels want them."""
+    places = [(part.key, part.file, part.offset_bytes, part.size_bytes) for part in parts]
+    return np.array(places, np.int64).reshape(-1, 4), np.array([part.target_byte for part in parts], np.int64)
 
 
 def works() -> bool:

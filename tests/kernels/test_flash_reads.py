@@ -76,6 +76,23 @@ def land_all(reads: FlashReads, parts: int, threads: int) -> dict[int, str]:
 
 
 @needs_ring
+def test_timed_reads_bring_the_bytes_and_leave_nothing_behind(file: tuple[int, bytes]) -> None:
+    reads, memory = FlashReads(PIECE_BYTES), np.zeros(400 << 10, np.uint8)
+    unchecked = [
+        replace(part_of(file, key, offset, 192 << 10, key * (192 << 10)), digest=bytes(32))
+        for key, offset in enumerate((4096, 1 << 20))
+    ]
+    assert reads.time_reads(memory, unchecked) > 0.0
+    for part in unchecked:
+        wanted = file[1][part.offset_bytes : part.offset_bytes + part.size_bytes]
+        assert memory[part.target_byte : part.target_byte + part.size_bytes].tobytes() == wanted
+    assert reads.times.asking > 0.0
+    with pytest.raises(RuntimeError, match="can't be read"):
+        reads.time_reads(memory, [replace(unchecked[0], offset_bytes=FILE_BYTES)])
+    assert land_all(reads, 0, 1) == {}
+
+
+@needs_ring
 @given(
     sizes=st.lists(st.integers(1, 120), min_size=1, max_size=40),
     batches=st.integers(1, 3),

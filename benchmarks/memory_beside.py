@@ -1,0 +1,46 @@
+"""How fast a product would be with all experts in memory, at the same minute: between its tokens, a token is computed
+with experts that happen to be in its cache.
+
+A machine's speed changes by a third within a minute, so what the arm in memory took some minutes ago says nothing of
+the compute terms of the product's limit. The same stage, weights and threads compute here, by the call that the arm in
+memory makes for each layer. Such a token takes a position of the session before the token that belongs there, whose
+rows it leaves to be written anew; who is in the cache, and in what order who goes, stays as it is.
+
+Knows: caches, tables of slots. Does not know: stages, limits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from edge_kernels.experts import run_experts
+from numpy.typing import NDArray
+
+from edge_runtime.experts.cache import ExpertCache
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+class MemoryBeside:
+    """`choose` before each token; `run` is a layer of it. `seconds`: that whoever calls `run` noted."""
+
+    def __init__(self, cache: ExpertCache, top_k: int, threads: int, seed: int = 1) -> None:
+        self.seconds = 0.0
+        self._cache, self._top_k, self._threads = cache, top_k, threads
+        self._random = np.random.default_rng(seed)
+        self._slots: dict[int, Int32] = {}
+
+    def choose(self) -> None:
+        """Any experts: those of all layers with the same shapes lie in one arena, and take the same time."""
+        here: dict[int, Int32] = {}  # by pool
+        for layer in self._cache.layers:
+            pool = self._cache.pool(layer)
+            if id(pool) not in here:
+                keys = [pool.table.key(slot) for slot in range(pool.table.slots)]
+                here[id(pool)] = np.flatnonzero(np.array(keys) >= 0).astype(np.int32)
+            self._slots[layer] = self._random.choice(here[id(pool)], self._top_k, replace=False)[None]
+
+    def run(self, layer: int, x: Float32, gates: Float32) -> Float32:
+        """x [1, hidden], gates [1, top_k] -> [1, hidden]."""
+        weights = self._cache.pool(layer).weights[layer][-1]
+        return run_experts(x, self._slots[layer], gates, weights, activation="silu", threads=self._threads)
