@@ -34,7 +34,7 @@ test: setup browser  ## every test: unit, real processes, real browser
 
 # Real links, the interpreter of GPU programs: `make test` runs them, a minute of waiting is too much for test-unit.
 LINK_TESTS := tests/coordinator/test_bad_input.py tests/coordinator/test_runtime_sessions.py tests/experts/test_expert_agent.py \
-  tests/experts/test_expert_peer_agents.py \
+  tests/experts/test_expert_peer_agents.py tests/experts/test_expert_helped_agents.py \
   tests/sdk tests/local_api tests/conformance tests/trust tests/api tests/agent/test_agents.py tests/agent/test_agent_refusals.py tests/coordinator/test_nothing_leaks.py \
   tests/engine/test_torch_stage.py tests/engine/test_torch_side_rows.py $(wildcard tests/kernels/test_triton_*.py)
 

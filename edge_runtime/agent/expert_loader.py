@@ -19,10 +19,12 @@ from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.bundle.store import PartialBundle
 from edge_runtime.engine.base import StageFormats
 from edge_runtime.errors import EdgeRuntimeError, EngineError, TamperedError
+from edge_runtime.experts.cache import CacheOptions
+from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers
 from edge_runtime.experts.peer_runner import PeerOptions, peers_of
 from edge_runtime.experts.peer_server import PeerServer
-from edge_runtime.experts.peer_shares import held_by, owners_of
+from edge_runtime.experts.peer_shares import held_by, holders_of, owners_of
 from edge_runtime.experts.peer_store import PeerStore
 from edge_runtime.protocol.messages import LoadStage
 
@@ -71,6 +73,24 @@ class ExpertShareLoader:
             options.store.total_bytes / (1 << 20),
             len(peers),
         )
+
+    def helped(self, order: LoadStage, partial: PartialBundle, cache: CacheOptions) -> HelpedOptions:
+        """Experts on this device's flash, where others have some in memory. Raises ProtocolError."""
+        counts = {layer.layer: layer.experts for layer in _layers(order, partial)}
+        return HelpedOptions(cache, holders_of(order.shares, self._device_id, counts), self._links)
+
+    async def open(self, order: LoadStage, experts: FlashAndPeers) -> None:
+        """From now on others may be asked; who can't be reached is done without."""
+        reached = 0
+        for device_id in experts.peers:
+            try:
+                await self._on_links(self._links.reach([device_id]))
+                reached += 1
+            except EdgeRuntimeError as problem:
+                log.warning("device %s can't help with experts: %s", device_id[:8], problem.message)
+        await self._worker.call(lambda: self._links.begin(order.lease))
+        await self._worker.call(experts.open)
+        log.info("lease %d: %d other devices may be asked for experts instead of flash", order.lease, reached)
 
     async def hold(self, order: LoadStage, partial: PartialBundle, progress: Progress) -> Loaded:
         """Experts and nothing else. Raises CapacityError before a byte is fetched, else as `options`."""

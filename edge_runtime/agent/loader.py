@@ -25,6 +25,7 @@ from edge_runtime.engine.base import Stage, StageFormats
 from edge_runtime.engine.executors import TORCH
 from edge_runtime.errors import EngineError, ProtocolError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
+from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import expert_bytes
 from edge_runtime.experts.peer_runner import PeerOptions
 from edge_runtime.experts.reader import DEFAULT_LANES
@@ -33,7 +34,7 @@ from edge_runtime.protocol.messages import HOLDS_EXPERTS, LoadStage
 
 log = logging.getLogger(__name__)
 
-ExpertOptions = CacheOptions | PeerOptions
+ExpertOptions = CacheOptions | PeerOptions | HelpedOptions
 
 
 class MakeStage(Protocol):
@@ -145,6 +146,7 @@ class StageLoader:
         self._shares = shares
         self._start_bits = start_bits
         self.expert_cache: ExpertCache | None = None  # of the stage loaded last
+        self._helped: FlashAndPeers | None = None  # of it, too, where peers may help
         self.early_quality = (
             ""  # what it may cost that it uses experts before they are whole; "": it does not
         )
@@ -154,7 +156,7 @@ class StageLoader:
         partial = await self._fetcher.manifest(order.bundle)
         manifest = partial.manifest
         check_order(order, manifest)
-        if order.stage == HOLDS_EXPERTS or order.shares:
+        if order.stage == HOLDS_EXPERTS or (order.shares and not order.experts_on_flash):
             return await self._load_shared(order, partial, progress), manifest
         memory = self._budget.divide(manifest, order.first_layer, order.last_layer, self._expert_setting)
         blocks = manifest.blocks(order.first_layer, order.last_layer)
@@ -170,8 +172,12 @@ class StageLoader:
             _say_what_begins_early(order, manifest, self._start_bits)
         await asyncio.to_thread(bundle.verify, [key for key in keys if key not in on_flash])
         progress("loading", 0, total_bytes)
-        experts = self._cache_options(order.bundle, manifest, memory)
+        experts: ExpertOptions | None = self._cache_options(order.bundle, manifest, memory)
+        if order.shares and self._shares is not None and isinstance(experts, CacheOptions):
+            experts = self._shares.helped(order, partial, experts)
         loaded = await self._worker.call(lambda: self._install(order, bundle, memory.kv_bytes, experts))
+        if self._shares is not None and self._helped is not None:
+            await self._shares.open(order, self._helped)
         progress("loading", total_bytes, total_bytes)
         return loaded, manifest
 
@@ -179,7 +185,7 @@ class StageLoader:
         """Dense weights as ever, and this device's own experts; or only those."""
         if self._shares is None:
             raise EngineError("this device does not share experts")
-        self.expert_cache = None
+        self.expert_cache = self._helped = None
         if order.stage == HOLDS_EXPERTS:
             return await self._shares.hold(order, partial, progress)
         manifest = partial.manifest
@@ -229,6 +235,8 @@ class StageLoader:
         )
         row_invariant = self._is_row_invariant(bundle, stage)
         self.expert_cache = _expert_cache_of(stage)
+        helped = getattr(stage, "peer_experts", None)
+        self._helped = helped if isinstance(helped, FlashAndPeers) else None
         if self.expert_cache is not None:
             self.expert_cache.statistics.reset()  # what the probe asked for says nothing
         is_early = self.expert_cache is not None and self.expert_cache.is_lossy

@@ -29,11 +29,13 @@ from edge_runtime.engine.spans import StageShape, check_batch, check_open
 from edge_runtime.engine.wire import FP32, check_wire, rounded
 from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
+from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import expert_layers
 from edge_runtime.experts.peer_runner import PeerExperts, PeerOptions
 from edge_runtime.experts.reader import Cancelled
 
-ExpertOptions = CacheOptions | PeerOptions
+ExpertOptions = CacheOptions | PeerOptions | HelpedOptions
+ExpertsApart = ExpertCache | PeerExperts | FlashAndPeers  # not mapped
 
 _NO_ROWS = np.zeros((0, 0), np.float32)
 
@@ -48,7 +50,7 @@ class CpuStage:
         executor: str,
         blocks: dict[str, LoadedBlock],
         cache: KvCache,
-        experts: ExpertCache | PeerExperts | None = None,
+        experts: ExpertsApart | None = None,
         formats: StageFormats = DEFAULT_FORMATS,
     ) -> None:
         manifest = bundle.manifest
@@ -58,11 +60,11 @@ class CpuStage:
         self.weight_bytes = manifest.stage_weight_bytes(layers.first, layers.last)
         if experts is not None:
             self.weight_bytes += experts.arena_bytes - experts.total_bytes
-        if isinstance(experts, ExpertCache) and experts.is_lossy:
+        # Both None: all experts are mapped. Both there: peers may be faster than flash.
+        self.experts = experts.cache if isinstance(experts, FlashAndPeers) else _cache_of(experts)
+        self.peer_experts = None if isinstance(experts, ExpertCache) else experts
+        if self.experts is not None and self.experts.is_lossy:
             self.numeric_class = early_class(self.numeric_class)
-        # Both None: all experts are mapped.
-        self.experts = experts if isinstance(experts, ExpertCache) else None
-        self.peer_experts = experts if isinstance(experts, PeerExperts) else None
         self.bundle_digest = bundle.digest
         self._shape = StageShape(manifest.model, layers, manifest.num_layers)
         self._blocks = blocks
@@ -201,7 +203,7 @@ class CpuStage:
         return self._cache.table.get(session).rows
 
     def close(self) -> None:
-        for experts in (self.experts, self.peer_experts):
+        for experts in (self.peer_experts, self.experts):
             if experts is not None:
                 experts.close()
         self._cache.close()
@@ -303,12 +305,20 @@ def _make_cache(blocks: tuple[Block, ...], budget_bytes: int, layers: LayerRange
 
 def _make_expert_cache(
     bundle: Bundle, blocks: tuple[Block, ...], options: ExpertOptions | None
-) -> ExpertCache | PeerExperts | None:
+) -> ExpertsApart | None:
     """None also where these layers have no experts."""
     if isinstance(options, PeerOptions):
         return PeerExperts(options)
     layers = expert_layers(bundle, blocks) if options is not None else ()
-    return ExpertCache(layers, options) if layers and options is not None else None
+    if not layers or options is None:
+        return None
+    if isinstance(options, HelpedOptions):
+        return FlashAndPeers(ExpertCache(layers, options.cache), options)
+    return ExpertCache(layers, options)
+
+
+def _cache_of(experts: ExpertsApart | None) -> ExpertCache | None:
+    return experts if isinstance(experts, ExpertCache) else None
 
 
 def _ropes(bundle: Bundle, cache: KvCache) -> RopeTables:

@@ -43,7 +43,8 @@ class LoadStage:
 
     `devices` lists the pipeline's device ids in order; the next stage is devices[stage + 1], the tail's ring goes to
     devices[0]. Layers already loaded are kept. `shares` say who holds the experts of these layers; without any the
-    stage holds all of them. Stage HOLDS_EXPERTS: compute the experts of one's own shares for the `devices`, no more.
+    stage holds all of them. `experts_on_flash`: it does, on its flash, and `shares` say who else has which of them in
+    memory. Stage HOLDS_EXPERTS: compute the experts of one's own shares for the `devices`, no more.
     """
 
     lease: int
@@ -56,6 +57,7 @@ class LoadStage:
     wire: str = "fp32"  # of rows between layers, and so of frames: fp32, fp16, int8
     kv: str = "fp32"  # of keys and values in memory: fp32, int8
     shares: tuple[ExpertShare, ...] = ()
+    experts_on_flash: bool = False
 
 
 @dataclass(frozen=True, slots=True)

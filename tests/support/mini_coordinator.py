@@ -231,9 +231,18 @@ class MiniCoordinator:
         return lease
 
     async def load_shared(
-        self, names: Sequence[str], places: Sequence[Sequence[int]], chunk: int = 4, tamper: bytes = b""
+        self,
+        names: Sequence[str],
+        places: Sequence[Sequence[int]],
+        chunk: int = 4,
+        tamper: bytes = b"",
+        *,
+        on_flash: bool = False,
     ) -> int:
-        """All layers on the first of `names`; places[layer][expert] is who holds that expert. Returns the lease."""
+        """All layers on the first of `names`; places[layer][expert] is who holds that expert. Returns the lease.
+
+        `on_flash`: the first one has all of them there, too.
+        """
         lease = next(self.numbers)
         devices = [self.device(name) for name in names]
         shares = tuple(
@@ -254,7 +263,15 @@ class MiniCoordinator:
             stage = HOLDS_EXPERTS if number else 0
             last = self.bundle.manifest.num_layers - 1
             order = LoadStage(
-                lease, str(self.bundle.digest), stage, (devices[0],), 0, last, chunk, shares=shares
+                lease,
+                str(self.bundle.digest),
+                stage,
+                (devices[0],),
+                0,
+                last,
+                chunk,
+                shares=shares,
+                experts_on_flash=on_flash,
             )
             await link.send(order)
         return lease
