@@ -95,15 +95,17 @@ inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
   }
   return r;
 }
-// The same with a third plane of 4 bits, 64 bytes: 16 times the codes and once what it says, less 128, to fit signed bytes.
-constexpr int kWholeZeroPoint = 136 - 128;
+// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds, from 0 to 127.
+inline int8x16_t whole(int8x16_t code, int8x16_t fine) {
+  const uint8x16_t sum = vreinterpretq_u8_s8(vaddq_s8(vshlq_n_s8(code, 3), fine));
+  return vreinterpretq_s8_u8(vqsubq_u8(sum, vdupq_n_u8(8)));
+}
 inline Nibbles wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   Nibbles r = planes(high, low);
   const Nibbles more = nibbles(fine);
-  const int8x16_t top = vdupq_n_s8(-128);
   for (int i = 0; i < 4; ++i) {
-    r.low[i] = veorq_s8(vorrq_s8(vshlq_n_s8(r.low[i], 4), more.low[i]), top);
-    r.high[i] = veorq_s8(vorrq_s8(vshlq_n_s8(r.high[i], 4), more.high[i]), top);
+    r.low[i] = whole(r.low[i], more.low[i]);
+    r.high[i] = whole(r.high[i], more.high[i]);
   }
   return r;
 }

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kNestedParts = 2;
 constexpr int kNestedWeights = 1;  // rows of a tile
-constexpr int kWholeZeroPoint = 136;
 
 struct NestedSum {
   __m256 v;
@@ -16,9 +15,8 @@ struct NestedSum {
 struct NestedCodes {
   __m256i even, odd;
 };
-// 16 times the one and once the other: products of 8 bits would not fit 16.
 struct WholeCodes {
-  NestedCodes codes, fine;
+  __m256i even, odd;
 };
 
 inline NestedSum nested_zero() { return {_mm256_setzero_ps()}; }
@@ -32,22 +30,30 @@ EDGE_INLINE NestedCodes high_codes(const std::uint8_t* high) {
   return {_mm256_and_si256(even, mask), _mm256_and_si256(odd, mask)};
 }
 
-// The codes of both planes.
+// The codes of both planes, those of odd columns in the higher bits.
+template <int Part>
+EDGE_INLINE __m256i packed_codes(const std::uint8_t* high, const std::uint8_t* low) {
+  const __m256i h = load256(high), l = load256(low);
+  const __m256i first = _mm256_set1_epi8(0x33), second = _mm256_set1_epi8(static_cast<char>(0xCC));
+  return Part == 0 ? _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(h, first), 2), _mm256_and_si256(l, first))
+                   : _mm256_or_si256(_mm256_and_si256(h, second), _mm256_and_si256(_mm256_srli_epi16(l, 2), first));
+}
+
 template <int Part>
 EDGE_INLINE NestedCodes both_codes(const std::uint8_t* high, const std::uint8_t* low) {
-  const __m256i h = load256(high), l = load256(low), mask = _mm256_set1_epi8(15);
-  const __m256i first = _mm256_set1_epi8(0x33), second = _mm256_set1_epi8(static_cast<char>(0xCC));
-  const __m256i codes =
-      Part == 0 ? _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(h, first), 2), _mm256_and_si256(l, first))
-                : _mm256_or_si256(_mm256_and_si256(h, second), _mm256_and_si256(_mm256_srli_epi16(l, 2), first));
+  const __m256i codes = packed_codes<Part>(high, low), mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask)};
 }
 
-// Those, and the third plane's.
+// 8 times those and what the third plane adds, from 0 to 127.
 template <int Part>
 EDGE_INLINE WholeCodes whole_codes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
-  const __m256i f = load256(fine + 32 * Part), mask = _mm256_set1_epi8(15);
-  return {both_codes<Part>(high, low), {_mm256_and_si256(f, mask), _mm256_and_si256(_mm256_srli_epi16(f, 4), mask)}};
+  const __m256i codes = packed_codes<Part>(high, low), f = load256(fine + 32 * Part);
+  const __m256i mask = _mm256_set1_epi8(15), upper = _mm256_set1_epi8(120), eight = _mm256_set1_epi8(8);
+  const __m256i even = _mm256_add_epi8(_mm256_and_si256(_mm256_slli_epi16(codes, 3), upper), _mm256_and_si256(f, mask));
+  const __m256i odd = _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16(codes, 1), upper),
+                                      _mm256_and_si256(_mm256_srli_epi16(f, 4), mask));
+  return {_mm256_subs_epu8(even, eight), _mm256_subs_epu8(odd, eight)};
 }
 
 // Two bfloat16 of a group's four, each in the lanes of its block.
@@ -60,20 +66,19 @@ EDGE_INLINE NestedSum nested_scales(const std::uint16_t* scales) {
   return {_mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_castpd_si256(four), place))};
 }
 
-// Eight products a lane, times `unit`. 2 * 2 * 24 * 127 fits 16 bits.
-template <int Part>
-EDGE_INLINE __m256i nested_dots(const NestedCodes& w, const std::int8_t* x, short unit) {
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.even, load256(x + 32 * Part)),
-                                         _mm256_maddubs_epi16(w.odd, load256(x + 64 + 32 * Part)));
-  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(unit));
-}
+// Eight products a lane. 2 * 2 * 24 * 127 fits 16 bits.
 template <int Part>
 EDGE_INLINE __m256i nested_dots(const NestedCodes& w, const std::int8_t* x) {
-  return nested_dots<Part>(w, x, 1);
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.even, load256(x + 32 * Part)),
+                                         _mm256_maddubs_epi16(w.odd, load256(x + 64 + 32 * Part)));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+// 2 * 127 * 127 fits 16 bits, twice that does not.
 template <int Part>
 EDGE_INLINE __m256i nested_dots(const WholeCodes& w, const std::int8_t* x) {
-  return _mm256_add_epi32(nested_dots<Part>(w.codes, x, 16), nested_dots<Part>(w.fine, x, 1));
+  const __m256i ones = _mm256_set1_epi16(1);
+  return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(w.even, load256(x + 32 * Part)), ones),
+                          _mm256_madd_epi16(_mm256_maddubs_epi16(w.odd, load256(x + 64 + 32 * Part)), ones));
 }
 
 // `sum` and what a group of a row (kNestedGroupBytes) times these codes adds.
