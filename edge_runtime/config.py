@@ -151,7 +151,7 @@ class AgentConfig:
     expert_start_bits: int = _setting(
         ALL_BITS,
         parse_start_bits,
-        "use bit-nested experts from so many bits on, complete them later: 2 (lossy), or all (the same tokens always)",
+        "use bit-nested experts from so many bits on, complete them later: 2, 4 (lossy); or all: the same tokens",
     )
     executor: str = _setting(
         "auto",

@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.bundle.bundle import MANIFEST_FILE, Bundle
-from edge_runtime.bundle.manifest import Block, Manifest, ModelInfo, Segment, Slice, Tensor
+from edge_runtime.bundle.manifest import (
+    TENSOR_FORMATS,
+    Block,
+    Manifest,
+    ModelInfo,
+    Segment,
+    Slice,
+    Tensor,
+)
 from edge_runtime.bundle.signing import BundleSigningKey
 from edge_runtime.bundle.writer import BundleWriter, SliceWriter
 from edge_runtime.core import Digest
@@ -145,7 +153,8 @@ class _Export:
         self.kept_fp32: dict[str, float] = {}
         self._progress = progress
         self._steps_done = 0
-        measured = 2 if options.weights == "nested4" else 1  # whole experts, and their first planes
+        experts = TENSOR_FORMATS[f"experts_{experts_format_of(options.weights)}"]
+        measured = experts.planes  # whole experts, and with fewer planes
         self._steps = len(plan.blocks) + measured * len(plan.layers)
 
     def write(self, path: Path) -> ExportReport:
@@ -305,13 +314,14 @@ class _Export:
         }
 
     def _measure_early(self, bundle: Bundle) -> dict[str, float]:
-        """What is left of the model where only the first plane of every expert is used."""
-        if not bundle.manifest.has_planes:
-            return {}
-        scores = bundle_scores(
-            bundle, self.sequences, lambda: self._advance("measuring 2 bits"), start_bits=2
-        )
-        return {perplexity_name(2): scores.perplexity}
+        """What is left of the model where only the first plane of every expert is used, the first two, …"""
+        found = {}
+        for bits in bundle.manifest.prefix_bits:
+            advance = partial(self._advance, f"measuring {bits} bits")
+            found[perplexity_name(bits)] = bundle_scores(
+                bundle, self.sequences, advance, start_bits=bits
+            ).perplexity
+        return found
 
 
 def _cosines(

@@ -57,7 +57,7 @@ class AgentConfig:
             ),
             (
                 self.expert_start_bits in CHOICES,
-                "experts can be used from 2 bits on, or whole (0)",
+                "experts can be used from 2 or 4 bits on, or whole (0)",
             ),
             (self.executor in EXECUTORS, f"an executor is one of {', '.join(EXECUTORS)}"),
             (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),

@@ -142,7 +142,7 @@ class DeviceProfiler:
 
     def _promised_class(self, manifest: Manifest, numeric_class: str) -> str:
         """Stages of this device may turn out exact where all experts fit into memory; it is not promised."""
-        is_early = self._start_bits != ALL_BITS and manifest.has_planes and self._expert_cache != EXPERTS_ALL
+        is_early = self._start_bits in manifest.prefix_bits and self._expert_cache != EXPERTS_ALL
         return early_class(numeric_class) if is_early else numeric_class
 
     def _numeric_class(self, manifest: Manifest) -> str:

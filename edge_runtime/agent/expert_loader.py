@@ -31,7 +31,7 @@ from edge_runtime.protocol.messages import LoadStage
 log = logging.getLogger(__name__)
 
 FETCHES_AHEAD = 4
-FORMATS = ("fp32", "int8", "int4", "nested4")
+FORMATS = ("fp32", "int8", "int4", "nested4", "nested8")
 
 NumericClass = Callable[[Manifest, StageFormats], str]
 

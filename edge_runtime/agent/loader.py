@@ -281,10 +281,10 @@ def _say_what_stays_on_flash(order: LoadStage, manifest: Manifest, cache_bytes: 
 def _say_what_begins_early(order: LoadStage, manifest: Manifest, start_bits: int) -> None:
     if start_bits == ALL_BITS:
         return
-    if not manifest.has_planes:
+    if start_bits not in manifest.prefix_bits:
         log.warning(
             "lease %d: --expert-start-bits %d changes nothing for %s: its experts are whole or not there "
-            "(edge-runtime export --weights nested4 writes them in planes)",
+            "(edge-runtime export --weights nested8 writes them in planes of 2, 2 and 4 bits, nested4 of 2 and 2)",
             order.lease,
             start_bits,
             manifest.model.name,

@@ -49,9 +49,12 @@ class TensorFormat:
     bits: int
     block: int
     parts: tuple[str, ...]
-    planes: int = (
-        1  # of an expert: runs of pages, each read and checked alone; `plane_of` says which part is in which
-    )
+    prefix_bits: tuple[int, ...] = ()  # of a weight, of which fewer than all planes are there
+
+    @property
+    def planes(self) -> int:
+        """Of an expert: runs of pages, each read and checked alone; `plane_of` says which part is in which."""
+        return len(self.prefix_bits) + 1
 
 
 # `int8` and `int4` are MatMulNBits' layouts: data uint8 [out, ceil(in/32), 32*bits/8], zero point 2^(bits-1), low
@@ -87,7 +90,7 @@ TENSOR_FORMATS: Mapping[str, TensorFormat] = {
                 *("gate", "up", "down", "gate_scales", "up_scales", "down_scales"),
                 *("gate_low", "up_low", "down_low"),
             ),
-            planes=2,
+            prefix_bits=(2,),
         ),
         TensorFormat(
             "experts_nested8",
@@ -97,7 +100,7 @@ TENSOR_FORMATS: Mapping[str, TensorFormat] = {
                 *("gate", "up", "down", "gate_scales", "up_scales", "down_scales"),
                 *("gate_low", "up_low", "down_low", "gate_fine", "up_fine", "down_fine"),
             ),
-            planes=3,
+            prefix_bits=(2, 4),
         ),
     )
 }
@@ -244,9 +247,17 @@ class Manifest:
         return tuple(key for key in block.slices if key in experts - others)
 
     @property
-    def has_planes(self) -> bool:
-        """Some experts are usable before all of their bits are here."""
-        return any(TENSOR_FORMATS[tensor.format].planes > 1 for tensor in self.tensors.values())
+    def prefix_bits(self) -> tuple[int, ...]:
+        """With how many bits of a weight some experts are usable before all of theirs are here."""
+        return tuple(
+            sorted(
+                {
+                    bits
+                    for tensor in self.tensors.values()
+                    for bits in TENSOR_FORMATS[tensor.format].prefix_bits
+                }
+            )
+        )
 
     def stage_weight_bytes(self, first: int, last: int) -> int:
         keys = {key for block in self.blocks(first, last) for key in block.slices}

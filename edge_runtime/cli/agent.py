@@ -52,10 +52,10 @@ def _configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--expert-start-bits",
-        choices=("all", "2"),
-        help="2: use experts on flash when 2 bits of each weight are here, complete them later (bundles exported with "
-        "--weights nested4): the first token comes sooner, and tokens are no longer the same on every run. all: whole "
-        "experts only (default)",
+        choices=("all", "2", "4"),
+        help="2 or 4: use experts on flash when so many bits of each weight are here, complete them later (2: bundles "
+        "exported with --weights nested4 or nested8, 4: nested8): the first token comes sooner, and tokens are no "
+        "longer the same on every run. all: whole experts only (default)",
     )
     parser.add_argument(
         "--executor",

@@ -73,14 +73,12 @@ class ExpertCache:
             )
         if options.start_bits not in CHOICES:
             raise EngineError(
-                f"experts can't start with {options.start_bits} bits", hint="use 2, or 0 for all"
+                f"experts can't start with {options.start_bits} bits", hint="use 2 or 4, or 0 for all"
             )
         self.layers = {layer.layer: layer for layer in layers}
         self.budget_bytes = options.budget_bytes
         self.statistics = CacheStatistics(layer.layer for layer in layers)
-        self._pools = make_pools(
-            layers, options.budget_bytes, options.policy, is_start_enough=options.start_bits != ALL_BITS
-        )
+        self._pools = make_pools(layers, options.budget_bytes, options.policy, start_bits=options.start_bits)
         self._reader = ExpertReader(
             layers,
             lanes=options.lanes,

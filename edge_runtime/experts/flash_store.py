@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.hashing import digest_of_expert
-from edge_runtime.bundle.manifest import Block, Manifest, Tensor
+from edge_runtime.bundle.manifest import TENSOR_FORMATS, Block, Manifest, Tensor
 from edge_runtime.errors import BundleError
 
 
@@ -49,6 +49,12 @@ class ExpertLayer:
     @property
     def planes(self) -> int:
         return len(self.plane_bytes)
+
+    @property
+    def plane_bits(self) -> tuple[int, ...]:
+        """Of a weight, with the first plane, the first two, …"""
+        form = TENSOR_FORMATS[f"experts_{self.format}"]
+        return *form.prefix_bits, form.bits
 
     def offset(self, expert: int, plane: int = 0) -> int:
         return self.first_byte + expert * self.stride_bytes + self.plane_start(plane)

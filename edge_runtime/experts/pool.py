@@ -10,20 +10,19 @@ from collections.abc import Sequence
 
 from edge_kernels.experts import ExpertWeights
 
-from edge_runtime.bundle.manifest import LOW_PLANE
+from edge_runtime.bundle.manifest import plane_of
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.planes import PlaneTable
 from edge_runtime.experts.slot_table import make_slots
-
-_FIRST_PLANE = {"nested4": "nested2"}  # format of an expert -> of its first plane alone
+from edge_runtime.experts.start_bits import ALL_BITS, start_planes
 
 
 class Pool:
-    """`start_planes`: what must be there before an expert is used; of all `planes` unless somebody asked for less."""
+    """`start_planes`: what must be there before an expert is used: all `planes`, unless `start_bits` asks for less."""
 
     def __init__(
-        self, layers: Sequence[ExpertLayer], budget_bytes: int, policy: str, *, is_start_enough: bool = False
+        self, layers: Sequence[ExpertLayer], budget_bytes: int, policy: str, *, start_bits: int = ALL_BITS
     ) -> None:
         slot_bytes = layers[0].stride_bytes
         experts = sum(layer.experts for layer in layers)
@@ -31,7 +30,7 @@ class Pool:
         self.arena = Arena(slots, slot_bytes)
         self.table = make_slots(slots, experts, policy)
         self.planes = PlaneTable(slots, layers[0].planes)
-        self.start_planes = 1 if is_start_enough else layers[0].planes
+        self.start_planes = start_planes(layers[0].plane_bits, start_bits)
         self.first_key: dict[int, int] = {}
         # By layer, for each number of planes from one to all.
         self.weights: dict[int, tuple[ExpertWeights, ...]] = {}
@@ -58,22 +57,20 @@ class Pool:
         return self._layers[index], key - self._starts[index]
 
     def _weights(self, layer: ExpertLayer, planes: int) -> ExpertWeights:
-        is_whole = planes == layer.planes
+        prefix = f"nested{layer.plane_bits[planes - 1]}"
         return ExpertWeights(
             buffer=self.arena.bytes,
-            format=layer.format if is_whole else _FIRST_PLANE[layer.format],
+            format=layer.format if planes == layer.planes else prefix,
             num_experts=self.table.slots,
             hidden=layer.hidden,
             intermediate=layer.intermediate,
             stride_bytes=layer.stride_bytes,
-            offsets={
-                part: at for part, at in layer.offsets.items() if is_whole or not part.endswith(LOW_PLANE)
-            },
+            offsets={part: at for part, at in layer.offsets.items() if plane_of(part) < planes},
         )
 
 
 def make_pools(
-    layers: Sequence[ExpertLayer], budget_bytes: int, policy: str, *, is_start_enough: bool = False
+    layers: Sequence[ExpertLayer], budget_bytes: int, policy: str, *, start_bits: int = ALL_BITS
 ) -> dict[int, Pool]:
     """Each kind of expert gets its share of the budget, and at least one token's experts. By layer."""
     by_size: dict[tuple[int, ...], list[ExpertLayer]] = {}
@@ -88,6 +85,6 @@ def make_pools(
         own_cycle_bytes = sum(layer.token_bytes for layer in same)
         rest_bytes = max(1, total_bytes - cycle_bytes)
         share_bytes = own_cycle_bytes + spare_bytes * (own_bytes - own_cycle_bytes) // rest_bytes
-        pool = Pool(same, share_bytes, policy, is_start_enough=is_start_enough)
+        pool = Pool(same, share_bytes, policy, start_bits=start_bits)
         pools.update((layer.layer, pool) for layer in same)
     return pools

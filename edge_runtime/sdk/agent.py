@@ -18,7 +18,7 @@ class Agent:
 
     A device that is paired already needs no link; its key and pairing lie in `state_directory`. `memory` is what the
     whole process may use; `expert_cache` is the share of it for experts that live on flash (a size, "all" or "auto").
-    `expert_start_bits=2` uses bit-nested ones before they are whole: sooner, but tokens depend on when reads end.
+    `expert_start_bits` 2 or 4 uses bit-nested ones before they are whole: sooner, but tokens depend on when reads end.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class DeviceSpec:
     reachable: bool = True
     expert_cache: str | int = "auto"  # memory for experts on flash: a size, "all" or "auto"
     expert_start_bits: str | int = (
-        "all"  # 2: use bit-nested experts early; tokens then depend on when reads end
+        "all"  # 2, 4: use bit-nested experts early; tokens then depend on when reads end
     )
 
     def __post_init__(self) -> None:

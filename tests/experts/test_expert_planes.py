@@ -24,7 +24,7 @@ from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.lanes import read_into
 from edge_runtime.experts.peer_store import PeerStore
 from edge_runtime.experts.policies import POLICIES
-from tests.experts.nested_experts import ALL_SLOTS, MODEL, PIECE_BYTES, data_of, flip, run
+from tests.experts.nested_experts import ALL_SLOTS, MODEL, MODEL_8, PIECE_BYTES, data_of, flip, run
 from tests.experts.test_expert_cache import (
     LAYERS,
     TOP_K,
@@ -34,7 +34,7 @@ from tests.experts.test_expert_cache import (
     slots_bytes,
     some_rows,
 )
-from tests.support.tiny_bundle import build_tiny_bundle
+from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,15 +45,9 @@ def small_pieces() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build_tiny_bundle(tmp_path_factory.mktemp("planes") / "bundle", MODEL)
-
-
-@pytest.fixture
-def own_bundle(tmp_path: Path) -> Bundle:
-    """For tests that damage it."""
-    return build_tiny_bundle(tmp_path / "bundle", MODEL)
+@pytest.fixture(scope="module", params=[MODEL, MODEL_8], ids=["nested4", "nested8"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_tiny_bundle(tmp_path_factory.mktemp("planes") / "bundle", request.param)
 
 
 @given(
@@ -76,7 +70,7 @@ def test_whole_experts_give_the_same_bits_always(
     finally:
         cache.close()
     total = cache.statistics.total
-    assert cache.reader.counters.reads == 2 * total.misses
+    assert cache.reader.counters.reads == layers_of(bundle)[0].planes * total.misses
     assert cache.reader.counters.read_bytes == total.read_bytes
     assert (total.fewer_bits, total.upgraded_bytes) == (0, 0)
 
@@ -112,10 +106,11 @@ def test_same_bits_under_read_errors(bundle: Bundle, seed: int, slots: int) -> N
     assert cache.reader.counters.reread > 0
 
 
-@pytest.mark.parametrize("plane", [0, 1])
+@pytest.mark.parametrize(("model", "plane"), [(MODEL, 0), (MODEL, 1), (MODEL_8, 1), (MODEL_8, 2)])
 def test_a_flipped_bit_is_named_with_its_plane_and_mended(
-    own_bundle: Bundle, caplog: pytest.LogCaptureFixture, plane: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model: TinyModel, plane: int
 ) -> None:
+    own_bundle = build_tiny_bundle(tmp_path / "bundle", model)
     layer = layers_of(own_bundle)[1]
     good = layer.path.read_bytes()
     flip(layer, 5, plane)
@@ -171,7 +166,7 @@ def test_peers_check_every_plane(bundle: Bundle) -> None:
     layer = layers_of(bundle)[0]
     store = PeerStore([layer], {layer.layer: [2]})
     good = data_of(bundle, layer, 2)
-    for plane in range(2):
+    for plane in range(layer.planes):
         wrong = bytearray(good)
         wrong[layer.plane_start(plane)] ^= 1
         assert not store.put(layer.layer, 2, bytes(wrong))
@@ -194,7 +189,9 @@ def test_planes_that_do_not_hold_their_parts_are_refused(bundle: Bundle) -> None
             check_manifest(replace(manifest, tensors={**manifest.tensors, name: wrong}))
 
     check_manifest(manifest)
+    last = "gate_fine" if "gate_fine" in tensor.parts else "gate_low"
     refused("planes don't start on pages", gate_low=64)
+    refused("planes don't start on pages", **{last: 64})
     refused("down_scales reaches beyond its plane", down_scales=4096)
     few = replace(tensor, expert_digests=tensor.expert_digests[: tensor.shape[0]])
     with pytest.raises(BundleError, match="expert digests"):

@@ -22,7 +22,15 @@ from edge_runtime.errors import EngineError, TamperedError
 from edge_runtime.experts import reader
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.planes import PlaneTable
-from tests.experts.nested_experts import ALL_SLOTS, MODEL, PIECE_BYTES, first_plane, flip, run
+from tests.experts.nested_experts import (
+    ALL_SLOTS,
+    MODEL,
+    PIECE_BYTES,
+    first_plane,
+    flip,
+    run,
+    upgrade_all,
+)
 from tests.experts.test_expert_cache import (
     EXPERTS,
     LAYERS,
@@ -60,6 +68,13 @@ def start_at_2_bits(bundle: Bundle, slots: int = ALL_SLOTS, **options: object) -
     return ExpertCache(layers_of(bundle), replace(chosen, **options))  # type: ignore[arg-type]
 
 
+def test_4_bits_of_experts_that_have_no_more_are_all_of_them(bundle: Bundle) -> None:
+    cache = start_at_2_bits(bundle, start_bits=4)
+    assert not cache.is_lossy
+    check_same(bundle, cache, [5, 1])
+    cache.close()
+
+
 def test_an_expert_used_early_has_the_bits_of_its_first_plane_and_then_of_both(bundle: Bundle) -> None:
     cache = start_at_2_bits(bundle)
     assert cache.upgrades is not None
@@ -71,10 +86,7 @@ def test_an_expert_used_early_has_the_bits_of_its_first_plane_and_then_of_both(b
     assert total.fewer_bits == total.misses > 0
     assert total.read_bytes == total.misses * layers_of(bundle)[0].plane_bytes[0]
     before = total.fewer_bits
-    for _ in range(ALL_SLOTS):  # a few experts after each step
-        cache.upgrades.wait()
-        cache.upgrades.begin()
-    assert cache.upgrades.under_way == 0
+    upgrade_all(cache)
     for layer in layers_of(bundle):
         wanted = run_experts(*asked[layer.layer], mapped(bundle, layer), activation="silu")
         np.testing.assert_array_equal(run(cache, layer, asked[layer.layer]), wanted)

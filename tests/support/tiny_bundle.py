@@ -63,7 +63,7 @@ class _Writer:
 
     def matrix(self, out: SliceWriter, name: str, rows: int, columns: int, format: str = "") -> str:
         weights = (self.rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
-        format = format or self.model.format.replace("nested4", "int4")
+        format = format or self.model.format.replace("nested", "int")
         if format == "fp32":
             parts = {"data": out.add(weights)}
         else:
@@ -87,20 +87,23 @@ class _Writer:
             arrays: dict[str, NDArray[np.generic]] = {}
             scales: dict[str, NDArray[np.generic]] = {}
             low: dict[str, NDArray[np.generic]] = {}
+            fine: dict[str, NDArray[np.generic]] = {}
             for part, shape in shapes.items():
                 weights = (self.rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
                 if m.format == "fp32":
                     arrays[part] = weights
-                elif m.format == "nested4":
-                    nested = quantize_nested(weights)
+                elif m.format in ("nested4", "nested8"):
+                    nested = quantize_nested(weights, bits=int(m.format[-1]))
                     arrays[part], scales[f"{part}_scales"] = nested.high, nested.scales
                     low[f"{part}_low"] = nested.low
+                    if nested.fine is not None:
+                        fine[f"{part}_fine"] = nested.fine
                 else:
                     quantized = quantize(weights, m.format)
                     arrays[part], scales[f"{part}_scales"] = quantized.data, quantized.scales
             arrays |= scales
-            planes = [_padded(arrays), *([_padded(low)] if low else [])]
-            arrays |= low
+            planes = [_padded(plane) for plane in (arrays, low, fine) if plane]
+            arrays |= low | fine
             digests += [digest_of_expert(plane).hex() for plane in planes]
             packed = b"".join(planes)
             whole = out.add(packed)

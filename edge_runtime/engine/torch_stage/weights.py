@@ -49,10 +49,11 @@ class DeviceWeights:
         slices = {part.slice for part in tensor.parts.values()}
         if len(slices) != 1:
             raise EngineError(f"the experts {name} lie in {len(slices)} slices; they must lie in one")
-        if TENSOR_FORMATS[tensor.format].planes > 1:
+        form = TENSOR_FORMATS[tensor.format]
+        if form.planes > 1:
             raise EngineError(
                 f"the torch executor has no kernels for {tensor.format}",
-                hint="use --executor native, or export the model with --weights int4",
+                hint=f"use --executor native, or export the model with --weights int{form.bits}",
             )
         count, intermediate, hidden = tensor.shape
         first_bytes = min(part.offset_bytes for part in tensor.parts.values())
