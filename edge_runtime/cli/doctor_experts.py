@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 512
 RHOS = (1.0, 2.0, 3.0)
 HALF = 0.5
-EARLY_BITS = 2
 _FREE_MEMORY_SHARE = 0.25
 
 
@@ -150,7 +149,10 @@ def _report(
         "top_k": layer.top_k,
         "expert_bytes": layer.stride_bytes,
         "plane_bytes": list(layer.plane_bytes),
-        "early_quality": early_quality(bundle.manifest.quality, EARLY_BITS) if layer.planes > 1 else "",
+        "plane_bits": list(layer.plane_bits),
+        "early_quality": {
+            str(bits): early_quality(bundle.manifest.quality, bits) for bits in layer.plane_bits[:-1]
+        },
         "total_expert_bytes": sum(own.total_bytes for own in examined.layers),
         "token_bytes": sum(own.token_bytes for own in examined.layers),
         "tokens": len(examined.routing),
@@ -180,7 +182,8 @@ def _show(
         f"{facts['model']}: {facts['layers']} layers of {layer.experts} experts, {layer.top_k} used; "
         f"{format_amount(layer.stride_bytes, 'B')} each, {total} in all, {token} a token"
     )
-    result(_planes(layer, str(facts["early_quality"])))
+    for line in _planes(layer, _dict(facts["early_quality"])):
+        result(line)
     sch = ", ".join(f"{rate:.0%} with {rho} x top_k" for rho, rate in _dict(facts["sch"]).items())
     result(
         f"routing of {facts['tokens']} tokens: SRP({facts['segment_tokens']}) {facts['srp']:.0%} with "
@@ -214,17 +217,21 @@ def _show(
     note("one short text flatters caches above half of the experts; long mixed use hits 10 to 30 points less")
 
 
-def _planes(layer: ExpertLayer, quality: str) -> str:
+def _planes(layer: ExpertLayer, quality: Mapping[str, object]) -> list[str]:
     if layer.planes == 1:
-        return (
-            "experts have one plane: they are used when all of their bits are here (edge-runtime export "
-            "--weights nested4 writes two)"
-        )
-    sizes = " + ".join(format_amount(size, "B") for size in layer.plane_bytes)
-    return (
-        f"experts have planes of {sizes}: the first is usable alone with edge-runtime agent --expert-start-bits "
-        f"{EARLY_BITS}; {quality}"
+        return [
+            "experts have one plane: they are used when all of their bits are here (edge-runtime export --weights "
+            "nested4 writes two, nested8 three)"
+        ]
+    before = (0, *layer.plane_bits)
+    planes = " + ".join(
+        f"{bits - less} bits ({format_amount(size, 'B')})"
+        for bits, less, size in zip(layer.plane_bits, before, layer.plane_bytes, strict=False)
     )
+    return [f"experts have planes of {planes}"] + [
+        f"usable from {bits} bits on with edge-runtime agent --expert-start-bits {bits}; {said}"
+        for bits, said in quality.items()
+    ]
 
 
 def _spread(shares: Sequence[float]) -> str:

@@ -10,8 +10,8 @@ plane says where a weight lies around its code, in eighths of a step (8 bits in 
     fine plane: 0 to 15      weight = max(code - 8 + (fine - 8) / 8, -8) * scale
 
 It reaches a whole step to either side, where half of one would do for codes that were rounded to the nearest: those
-that make up for errors in other columns (`error_feedback`) were not, and with all planes there is little to make up for.
-In sixteenths the same bits kept 99.06 % of the demo model's top tokens, in eighths 99.38 % (int8: 99.51 %).
+that make up for errors in other columns (`error_feedback`) were not, and all planes leave little to make up for. In
+sixteenths the same bits kept 99.06 % of the demo model's top tokens, in eighths 99.38 % (int8: 99.51 %).
 
 A row of K weights is cut into groups of 128, the last one padded with zeros of scale 0; a group is 32 bytes of each of
 the first planes, 64 of the third, and four scales, one for each block of 32. Byte j of a group holds four weights,

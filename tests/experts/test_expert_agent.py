@@ -78,11 +78,14 @@ async def test_damaged_experts_are_fetched_again(bundle: Bundle, tmp_path: Path)
         assert mended
 
 
-async def test_experts_used_early_are_said_and_promise_no_bits(tmp_path: Path) -> None:
-    nested = build_tiny_bundle(tmp_path / "nested", TinyModel(layers=LAYERS, experts=16, format="nested4"))
+@pytest.mark.parametrize(("format", "start_bits"), [("nested4", 2), ("nested8", 4)])
+async def test_experts_used_early_are_said_and_promise_no_bits(
+    tmp_path: Path, format: str, start_bits: int
+) -> None:
+    nested = build_tiny_bundle(tmp_path / "nested", TinyModel(layers=LAYERS, experts=16, format=format))
     cache_bytes = 4 * cycle_bytes(nested)
     async with cluster_of(nested, tmp_path) as cluster:
-        await cluster.start("phone", expert_cache=cache_bytes, expert_start_bits=2)
+        await cluster.start("phone", expert_cache=cache_bytes, expert_start_bits=start_bits)
         await cluster.start("laptop", expert_cache=cache_bytes)
         for name, is_early in (("phone", True), ("laptop", False)):
             lease = await cluster.coordinator.load([name], [])
@@ -164,10 +167,10 @@ def test_settings(tmp_path: Path) -> None:
         DeviceSpec(name="phone", expert_cache="most")
     with pytest.raises(ConfigError, match="an expert cache is a size above 0"):
         AgentConfig("phone", tmp_path, 1 << 30, 1, expert_cache="most")
-    assert [parse_start_bits(value) for value in ("all", "2", 2, 0)] == [0, 2, 2, 0]
-    with pytest.raises(UsageError, match="'3' is neither all nor 2"):
+    assert [parse_start_bits(value) for value in ("all", "2", 4, 0)] == [0, 2, 4, 0]
+    with pytest.raises(UsageError, match="'3' is none of all, 2 and 4"):
         DeviceSpec(name="phone", expert_start_bits="3")
-    with pytest.raises(ConfigError, match="from 2 bits on"):
+    with pytest.raises(ConfigError, match="from 2 or 4 bits on"):
         AgentConfig("phone", tmp_path, 1 << 30, 1, expert_start_bits=3)
 
 

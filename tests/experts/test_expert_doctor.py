@@ -118,19 +118,29 @@ def test_the_command_reports(bundle: Bundle, tmp_path: Path, capsys: Capture) ->
     assert "edge-runtime agent --expert-cache 1MiB" in capsys.readouterr().out
 
 
-def test_the_command_names_planes(tmp_path: Path, bundle: Bundle, capsys: Capture) -> None:
-    model = TinyModel(layers=1, experts=4, format="nested4")
+@pytest.mark.parametrize(("format", "bits"), [("nested4", [2, 4]), ("nested8", [2, 4, 8])])
+def test_the_command_names_planes(
+    tmp_path: Path, bundle: Bundle, capsys: Capture, format: str, bits: list[int]
+) -> None:
+    model = TinyModel(layers=1, experts=4, format=format)
     nested = build_tiny_bundle(tmp_path / "nested", model, bundle.tokenizer_json())
     text = tmp_path / "text"
     text.write_text("w1 w2 w3 w4 " * 10)
     flags = ["--text", str(text), "--threads", "1", "--at-least", "0.001"]
     assert main(["doctor", "experts", str(nested.path), *flags, "--json"]) == 0
     tensor = next(tensor for tensor in nested.manifest.tensors.values() if tensor.is_experts)
-    assert json.loads(capsys.readouterr().out)["plane_bytes"] == list(tensor.plane_bytes)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["plane_bytes"], report["plane_bits"]) == (list(tensor.plane_bytes), bits)
+    assert list(report["early_quality"]) == [str(each) for each in bits[:-1]]
     assert main(["doctor", "experts", str(nested.path), *flags]) == 0
-    assert re.search(
-        r"planes of \S+ \S+ \+ .*--expert-start-bits 2; nobody measured", capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    sizes = [r"2 bits \(\S+ \S+\)", r"2 bits \(\S+ \S+\)", r"4 bits \(\S+ \S+\)"][: len(bits)]
+    assert re.search(f"planes of {' . '.join(sizes)}\n", printed)
+    for each in bits[:-1]:
+        assert (
+            f"usable from {each} bits on with edge-runtime agent --expert-start-bits {each}; nobody"
+            in printed
+        )
     assert main(["doctor", "experts", str(bundle.path), *flags]) == 0
     assert "experts have one plane" in capsys.readouterr().out
 

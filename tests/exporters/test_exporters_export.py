@@ -187,7 +187,9 @@ def test_int8_activations_are_rounded_by_block() -> None:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize(("weights", "agreement"), [("int8", 0.97), ("int4", 0.87), ("nested4", 0.87)])
+@pytest.mark.parametrize(
+    ("weights", "agreement"), [("int8", 0.97), ("int4", 0.87), ("nested4", 0.87), ("nested8", 0.96)]
+)
 def test_the_demo_model_exports_from_the_command_line(tmp_path: Path, weights: str, agreement: float) -> None:
     command = [sys.executable, "-m", "edge_runtime.cli", "export", str(DEMO), str(tmp_path / "b")]
     done = subprocess.run(
@@ -199,9 +201,11 @@ def test_the_demo_model_exports_from_the_command_line(tmp_path: Path, weights: s
     assert "100%" in done.stderr
     manifest = Bundle.open(tmp_path / "b").manifest
     assert manifest.model.name == "moe"
-    assert manifest.has_planes == (weights == "nested4")
-    if manifest.has_planes:  # worse with the first plane alone, and still a model
+    assert manifest.prefix_bits == {"nested4": (2,), "nested8": (2, 4)}.get(weights, ())
+    if manifest.prefix_bits:  # worse with the first plane alone, and still a model
         assert 1.01 < report["quality"]["perplexity_2_bits"] / report["quality"]["perplexity"] < 1.3
+    if weights == "nested8":
+        assert report["quality"]["perplexity_4_bits"] / report["quality"]["perplexity"] < 1.01
 
 
 PEAK = """

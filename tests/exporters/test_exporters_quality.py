@@ -62,7 +62,10 @@ def held_out() -> tuple[Sequences, Scores]:
 
 @pytest.mark.parametrize(
     ("weights", "agreement", "ratio"),
-    [("fp32", 0.9995, 1.001), ("int8", 0.985, 1.003), ("int4", 0.94, 1.01), ("nested4", 0.94, 1.01)],
+    [
+        *[("fp32", 0.9995, 1.001), ("int8", 0.985, 1.003), ("int4", 0.94, 1.01), ("nested4", 0.94, 1.01)],
+        ("nested8", 0.98, 1.003),
+    ],
 )
 def test_the_demo_model_keeps_its_tokens_on_held_out_text(
     held_out: tuple[Sequences, Scores], tmp_path: Path, weights: str, agreement: float, ratio: float

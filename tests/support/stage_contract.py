@@ -33,6 +33,7 @@ MODELS = {
     "experts-int8": TinyModel(experts=8, format="int8", softmax_after=True),
     "experts-int4": TinyModel(experts=8, format="int4"),
     "experts-nested4": TinyModel(experts=8, format="nested4"),
+    "experts-nested8": TinyModel(experts=8, format="nested8"),
 }
 KV_BYTES = 8 << 20
 PAGE_BYTES = 3 * 2 * 32 * 2 * 16 * 4  # of the three layers of these models
