@@ -29,7 +29,13 @@ def load_order(pipeline: Pipeline, device_id: str, bundle: str) -> LoadStage:
         wire=plan.formats.wire,
         kv=plan.formats.kv,
         shares=_shares(plan, layers),
+        experts_on_flash=number != HOLDS_EXPERTS and has_choice(plan),
     )
+
+
+def has_choice(plan: Plan) -> bool:
+    """Whether experts that others hold are on the flash of those who run the layers, too."""
+    return bool(plan.holders) and all(stage.expert_cache_bytes for stage in plan.stages)
 
 
 def _all_layers(plan: Plan) -> LayerRange:
@@ -40,7 +46,7 @@ def _shares(plan: Plan, layers: LayerRange) -> tuple[ExpertShare, ...]:
     """Of these layers."""
     counts: dict[int, int] = {}
     for held in plan.experts:
-        counts[held.layer] = max(counts.get(held.layer, 0), max(held.experts) + 1)
+        counts[held.layer] = max(counts.get(held.layer, 0), held.of, max(held.experts) + 1)
     return tuple(
         ExpertShare(held.device_id, held.layer, pack_experts(held.experts, counts[held.layer]))
         for held in plan.experts

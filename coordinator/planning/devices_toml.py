@@ -11,6 +11,8 @@
     # layer_decode = "1.2ms"        #   one row through one layer of average weight
     # layer_prefill_row = "0.3ms"   #   per row of a full chunk
     # head = "0.8ms"                #   one row through final norm, head and sampler
+    # flash = "1.2GB/s"             # what it gives of experts that stay there; without it all must be in memory
+    # expert_cache = "64MiB"        # memory for those, or for experts of others; without it what is left
     # host = "10.0.0.7"             # its machine: devices that share one share its cores, and are no free replicas
 
     [[link]]                        # only where two devices reach each other faster than through the coordinator
@@ -49,6 +51,8 @@ _DEVICE_KEYS = (
     "numeric_class",
     "row_invariant",
     "host",
+    "flash",
+    "expert_cache",
 )
 _LINK_KEYS = ("between", "rtt", "bandwidth")
 _DEFAULT_KEYS = tuple(key for key in _DEVICE_KEYS if key != "name")
@@ -119,6 +123,8 @@ def _device(table: Table, manifest: Manifest, where: str) -> DeviceProfile:
         numeric_class=numeric_class,
         row_invariant=row_invariant,
         host=host,
+        flash_bytes_per_second=_read(table, "flash", parse_bandwidth, where) if "flash" in table else 0.0,
+        expert_cache_bytes=_read(table, "expert_cache", parse_size, where) if "expert_cache" in table else 0,
     )
 
 

@@ -13,7 +13,7 @@ Knows: bytes, loads, links. Does not know: routing, or how loads were measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.planning import explain
@@ -72,7 +72,7 @@ def spread_over(costs: Costs, runner: int, order: Sequence[Expert]) -> Spread | 
     numeric_class = costs.devices[runner].numeric_class
     for device, profile in enumerate(costs.devices):
         if device != runner and profile.numeric_class == numeric_class:
-            room[device] = _lent_bytes(profile, profile.memory_free_bytes)
+            room[device] = lent_bytes(profile, profile.memory_free_bytes)
     if room[runner] < 0:
         return None
     held: dict[int, list[Expert]] = {device: [] for device in room}
@@ -122,7 +122,7 @@ def seconds_per_token(costs: Costs, spread: Spread) -> float:
 
 def _asking_seconds(costs: Costs, spread: Spread, layer: int) -> float:
     """How much longer than alone a layer takes: the way to whoever is asked; what is computed there is saved here."""
-    top_k = _top_k(costs.model, layer)
+    uses = top_k(costs.model, layer)
     slowest = 0.0
     for device, experts in spread.held.items():
         if device == spread.runner:
@@ -132,12 +132,12 @@ def _asking_seconds(costs: Costs, spread: Spread, layer: int) -> float:
             continue
         link = costs.link(spread.runner, device)
         row_bytes = 2 * costs.model.hidden_bytes_per_row
-        chance = 1.0 - (1.0 - min(1.0, share)) ** top_k
+        chance = 1.0 - (1.0 - min(1.0, share)) ** uses
         slowest = max(slowest, chance * (link.rtt_seconds + row_bytes / link.bytes_per_second))
     return slowest
 
 
-def _top_k(model: ModelProfile, layer: int) -> int:
+def top_k(model: ModelProfile, layer: int) -> int:
     size = expert_bytes(model, layer)
     return max(1, model.layer_cycle_bytes[layer] // size) if size else 1
 
@@ -147,10 +147,10 @@ def _room_bytes(costs: Costs, runner: int) -> int:
     layers = costs.all_layers
     dense = costs.needed_bytes(layers) - costs.expert_bytes(layers)
     profile = costs.devices[runner]
-    return _lent_bytes(profile, profile.memory_free_bytes - dense)
+    return lent_bytes(profile, profile.memory_free_bytes - dense)
 
 
-def _lent_bytes(profile: DeviceProfile, free_bytes: int) -> int:
+def lent_bytes(profile: DeviceProfile, free_bytes: int) -> int:
     """Less where the device was told how much memory experts may take."""
     return min(free_bytes, profile.expert_cache_bytes or free_bytes)
 
@@ -160,7 +160,7 @@ def _plan_of(costs: Costs, spread: Spread) -> Plan:
     alone = [Placement(spread.runner, costs.all_layers)]
     chunk = costs.chunk_tokens(alone)
     stage = _stage(costs, spread, seconds)
-    holders = tuple(_holder(costs, device, experts) for device, experts in sorted(spread.held.items()))
+    holders = tuple(holder_of(costs, device, experts) for device, experts in sorted(spread.held.items()))
     return Plan(
         stages=(stage,),
         predicted_tokens_per_second=1 / seconds if seconds > 0 else float("inf"),
@@ -170,7 +170,7 @@ def _plan_of(costs: Costs, spread: Spread) -> Plan:
         prefill_chunk_tokens=chunk,
         formats=costs.model.formats,
         holders=tuple(holder for holder in holders if holder.device_id != stage.device_id),
-        experts=tuple(_held(costs, spread)),
+        experts=tuple(holds_of(costs, spread.held)),
     )
 
 
@@ -192,7 +192,7 @@ def _stage(costs: Costs, spread: Spread, seconds: float) -> StagePlan:
     )
 
 
-def _holder(costs: Costs, device: int, experts: Sequence[Expert]) -> HolderPlan:
+def holder_of(costs: Costs, device: int, experts: Sequence[Expert]) -> HolderPlan:
     profile = costs.devices[device]
     return HolderPlan(profile.device_id, profile.name, len(experts), _bytes_of(costs, experts))
 
@@ -201,12 +201,14 @@ def _bytes_of(costs: Costs, experts: Sequence[Expert]) -> int:
     return sum(expert_bytes(costs.model, layer) for layer, _ in experts)
 
 
-def _held(costs: Costs, spread: Spread) -> list[ExpertsHeld]:
+def holds_of(costs: Costs, held: Mapping[int, Sequence[Expert]]) -> list[ExpertsHeld]:
+    """By device, then layer."""
     found = []
-    for device, experts in sorted(spread.held.items()):
+    for device, experts in sorted(held.items()):
         for layer in sorted({layer for layer, _ in experts}):
             numbers = tuple(sorted(number for at, number in experts if at == layer))
-            found.append(ExpertsHeld(costs.devices[device].device_id, layer, numbers))
+            of = costs.model.layer_experts[layer]
+            found.append(ExpertsHeld(costs.devices[device].device_id, layer, numbers, of))
     return found
 
 
@@ -249,7 +251,7 @@ def _does_not_fit(costs: Costs, runners: Sequence[int]) -> PlanError:
         )
     numeric_class = costs.devices[best].numeric_class
     others = [
-        _lent_bytes(profile, profile.memory_free_bytes)
+        lent_bytes(profile, profile.memory_free_bytes)
         for device, profile in enumerate(costs.devices)
         if device != best and profile.numeric_class == numeric_class
     ]

@@ -91,7 +91,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class HolderPlan:
-    """A device that holds experts for the stages, and no layers."""
+    """A device that holds experts for the stages, and no layers. Stages with a cache have all on flash, too."""
 
     device_id: str
     name: str
@@ -104,6 +104,7 @@ class ExpertsHeld:
     device_id: str  # of a stage or a holder
     layer: int
     experts: tuple[int, ...]
+    of: int = 0  # how many the layer has
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from coordinator.planning import explain
 from coordinator.planning.costs import Costs, Placement
-from coordinator.planning.experts import place_experts
 from coordinator.planning.fixed import named_devices, place_even, place_ranges
+from coordinator.planning.helped import place_shared
 from coordinator.planning.model import DeviceProfile, Links, ModelProfile, Plan, Split
 from coordinator.planning.search import search
 from edge_runtime.errors import PlanError
@@ -32,7 +32,7 @@ def place(devices: Sequence[DeviceProfile], links: Links, model: ModelProfile, s
     if split.kind == "ranges":
         return _place_ranges(devices, links, model, split)
     if split.kind == "experts":
-        return place_experts(devices, links, model, split)
+        return place_shared(devices, links, model, split)
     raise PlanError(
         f"there is no split {split.kind!r}", hint="use auto, even, experts, or ranges such as 0-3,4-7"
     )
@@ -114,7 +114,7 @@ def _place_auto_or_share(
     if plan is not None and not any(stage.expert_cache_bytes for stage in plan.stages):
         return plan
     try:
-        shared = place_experts(devices, links, model, replace(split, devices=()))
+        shared = place_shared(devices, links, model, replace(split, devices=()))
     except PlanError:
         shared = None
     if shared is None or (
