@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,7 +32,9 @@ from edge_runtime.errors import CapacityError, EdgeRuntimeError, EngineError
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import expert_layers
+from edge_runtime.experts.next_gate import next_gates
 from edge_runtime.experts.peer_runner import PeerExperts, PeerOptions
+from edge_runtime.experts.prediction import OFF
 from edge_runtime.experts.reader import Cancelled
 
 ExpertOptions = CacheOptions | PeerOptions | HelpedOptions
@@ -313,8 +316,10 @@ def _make_expert_cache(
     if not layers or options is None:
         return None
     if isinstance(options, HelpedOptions):
-        return FlashAndPeers(ExpertCache(layers, options.cache), options)
-    return ExpertCache(layers, options)
+        # A layer may be divided, so that nobody sees all of what it chose: nothing is guessed.
+        return FlashAndPeers(ExpertCache(layers, replace(options.cache, prediction=OFF)), options)
+    gates = () if options.prediction == OFF else next_gates(bundle, blocks)
+    return ExpertCache(layers, options, gates=gates)
 
 
 def _cache_of(experts: ExpertsApart | None) -> ExpertCache | None:

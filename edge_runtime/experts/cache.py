@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 from edge_kernels.flash import NO_TIMES, FlashTimes, Landed
+from edge_kernels.linear import PackedMatrix
 from numpy.typing import NDArray
 
 from edge_runtime.errors import CapacityError, EngineError
@@ -23,6 +24,7 @@ from edge_runtime.experts.layer_run import LayerRun
 from edge_runtime.experts.native_layer import NativeLayer
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import Pool, make_pools
+from edge_runtime.experts.prediction import AUTO, Prediction, make_prediction
 from edge_runtime.experts.reader import DEFAULT_LANES, Cancelled, ExpertReader, ReadBatch, Refetch
 from edge_runtime.experts.reads import LaneReads, RingReads, kernel_reads
 from edge_runtime.experts.slot_table import ABSENT
@@ -43,6 +45,8 @@ class CacheOptions:
     `start_bits`: use bit-nested experts as soon as so many bits of them are here, and read the rest later: lossy, and
     results depend on when reads end. 0, or experts without planes: only whole ones, the same bits always. `upgrades`
     False leaves the rest away for good, to see what it is worth.
+
+    `prediction`: what may be done about the next layer's experts (`prediction.PREDICTIONS`).
     """
 
     budget_bytes: int
@@ -55,6 +59,7 @@ class CacheOptions:
     read: ReadInto = read_into
     start_bits: int = ALL_BITS
     upgrades: bool = True
+    prediction: str = AUTO
 
 
 class ExpertCache:
@@ -65,7 +70,9 @@ class ExpertCache:
         layers: Sequence[ExpertLayer],
         options: CacheOptions,
         clock: Callable[[], float] = time.perf_counter,
+        gates: Sequence[PackedMatrix | None] = (),
     ) -> None:
+        """`gates`: of each layer's next one (`next_gates`), for guesses."""
         check_budget(layers, options.budget_bytes)
         if options.policy not in POLICIES:
             raise EngineError(
@@ -93,6 +100,7 @@ class ExpertCache:
         if self._ring is not None and options.one_call:
             self._native = native_layers(layers, self._pools, self._ring, self._reader)
         self._reads = self._ring or LaneReads(self._reader, clock)
+        self._clock = clock
         self._checks_later = False
         self._wrong: list[tuple[int, Landed]] = []  # (layer, plane) of what was used unchecked
         self._threads = 1  # of the last call
@@ -105,6 +113,9 @@ class ExpertCache:
         )
         if self.is_lossy and options.upgrades:
             self.upgrades = Upgrades(set(self._pools.values()), self._reader, self.statistics)
+        self.prediction: Prediction | None = make_prediction(
+            layers, self._pools, self._reader, self.statistics, gates, options.prediction
+        )
 
     @property
     def is_lossy(self) -> bool:
@@ -166,6 +177,8 @@ class ExpertCache:
         self.cancel()
         if self.upgrades is not None:
             self.upgrades.cancel()
+        if self.prediction is not None:
+            self.prediction.cancel()
         if self._ring is not None:
             self._ring.close()
         self._reader.close()
@@ -180,6 +193,14 @@ class ExpertCache:
         So `work` must be such that it can, and nobody may see what it does before this returns. Raises what `work`
         raises, and what a read failed with.
         """
+        if self.prediction is None:
+            return self._run_checked(work)
+        begin = self._clock()
+        result = self._run_checked(work)
+        self.prediction.made(self._clock() - begin)
+        return result
+
+    def _run_checked(self, work: Callable[[], T]) -> T:
         if not self._native:
             return work()
         failure: Exception | None = None
@@ -207,6 +228,8 @@ class ExpertCache:
         for layer, one in self._wrong:
             wrong.setdefault(layer, []).append(one)
         self._wrong = []
+        if wrong and self.prediction is not None:
+            self.prediction.stop()  # what is put right must not be under way once more
         problems = [self._native[layer].wrong(landed) for layer, landed in wrong.items()]
         for problem in problems:
             if problem is not None:
@@ -229,6 +252,17 @@ class ExpertCache:
         self._last_layer, self._threads = layer, threads
         if self.upgrades is not None:
             self.upgrades.take_arrived()
+        if self.prediction is not None:
+            self.prediction.before(layer, x, ids, self._step, self._look_for_wrong)
+        result = self._run_layer(layer, x, ids, gates, activation, threads)
+        if self.prediction is not None:
+            self.prediction.after(layer)
+        self._begin_upgrades()
+        return result
+
+    def _run_layer(
+        self, layer: int, x: Float32, ids: Int32, gates: Float32, activation: str, threads: int
+    ) -> Float32:
         native = self._native.get(layer)
         if native is not None and native.takes(ids):
             return self._run_native(native, layer, x, ids, gates, activation, threads)
@@ -253,7 +287,6 @@ class ExpertCache:
             waited_seconds=run.waited_seconds,
             fewer_bits=run.fewer_bits,
         )
-        self._begin_upgrades()
         return result
 
     def _run_native(
@@ -287,7 +320,6 @@ class ExpertCache:
             waited_seconds=found.waited_seconds,
             fewer_bits=found.hits + found.misses if self._pools[layer].is_lossy else 0,
         )
-        self._begin_upgrades()
         return result
 
     def _begin_upgrades(self) -> None:

@@ -45,6 +45,7 @@ class Recall:
         self._statistics = statistics
         self._named = [_Named() for _ in layers]  # by the place the guess was made at
         self._steps = 0
+        self.recall = 0.0  # of the better predictor of each layer: the share of experts that it named
         self._ids: list[Int32] = []
         self._rows: list[Float32] = []
         self._learns = self._compares = False
@@ -82,12 +83,6 @@ class Recall:
             counts.append(named.by_affinity)
         return best_of(predictors, counts)
 
-    @property
-    def recall(self) -> float:
-        """Of the better predictor of each layer: the share of experts that it named. 0: nothing was compared."""
-        compared = sum(named.compared for named in self._named)
-        return sum(max(named.by_gate, named.by_affinity) for named in self._named) / max(1, compared)
-
     def _compare(self) -> None:
         for place in range(len(self._layers) - 1):
             x, ids, following = self._rows[place], self._ids[place], self._ids[place + 1]
@@ -103,6 +98,8 @@ class Recall:
             self._statistics.count_guesses(
                 self._layers[place + 1], compared=following.size, by_gate=by_gate, by_affinity=by_affinity
             )
+        compared = sum(named.compared for named in self._named)
+        self.recall = sum(max(named.by_gate, named.by_affinity) for named in self._named) / max(1, compared)
 
 
 def compares(step: int) -> bool:
