@@ -1,6 +1,7 @@
-"""How many of a layer's experts its predictors name, looked at in a step now and then, and learning from every fourth.
+"""How many of a layer's experts its predictors name: now and then a few layers of a step are looked at.
 
-Both happen after a step, for all of its layers together, so that no layer waits for them.
+That, and learning from every fourth step, happen after a step, so that no layer waits for them: a thousandth or two of
+the time of a token.
 
 Knows: what the rows of a step chose, layer after layer. Does not know: slots, reading, when guesses are used.
 """
@@ -22,8 +23,8 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 LEARNS_EVERY_STEPS = 4
-COMPARES_EVERY_STEPS = 64
-FIRST_COMPARED_STEPS = (16, 32, 48)  # soon enough for a first opinion
+COMPARES_EVERY_STEPS = 16
+COMPARED_PLACES = 6  # in turns
 MOST_ROWS = 4  # of a step: prompts say little about decoding
 
 
@@ -47,31 +48,27 @@ class Recall:
         self._steps = 0
         self.recall = 0.0  # of the better predictor of each layer: the share of experts that it named
         self._ids: list[Int32] = []
-        self._rows: list[Float32] = []
-        self._learns = self._compares = False
+        self._rows: dict[int, Float32] = {}  # by place, of those looked at in this step
+        self._looks_at = range(0)
+        self._learns = False
 
     def note(self, place: int, x: Float32, ids: Int32) -> None:
         """What the layer at `place` was asked for: x [R, hidden], ids [R, top_k]."""
         if place == 0:
-            self._ids, self._rows = [], []
-            self._learns = self._compares = False
-            if len(ids) <= MOST_ROWS:
-                self._steps += 1
-                self._learns = self._steps % LEARNS_EVERY_STEPS == 0
-                self._compares = compares(self._steps)
-        if (self._learns or self._compares) and place == len(self._ids):
+            self._begin_step(len(ids))
+        if (self._learns or self._looks_at) and place == len(self._ids):
             self._ids.append(ids)
-            if self._compares:
-                self._rows.append(x.copy())
+            if place in self._looks_at:
+                self._rows[place] = x.copy()
 
     def end_step(self) -> None:
         """After the last layer."""
         is_whole = len(self._ids) == len(self._layers) and len({ids.shape for ids in self._ids}) == 1
-        if is_whole and self._compares:
+        if is_whole and self._looks_at:
             self._compare()
         if is_whole and self._learns and self._affinity is not None:
             self._affinity.learn(np.stack(self._ids))
-        self._ids, self._rows = [], []
+        self._ids, self._rows = [], {}
 
     def best(self, place: int) -> Predictor | None:
         """Whoever named most of what followed the layer at `place`; None: nothing was compared, or nobody named any."""
@@ -83,8 +80,16 @@ class Recall:
             counts.append(named.by_affinity)
         return best_of(predictors, counts)
 
+    def _begin_step(self, rows: int) -> None:
+        self._ids, self._rows = [], {}
+        self._learns, self._looks_at = False, range(0)
+        if rows <= MOST_ROWS:
+            self._steps += 1
+            self._learns = self._steps % LEARNS_EVERY_STEPS == 0
+            self._looks_at = looked_at(self._steps, len(self._layers) - 1)
+
     def _compare(self) -> None:
-        for place in range(len(self._layers) - 1):
+        for place in self._looks_at:
             x, ids, following = self._rows[place], self._ids[place], self._ids[place + 1]
             by_gate = by_affinity = 0
             if self._gate.reaches(place):
@@ -102,5 +107,11 @@ class Recall:
         self.recall = sum(max(named.by_gate, named.by_affinity) for named in self._named) / max(1, compared)
 
 
-def compares(step: int) -> bool:
-    return step in FIRST_COMPARED_STEPS or step % COMPARES_EVERY_STEPS == 0
+def looked_at(step: int, places: int) -> range:
+    """Places whose guesses are compared in a step; step after step all have their turn."""
+    turn, rest = divmod(step, COMPARES_EVERY_STEPS)
+    if rest:
+        return range(0)
+    turns = -(-places // COMPARED_PLACES)
+    first = turn % turns * COMPARED_PLACES
+    return range(first, min(places, first + COMPARED_PLACES))

@@ -15,6 +15,8 @@ from edge_runtime.engine.weights import read_tensor
 from edge_runtime.experts.affinity import Affinity
 from edge_runtime.experts.next_gate import NextGate, folded, next_gates
 from edge_runtime.experts.predictor import best_of, likeliest, recalled, wanted
+from edge_runtime.experts.recall import COMPARED_PLACES, COMPARES_EVERY_STEPS, Recall, looked_at
+from edge_runtime.experts.statistics import CacheStatistics
 from edge_runtime.experts.trace import decode_routing
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
@@ -150,3 +152,45 @@ def test_the_better_predictor_is_chosen() -> None:
     assert best_of(predictors, [7, 7]) is predictors[0]
     assert best_of(predictors, [0, 0]) is None
     assert best_of([], []) is None
+
+
+@given(places=st.integers(1, 60))
+@settings(max_examples=30, deadline=None)
+def test_all_layers_are_looked_at_in_turns_and_few_at_a_time(places: int) -> None:
+    turns = -(-places // COMPARED_PLACES)
+    looks = [looked_at(step, places) for step in range(1, turns * COMPARES_EVERY_STEPS + 1)]
+    assert sorted(place for look in looks for place in look) == list(range(places))
+    assert max(len(look) for look in looks) <= COMPARED_PLACES
+
+
+def test_recall_is_counted_for_the_layer_that_was_guessed_and_the_better_predictor_used() -> None:
+    """Every expert is followed by itself, which counts learn, and a gate that was never asked for can't say."""
+    statistics = CacheStatistics(range(10, 13))
+    recall = Recall((10, 11, 12), NextGate([None, None]), affinity := Affinity(3, EXPERTS), statistics)
+    assert recall.best(0) is None
+    rng = np.random.default_rng(0)
+    for _ in range(20 * COMPARES_EVERY_STEPS):
+        ids = rng.permutation(EXPERTS)[None, :TOP_K].astype(np.int32)
+        for place in range(3):
+            recall.note(place, NO_ROWS, ids)
+        recall.end_step()
+    assert statistics.layers[10].compared == 0
+    for layer in (11, 12):
+        own = statistics.layers[layer]
+        assert own.compared == 20 * TOP_K
+        assert own.named_by_gate == 0
+        assert own.affinity_recall > 0.9
+    assert recall.recall > 0.9
+    assert recall.best(0) is recall.best(1) is affinity
+
+
+def test_steps_that_end_in_between_count_nothing() -> None:
+    statistics = CacheStatistics(range(3))
+    recall = Recall(range(3), NextGate([None, None]), Affinity(3, EXPERTS), statistics)
+    ids = np.array([[0, 1]], np.int32)
+    for _ in range(3 * COMPARES_EVERY_STEPS):
+        for place in (0, 1):
+            recall.note(place, NO_ROWS, ids)
+        recall.end_step()
+    assert statistics.total.compared == 0
+    assert recall.best(0) is None
