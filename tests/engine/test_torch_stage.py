@@ -228,6 +228,15 @@ def test_the_class_names_everything_that_decides_bits() -> None:
     assert "/w:int4/act:bf16/kv:bf16/" in triton
 
 
+@pytest.mark.parametrize(("name", "instead"), [("experts-nested4", "int4"), ("experts-nested8", "int8")])
+def test_bit_nested_experts_are_refused_with_a_way_out(
+    bundles: dict[str, Bundle], name: str, instead: str
+) -> None:
+    with pytest.raises(EngineError, match=f"no kernels for experts_nested{instead[-1]}") as refused:
+        on_cpu(bundles[name], LayerRange(0, 2))
+    assert refused.value.hint.endswith(f"--weights {instead}")
+
+
 def test_a_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
