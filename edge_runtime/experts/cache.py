@@ -7,7 +7,7 @@ links, where the budget comes from. One compute thread uses it; `cancel` may com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -129,10 +129,11 @@ class ExpertCache:
                 return layer.layer
         raise EngineError(f"the expert cache of this stage does not know {tensor}")
 
-    def is_here(self, layer: int, expert: int) -> bool:
-        """Whether it is in memory now. Says nothing to the policy."""
+    def absent(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those that are not in memory now, each once. Says nothing to the policy."""
         pool = self._pools[layer]
-        return pool.table.slot(pool.first_key[layer] + expert) != ABSENT
+        slot, first_key = pool.table.slot, pool.first_key[layer]
+        return [expert for expert in dict.fromkeys(experts) if slot(first_key + expert) == ABSENT]
 
     def has_room(self, layer: int) -> bool:
         """Whether an expert more fits without one that has to go."""

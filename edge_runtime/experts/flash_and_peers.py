@@ -38,6 +38,7 @@ from edge_runtime.experts.peer_standing import PeerStanding, Trials
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
+SAMPLED = 8  # one of so many layers that read nothing is measured, and the first ones
 TRIED_TOGETHER = 3  # experts more than one, in every second trial
 
 
@@ -68,6 +69,9 @@ class _Intent:
     is_trial: bool = False
 
 
+_NOTHING_ABSENT = _Intent()
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """x [R, hidden], ids and gates [R, top_k]."""
@@ -91,6 +95,7 @@ class FlashAndPeers:
         self._helpers = [Helper(device, PeerStanding(), options.port, clock) for device in devices]
         self._computing, self._reading = MeasuredLine(), MeasuredLine()  # by uses; by experts read
         self._reads = Trials()
+        self._without_reads = 0  # layers of batches
         self._is_open = False
 
     @property
@@ -126,9 +131,11 @@ class FlashAndPeers:
         if not self._is_open:
             return self.cache.run(layer, x, ids, gates, activation=activation, threads=threads)
         begin = self._clock()
+        experts = ids.reshape(-1).tolist()
+        absent = self.cache.absent(layer, experts)
         work = _Layer(layer, x, ids, gates, activation, threads)
-        intent = self._intent(layer, Counter(ids.reshape(-1).tolist()))
-        requests = self._ask(work, intent)
+        intent = self._intent(layer, experts, absent) if absent else _NOTHING_ABSENT
+        requests = self._ask(work, intent) if intent.asked else ()
         if requests:
             self.statistics.shared_layers += 1
             result = self._shared(work, intent, requests)
@@ -137,25 +144,30 @@ class FlashAndPeers:
         self._passed(intent, self._clock() - begin)
         return result
 
-    def _intent(self, layer: int, wanted: Mapping[int, int]) -> _Intent:
-        """`wanted`: uses of each expert."""
-        absent = [expert for expert in wanted if not self.cache.is_here(layer, expert)]
-        if not absent:
-            return _Intent()
-        holds = self._holders[layer].holds
+    def _intent(self, layer: int, experts: Sequence[int], absent: Sequence[int]) -> _Intent:
+        """`experts`: of every use."""
+        able = [number for number, helper in enumerate(self._helpers) if helper.standing.may_be_asked]
+        if not (self._is_any_faster(able, len(absent), len(experts)) or self._is_any_due()):
+            return _Intent(frozenset(absent))
+        holds, wanted = self._holders[layer].holds, Counter(experts)
         trial = self._trial(holds, absent, wanted)
         if trial is not None:
             return _Intent(frozenset(absent), trial, is_trial=True)
-        return _Intent(frozenset(absent), self._divided(layer, holds, absent, wanted).asked)
-
-    def _divided(
-        self, layer: int, holds: NDArray[np.bool_], absent: Sequence[int], wanted: Mapping[int, int]
-    ) -> Division:
-        able = [number for number, helper in enumerate(self._helpers) if helper.standing.may_be_asked]
         misses = [
             Miss(expert, wanted[expert], tuple(n for n in able if holds[n, expert])) for expert in absent
         ]
-        hit_uses = sum(wanted.values()) - sum(miss.uses for miss in misses)
+        return _Intent(frozenset(absent), self._divided(layer, misses, len(experts)).asked)
+
+    def _is_any_faster(self, able: Sequence[int], reads: int, uses: int) -> bool:
+        """With a single expert than this device with all of them: else there is nothing to decide."""
+        here_seconds = self._reading.line.seconds(reads) + self._computing.line.seconds(uses)
+        return any(self._helpers[number].standing.measured.line.seconds(1) < here_seconds for number in able)
+
+    def _is_any_due(self) -> bool:
+        return any(helper.standing.is_due for helper in self._helpers)
+
+    def _divided(self, layer: int, misses: Sequence[Miss], uses: int) -> Division:
+        hit_uses = uses - sum(miss.uses for miss in misses)
         here = HereCost(self._reading.line, self._computing.line, hit_uses)
         most_uses = PIECE_BYTES // (4 * self.cache.layers[layer].hidden)
         peers = [PeerCost(helper.standing.measured.line, most_uses) for helper in self._helpers]
@@ -234,9 +246,14 @@ class FlashAndPeers:
         if reads:
             self._reading.observe(reads, max(0.0, seconds - self._computing.line.seconds(ids.size)))
             self._reads.used()
-        else:
+        elif self._is_sampled():
             self._computing.observe(ids.size, seconds)
         return result
+
+    def _is_sampled(self) -> bool:
+        """Most layers miss nothing, and to look at each costs as much as a part of one."""
+        self._without_reads += 1
+        return self._without_reads < SAMPLED or self._without_reads % SAMPLED == 0
 
     def _passed(self, intent: _Intent, seconds: float) -> None:
         self._reads.passed(seconds)
