@@ -25,8 +25,8 @@ class TrialRules:
     win_gain: float = 0.03
     stay_gain: float = 0.0
     win_pairs: int = 6  # that must have gained, too, to switch on
-    give_up_pairs: int = 2
-    give_up_loss: float = 0.2  # after so few pairs
+    give_up_pairs: int = 3  # at least, before it ends early
+    give_up_loss: float = 0.2  # and by so much
     again_tokens: int = 8192  # to the next trial; doubled with every one that changes nothing
     most_again_tokens: int = 131_072
 
@@ -109,9 +109,9 @@ class Trial:
             self._end()
 
     def _is_hopeless(self) -> bool:
-        """After few pairs, where all say the same."""
-        few = len(self._gains) == self._rules.give_up_pairs
-        return few and max(self._gains) < -self._rules.give_up_loss
+        """Half of the pairs so far lost much."""
+        enough = len(self._gains) >= self._rules.give_up_pairs
+        return enough and median(self._gains) < -self._rules.give_up_loss
 
     def _end(self) -> None:
         rules, gain, before = self._rules, median(self._gains), self._verdict

@@ -58,7 +58,7 @@ def test_it_is_off_or_tried_or_won_whatever_was_measured(seconds: list[float], r
     assert sum(tried) <= TRIED // 2  # also where it was given up
 
 
-def test_what_is_much_slower_is_given_up_after_two_pairs_and_tried_again_ever_more_rarely() -> None:
+def test_what_is_much_slower_is_given_up_early_and_tried_again_ever_more_rarely() -> None:
     trial = Trial("it", RULES)
     had = make(trial, 2000, 2.0, on_bytes=15)
     pairs = 2 * RULES.block_tokens * RULES.give_up_pairs
