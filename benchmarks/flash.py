@@ -231,6 +231,8 @@ def _limit(figures: Figures, name: str, result: Result, top_k: int, expert_bytes
     if name in ("product 50 %", "product 25 %"):
         share = name.split()[1]
         figures[f"limit_fraction_{share}"] = fraction
+        idle = [replace(own, flash_bytes_per_second=own.flash_alone_bytes_per_second) for own in stretches]
+        figures[f"limit_fraction_idle_{share}"] = limit_fraction(idle, top_k, expert_bytes)
         figures[f"stretches_{share}"] = rows
         figures[f"stretch_{share}"] = usual
     beside = spread([own.flash_bytes_per_second for own in stretches if own.flash_bytes_per_second])

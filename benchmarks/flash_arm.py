@@ -27,7 +27,7 @@ from benchmarks.flash_beside import FlashBeside
 from benchmarks.flash_limit import Stretch
 from benchmarks.memory_beside import MemoryBeside
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.product_beside import ProductBeside
+from benchmarks.product_beside import Beside, ProductBeside
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, Span
@@ -95,7 +95,8 @@ class Routed:
 
     def __init__(self, inner: ExpertRunner, replay: Replay | None, layer: int, notes: Notes) -> None:
         self._inner, self._replay, self._layer, self._notes = inner, replay, layer, notes
-        self.in_memory: MemoryBeside | None = None  # who computes instead, for now
+        self.in_memory: Beside | None = None  # who computes instead, for now
+        self.beside_seconds = 0.0
 
     def run(self, x: Float32, ids: Int32, gates: Float32) -> Float32:
         if self._replay is not None:
@@ -103,7 +104,7 @@ class Routed:
         begin = time.perf_counter()
         if self.in_memory is not None:
             result = self.in_memory.run(self._layer, x, gates)
-            self.in_memory.seconds += time.perf_counter() - begin
+            self.beside_seconds += time.perf_counter() - begin
             return result
         result = self._inner.run(x, ids, gates)
         self._notes.experts_seconds += time.perf_counter() - begin
@@ -211,11 +212,12 @@ def _beside(order: Order, bundle: Bundle, stage: CpuStage, notes: Notes) -> Prod
     slots = order.cache_bytes // layers[0].stride_bytes
     trace = read_trace(order.trace)
     steps = [stage.blocks[f"layers.{layer.layer}"].experts_steps[0] for layer in layers]
+    memory = MemoryBeside(stage.experts, trace.top_k, order.threads)
     return ProductBeside(
         stage.experts,
         [cast(Routed, step.runner) for step in steps],
-        MemoryBeside(stage.experts, trace.top_k, order.threads),
-        FlashBeside(layers, trace, slots, order.policy),
+        memory,
+        FlashBeside(layers, trace, slots, order.policy, memory),
         lambda: notes.experts_seconds,
     )
 

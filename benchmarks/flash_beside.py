@@ -3,24 +3,29 @@
 What was read minutes ago comes several times as fast as what was not, since the drive, or the host of a virtual
 machine, keeps it. So flash is measured with the same mixture, at the same minute: every expert that the routing asks
 for has a stand-in in its layer that it never asks for. They are read as often, in the same order, as long after the
-last time, and as many at once: all that a token misses in a layer, then in the next. So this is the bandwidth at the
-product's read size and depth, as the limit is defined with; nobody computes meanwhile.
+last time, and as many at once: a token in memory beside the product's reads in each layer what the product's last
+token missed there, while all threads compute as many experts as that layer had in memory, as any schedule must: where
+a machine's host reads on its guest's own processors, flash is slower then. In every fourth token nobody computes
+meanwhile. Nothing is hashed. So this is the bandwidth at the product's read size, depth, spacing and concurrent
+compute.
 
-Knows: traces, files, threads. Does not know: caches, limits.
+Knows: traces, files. Does not know: limits.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
 from edge_kernels.flash import DIGEST_BYTES, FlashReads, Part
+from numpy.typing import NDArray
 
+from benchmarks.memory_beside import MemoryBeside
 from edge_runtime.bundle.hashing import EXPERT_PIECE_BYTES
 from edge_runtime.experts.arena import Arena
 from edge_runtime.experts.flash_store import ExpertLayer
@@ -29,8 +34,11 @@ from edge_runtime.experts.policies import POLICIES
 from edge_runtime.experts.slot_table import ABSENT, SlotTable
 from edge_runtime.experts.trace import RoutingTrace
 
+Float32 = NDArray[np.float32]
+
 SLOTS = 8  # of one place in a layer's reads: more than a huge page
 STRETCH_TOKENS = 8
+ALONE_EVERY_TOKENS = 4
 PROMPT = -1
 
 Expert = tuple[int, int]  # layer, number
@@ -76,11 +84,36 @@ def spread(bytes_per_second: Sequence[float]) -> str:
     return f"{middle / 1e9:.2f} ({low / 1e9:.2f} to {high / 1e9:.2f})"
 
 
-class FlashBeside:
-    """`follow` after each token; `bytes_per_second`: of each stretch of tokens, 0 where nothing was missed."""
+@dataclass
+class Reading:
+    """Of some tokens."""
 
-    def __init__(self, layers: Sequence[ExpertLayer], trace: RoutingTrace, slots: int, policy: str) -> None:
-        self.bytes_per_second: list[float] = []
+    read_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, parts: Sequence[Part], seconds: float) -> None:
+        self.read_bytes += sum(part.size_bytes for part in parts)
+        self.seconds += seconds
+
+    @property
+    def bytes_per_second(self) -> float:
+        """0 where nothing was read."""
+        return self.read_bytes / self.seconds if self.read_bytes else 0.0
+
+
+class FlashBeside:
+    """`prompt` first; then for each token `begin`, and `run` for its layers. `busy`, `alone`: since `end_stretch`."""
+
+    def __init__(
+        self,
+        layers: Sequence[ExpertLayer],
+        trace: RoutingTrace,
+        slots: int,
+        policy: str,
+        memory: MemoryBeside,
+    ) -> None:
+        self.busy, self.alone = Reading(), Reading()
+        self._memory, self._top_k = memory, trace.top_k
         self._layers = {layer.layer: layer for layer in layers}
         self._files = {layer.layer: open_for_reading(layer.path, direct=True) for layer in layers}
         own = tuple([access for access in trace.accesses if access.layer in self._layers])
@@ -90,43 +123,52 @@ class FlashBeside:
         self._arena = Arena(trace.top_k * SLOTS, max(layer.stride_bytes for layer in layers))
         self._reads = FlashReads(EXPERT_PIECE_BYTES)
         self._read_layers = 0
-        self._waiting: list[list[Expert]] = []  # by layer of a token
+        self._token: dict[int, list[Expert]] = {}  # by layer: what is to be read
+        self._is_alone = False
 
-    def follow(self, token: int) -> float:
-        """Seconds that it took, of which the token's product knows nothing."""
-        begin = time.perf_counter()
-        found = [self._stand_ins[expert] for expert in self._missed[token] if expert in self._stand_ins]
-        self._waiting += [list(layer) for _, layer in groupby(found, key=lambda expert: expert[0])]
-        if token == PROMPT:
-            for layer in self._waiting:
-                self._read(layer)
-            self._waiting = []
-        elif (token + 1) % STRETCH_TOKENS == 0:
-            self.bytes_per_second.append(self._read_stretch())
-            self._waiting = []
-        return time.perf_counter() - begin
+    def prompt(self) -> None:
+        for experts in self._of(PROMPT).values():
+            for start in range(0, len(experts), self._top_k):
+                self._reads.time_reads(self._arena.bytes, self._parts(experts[start : start + self._top_k]))
+
+    def begin(self, token: int) -> None:
+        """The product's last: its misses have stand-ins in the layers that come."""
+        self._token = self._of(token)
+        self._is_alone = (token + 1) % ALONE_EVERY_TOKENS == 0
+
+    def end_stretch(self) -> tuple[float, float]:
+        """Bytes a second: busy, alone."""
+        found = self.busy.bytes_per_second, self.alone.bytes_per_second
+        self.busy, self.alone = Reading(), Reading()
+        return found
+
+    def run(self, layer: int, x: Float32, gates: Float32) -> Float32:
+        """x [1, hidden], gates [1, top_k] -> [1, hidden]: a row of the right shape, after all of a layer's reads and
+        products."""
+        experts, memory = self._token.get(layer, []), self._memory
+        misses = len(experts)
+        if not misses:
+            return memory.run(layer, x, gates)
+        parts = self._parts(experts)
+        hits, weights = memory.some(layer, self._top_k - misses)
+        if self._is_alone or misses == self._top_k:
+            self.alone.add(parts, self._reads.time_reads(self._arena.bytes, parts))
+            return memory.run(layer, x, gates)
+        seconds = self._reads.time_reads_beside(self._arena.bytes, parts, x, hits, weights, memory.threads)
+        self.busy.add(parts, seconds)
+        return memory.run(layer, x, gates[:, :misses], misses)
 
     def close(self) -> None:
         for file in self._files.values():
             os.close(file)
 
-    def _read_stretch(self) -> float:
-        """Bytes a second."""
-        read_bytes = sum(self._layers[layer].stride_bytes for own in self._waiting for layer, _ in own)
-        seconds = sum(self._read(own) for own in self._waiting)
-        return read_bytes / seconds if read_bytes else 0.0
+    def _of(self, token: int) -> dict[int, list[Expert]]:
+        found = [self._stand_ins[expert] for expert in self._missed[token] if expert in self._stand_ins]
+        return {layer: list(own) for layer, own in groupby(found, key=lambda expert: expert[0])}
 
-    def _read(self, experts: Sequence[Expert]) -> float:
-        """What a layer misses, all at once: seconds."""
-        places = self._arena.slots // SLOTS
-        return sum(
-            self._read_together(experts[start : start + places]) for start in range(0, len(experts), places)
-        )
-
-    def _read_together(self, experts: Sequence[Expert]) -> float:
+    def _parts(self, experts: Sequence[Expert]) -> list[Part]:
         self._read_layers += 1
-        parts = [self._part(place, own) for place, own in enumerate(experts)]
-        return self._reads.time_reads(self._arena.bytes, parts)
+        return [self._part(place, own) for place, own in enumerate(experts)]
 
     def _part(self, place: int, expert: Expert) -> Part:
         layer = self._layers[expert[0]]

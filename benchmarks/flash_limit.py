@@ -35,7 +35,8 @@ class Stretch:
     stolen_seconds: float = 0.0  # from all processors, by the host of a virtual machine
     # Beside it.
     memory_tokens: list[tuple[float, float]] = field(default_factory=list)  # each: seconds, of which experts
-    flash_bytes_per_second: float = 0.0  # 0: nothing was missed
+    flash_bytes_per_second: float = 0.0  # while hits are computed; 0: nothing was missed
+    flash_alone_bytes_per_second: float = 0.0  # while nobody computes
 
     @property
     def tokens(self) -> int:
@@ -127,6 +128,7 @@ def table(stretches: Sequence[Stretch], top_k: int, expert_bytes: int) -> list[T
                 "limit_last": ms * limit.last,
                 "memory": 1e3 * own.memory_seconds,
                 "flash_gbps": own.flash_bytes_per_second / 1e9,
+                "flash_alone_gbps": own.flash_alone_bytes_per_second / 1e9,
             }
         )
     return found

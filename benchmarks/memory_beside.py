@@ -12,7 +12,7 @@ Knows: caches, tables of slots. Does not know: stages, limits.
 from __future__ import annotations
 
 import numpy as np
-from edge_kernels.experts import run_experts
+from edge_kernels.experts import ExpertWeights, run_experts
 from numpy.typing import NDArray
 
 from edge_runtime.experts.cache import ExpertCache
@@ -22,11 +22,11 @@ Int32 = NDArray[np.int32]
 
 
 class MemoryBeside:
-    """`choose` before each token; `run` is a layer of it. `seconds`: that whoever calls `run` noted."""
+    """`choose` before each token; `run` is a layer of it."""
 
     def __init__(self, cache: ExpertCache, top_k: int, threads: int, seed: int = 1) -> None:
-        self.seconds = 0.0
-        self._cache, self._top_k, self._threads = cache, top_k, threads
+        self.threads = threads
+        self._cache, self._top_k = cache, top_k
         self._random = np.random.default_rng(seed)
         self._slots: dict[int, Int32] = {}
 
@@ -40,7 +40,12 @@ class MemoryBeside:
                 here[id(pool)] = np.flatnonzero(np.array(keys) >= 0).astype(np.int32)
             self._slots[layer] = self._random.choice(here[id(pool)], self._top_k, replace=False)[None]
 
-    def run(self, layer: int, x: Float32, gates: Float32) -> Float32:
-        """x [1, hidden], gates [1, top_k] -> [1, hidden]."""
-        weights = self._cache.pool(layer).weights[layer][-1]
-        return run_experts(x, self._slots[layer], gates, weights, activation="silu", threads=self._threads)
+    def run(self, layer: int, x: Float32, gates: Float32, count: int = 0) -> Float32:
+        """x [1, hidden], gates [1, count] -> [1, hidden]. `count` 0: a token's experts."""
+        slots, weights = self.some(layer, count or self._top_k, is_last=True)
+        return run_experts(x, slots, gates, weights, activation="silu", threads=self.threads)
+
+    def some(self, layer: int, count: int, *, is_last: bool = False) -> tuple[Int32, ExpertWeights]:
+        """[1, count], the first or last of the layer's that were chosen."""
+        slots = self._slots[layer][:, -count:] if is_last else self._slots[layer][:, :count]
+        return slots, self._cache.pool(layer).weights[layer][-1]

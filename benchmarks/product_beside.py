@@ -1,8 +1,9 @@
 """What is measured between a product's tokens, and what of the time is the product's.
 
-Before every fourth token two are computed with all experts in memory, of which the second counts: the first one finds
-helper threads asleep and caches cold, as the arm in memory never does. After a stretch of tokens flash is read as they
-did. None of this is the product's time, and none of it changes what is in its cache.
+Before every token one is computed with all experts in memory, so that others' work on the machine, which comes and
+goes within a second, meets both alike; the first of a stretch is computed twice, since helper threads are asleep then,
+as they never are in the arm in memory. Then one more is computed like that, which reads meanwhile as the product's last
+token did. None of this is the product's time, and none of it changes what is in its cache.
 
 Knows: a stage with an expert cache. Does not know: arms, the limit's formula.
 """
@@ -15,22 +16,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from edge_kernels.flash import FlashTimes
+from numpy.typing import NDArray
 
-from benchmarks.flash_beside import PROMPT, STRETCH_TOKENS, FlashBeside
+from benchmarks.flash_beside import STRETCH_TOKENS, FlashBeside
 from benchmarks.flash_limit import Stretch
 from benchmarks.memory_beside import MemoryBeside
 from edge_runtime.experts.cache import ExpertCache
 
-MEMORY_EVERY_TOKENS = 4
+Float32 = NDArray[np.float32]
+
 _STAT = Path("/proc/stat")
 _STOLEN = 8  # place of the host's share in its first line, in hundredths of a second
+
+
+class Beside(Protocol):
+    """Who runs a layer's experts instead of the product."""
+
+    def run(self, layer: int, x: Float32, gates: Float32) -> Float32: ...
 
 
 class Routed(Protocol):
     """Experts of a layer in a benchmark: `in_memory` runs them, where it is set."""
 
-    in_memory: MemoryBeside | None
+    in_memory: Beside | None
+    beside_seconds: float  # of it
 
 
 @dataclass(frozen=True)
@@ -62,41 +73,53 @@ class ProductBeside:
         self._seen = self._look()
 
     def prompt(self) -> None:
-        self._flash.follow(PROMPT)
+        self._flash.prompt()
 
     def before(self, token: int, run: Callable[[], object]) -> None:
         """`run`: a token at the position of `token`, whose rows are written anew afterwards."""
         begin = time.perf_counter()
         if token % STRETCH_TOKENS == 0:
-            self.stretches.append(Stretch())
-        if token % MEMORY_EVERY_TOKENS == 0:
             self._memory.choose()
-            self._in_memory(run)
-            self.stretches[-1].memory_tokens.append(self._in_memory(run))
+            self._run_beside(self._memory, run)
+        found = self._run_beside(self._memory, run)
+        if token > 0:
+            self._flash.begin(token - 1)
+            self._run_beside(self._flash, run)
+        if token % STRETCH_TOKENS == 0:
+            self._end_stretch()
+            self.stretches.append(Stretch())
+        self.stretches[-1].memory_tokens.append(found)
+        self._memory.choose()
         self._seen = self._look()
         self.aside_seconds += time.perf_counter() - begin
 
     def after(self, token: int, missed: list[int]) -> None:
         self._note(missed)
-        begin = time.perf_counter()
-        self._flash.follow(token)
-        if (token + 1) % STRETCH_TOKENS == 0:
-            self.stretches[-1].flash_bytes_per_second = self._flash.bytes_per_second[-1]
-        self.aside_seconds += time.perf_counter() - begin
 
     def close(self) -> None:
+        self._end_stretch()
         self._flash.close()
 
-    def _in_memory(self, run: Callable[[], object]) -> tuple[float, float]:
+    def _end_stretch(self) -> None:
+        if not self.stretches:
+            return
+        busy, alone = self._flash.end_stretch()
+        self.stretches[-1].flash_bytes_per_second = busy
+        self.stretches[-1].flash_alone_bytes_per_second = alone
+
+    def _run_beside(self, beside: Beside, run: Callable[[], object]) -> tuple[float, float]:
         """Seconds of a token, and of its experts."""
         for routed in self._routed:
-            routed.in_memory = self._memory
-        before, begin = self._memory.seconds, time.perf_counter()
+            routed.in_memory = beside
+        before, begin = self._beside_seconds(), time.perf_counter()
         run()
         seconds = time.perf_counter() - begin
         for routed in self._routed:
             routed.in_memory = None
-        return seconds, self._memory.seconds - before
+        return seconds, self._beside_seconds() - before
+
+    def _beside_seconds(self) -> float:
+        return sum(routed.beside_seconds for routed in self._routed)
 
     def _note(self, missed: list[int]) -> None:
         old, new, own = self._seen, self._look(), self.stretches[-1]

@@ -201,8 +201,51 @@ FlashReads::Landed run_arriving(FlashReads& reads, Array<const std::int64_t, 1> 
   return landed;
 }
 
+// `time_reads` while all threads compute some experts: what flash gives whoever has hits to compute meanwhile. The calling
+// thread looks after the reads between two items of work, as in `Arriving`; nothing is checked.
+double time_reads_beside(FlashReads& reads, Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places,
+                         Array<const std::int64_t, 1> targets, Array<const float, 2> x, Array<const std::int32_t, 2> ids,
+                         Array<const float, 2> gates, Array<const std::uint8_t, 1> buffer, const std::string& format,
+                         std::int64_t experts, std::int64_t hidden, std::int64_t intermediate, std::int64_t stride_bytes,
+                         Array<const std::int64_t, 1> offsets, Array<float, 2> y, int threads) {
+  const Layer layer = checked_layer(buffer, format, experts, hidden, intermediate, stride_bytes, offsets);
+  check_rows(layer, x, ids, gates, y);
+  const auto rows = static_cast<std::int64_t>(x.shape(0)), top_k = static_cast<std::int64_t>(ids.shape(1));
+  const std::int64_t start = FlashTimes::now();
+  std::int64_t end = 0;
+  reads.ask_unchecked(memory, places, targets);
+  {
+    nb::gil_scoped_release released;
+    const Run run(layer, x.data(), ids.data(), gates.data(), y.data(), rows, top_k);
+    for (std::int64_t row = 0; row < rows; ++row) run.prepare(row);
+    FlashNews news;
+    const auto look = [&] {
+      if (end) return;
+      reads.poll(&news);
+      if (!reads.is_waiting()) end = FlashTimes::now();
+    };
+    look();
+    const auto groups = static_cast<std::int64_t>(run.groups().size());
+    const std::int64_t inner = run.inner_chunks(), outer = run.outer_chunks();
+    run_phases(std::clamp(threads, 1, 256), {groups * inner, groups * outer}, [&](int phase, std::int64_t item, int thread) {
+      if (thread == 0) look();
+      if (phase == 0) run.gate_and_up(run.group(item / inner), item % inner * kChunk);
+      if (phase == 1) run.down(run.group(item / outer), item % outer * kChunk);
+    });
+    for (auto idle = std::chrono::steady_clock::now(); !end; look()) {
+      pause_awake();
+      if (std::chrono::steady_clock::now() - idle > kFlashAwake) reads.wait();
+    }
+  }
+  reads.leave_unchecked();
+  return 1e-9 * static_cast<double>(end - start);
+}
+
 }  // namespace
 
-void bind_arriving(nb::module_& m) { m.def("run_arriving", &run_arriving); }
+void bind_arriving(nb::module_& m) {
+  m.def("run_arriving", &run_arriving);
+  m.def("time_reads_beside", &time_reads_beside);
+}
 
 }  // namespace edge

@@ -132,31 +132,38 @@ FlashReads::Landed FlashReads::land(int threads) {
   return landed;
 }
 
-double FlashReads::time_reads(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets) {
+void FlashReads::ask_unchecked(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets) {
   check_places(memory, places, targets);
   require(parts_.empty(), "other reads are on their way");
   constexpr std::uint8_t kUnchecked[kBlake3DigestBytes] = {};
   begin(memory);
-  bool is_lost = false;
+  for (std::size_t i = 0; i < places.shape(0); ++i) {
+    const std::int64_t* place = places.data() + 4 * i;
+    ask({place[0], static_cast<int>(place[1]), place[2], place[3], memory.data() + targets.data()[i], kUnchecked, 0});
+  }
+}
+
+void FlashReads::leave_unchecked() {
+  const bool is_lost = std::any_of(parts_.begin(), parts_.end(), [](const auto& part) { return part->unread != 0; });
+  parts_.clear();
+  forget_memory();
+  if (is_lost) throw std::runtime_error("a part can't be read");
+}
+
+double FlashReads::time_reads(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets) {
   const std::int64_t start = FlashTimes::now();
+  ask_unchecked(memory, places, targets);
   {
     nb::gil_scoped_release released;
-    for (std::size_t i = 0; i < places.shape(0); ++i) {
-      const std::int64_t* place = places.data() + 4 * i;
-      ask({place[0], static_cast<int>(place[1]), place[2], place[3], memory.data() + targets.data()[i], kUnchecked, 0});
-    }
     FlashNews news;
     for (poll(&news); is_waiting(); poll(&news)) {
       const auto idle = std::chrono::steady_clock::now();
       while (!ring_.is_ready() && std::chrono::steady_clock::now() - idle < kFlashAwake) pause_awake();
       if (!ring_.is_ready()) wait();
     }
-    is_lost = std::any_of(parts_.begin(), parts_.end(), [](const auto& part) { return part->unread != 0; });
-    parts_.clear();
   }
   const std::int64_t end = FlashTimes::now();
-  forget_memory();
-  if (is_lost) throw std::runtime_error("a part can't be read");
+  leave_unchecked();
   return 1e-9 * static_cast<double>(end - start);
 }
 

@@ -117,6 +117,10 @@ class FlashReads {
   // Reads and checks nothing: seconds until all is there. places and targets as for `submit`; nothing else may be on its
   // way. Throws std::runtime_error for what can't be read.
   double time_reads(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets);
+  // Its first half: asks for all, unchecked, as nobody's.
+  void ask_unchecked(Array<std::uint8_t, 1> memory, Array<const std::int64_t, 2> places, Array<const std::int64_t, 1> targets);
+  // Its second half, when nothing is on its way any more.
+  void leave_unchecked();
   // What has not begun is not read; what is under way is waited for. All parts are forgotten.
   void give_up();
   // From any thread: what has not begun is not read, and comes as left out. Until the next `submit`.

@@ -244,6 +244,24 @@ class FlashLayer:
         self, x: _F32, ids: _I32, gates: _F32, step: int, y: _F32, threads: int, owner: int = -1
     ) -> tuple[int, int, float, list[tuple[int, int]]]: ...
 
+def time_reads_beside(
+    reads: FlashReads,
+    memory: _U8,
+    places: _I64,
+    targets: _I64,
+    x: _F32,
+    ids: _I32,
+    gates: _F32,
+    buffer: _U8,
+    format: str,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    stride_bytes: int,
+    offsets: _I64,
+    y: _F32,
+    threads: int,
+) -> float: ...
 def run_arriving(
     reads: FlashReads,
     keys: _I64,

@@ -101,6 +101,28 @@ class FlashReads:
         """
         return self._native.time_reads(memory, *_places(parts))
 
+    def time_reads_beside(
+        self, memory: U8, parts: Sequence[Part], x: F32, ids: I32, weights: ExpertWeights, threads: int = 1
+    ) -> float:
+        """The same while `threads` compute experts x [R, hidden], ids [R, n] that are here, until all parts are."""
+        return _native.time_reads_beside(
+            self._native,
+            memory,
+            *_places(parts),
+            np.ascontiguousarray(x, np.float32),
+            np.ascontiguousarray(ids, np.int32),
+            np.ones(ids.shape, np.float32),
+            weights.buffer,
+            weights.format,
+            weights.num_experts,
+            weights.hidden,
+            weights.intermediate,
+            weights.stride_bytes,
+            weights.part_offsets,
+            np.empty((len(x), weights.hidden), np.float32),
+            threads,
+        )
+
     def submit(self, memory: U8, parts: Sequence[Part]) -> None:
         """Begin to read. The memory must stay where it is, and nobody else may touch the targets until they landed."""
         places, targets = _places(parts)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from edge_kernels import flash
+from edge_kernels.experts import run_experts
 
-from benchmarks.flash_beside import PROMPT, STRETCH_TOKENS, FlashBeside, missed_experts, spread, stand_ins
-from edge_runtime.bundle.bundle import Bundle
+from benchmarks.flash_beside import (
+    ALONE_EVERY_TOKENS,
+    PROMPT,
+    FlashBeside,
+    missed_experts,
+    spread,
+    stand_ins,
+)
+from benchmarks.memory_beside import MemoryBeside
+from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import expert_layers
 from edge_runtime.experts.replay import replay
 from edge_runtime.experts.trace import read_trace
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
+
+needs_ring = pytest.mark.skipif(not flash.works(), reason="this system has no io_uring")
 
 TRACE = read_trace(Path(__file__).parents[2] / "benchmarks" / "traces" / "qwen3_30b_a3b.csv.gz")
 
@@ -35,36 +50,59 @@ def test_stand_ins_are_of_the_same_layer_and_never_asked_for() -> None:
     assert len(found) > len(asked) / 2
 
 
-def test_a_figure_for_each_stretch(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExpertCache]:
+    """Of two layers, full."""
     model = TinyModel(layers=2, experts=TRACE.experts, top_k=TRACE.top_k, format="int4")
-    bundle: Bundle = build_tiny_bundle(tmp_path / "bundle", model)
-    beside = FlashBeside(expert_layers(bundle, bundle.manifest.layers), TRACE, TRACE.experts // 2, "lfru")
-    seconds = [beside.follow(token) for token in range(PROMPT, 2 * STRETCH_TOKENS)]
+    bundle = build_tiny_bundle(tmp_path_factory.mktemp("beside") / "bundle", model)
+    layers = expert_layers(bundle, bundle.manifest.layers)
+    found = ExpertCache(layers, CacheOptions(sum(layer.total_bytes for layer in layers) // 4))
+    for layer in layers:
+        ids = np.arange(32, dtype=np.int32)[:, None]
+        rows = np.ones((32, layer.hidden), np.float32)
+        found.run(layer.layer, rows, ids, np.ones((32, 1), np.float32), activation="silu", threads=1)
+    yield found
+    found.close()
+
+
+@needs_ring
+def test_what_a_token_missed_has_stand_ins_in_its_layers(cache: ExpertCache) -> None:
+    memory = MemoryBeside(cache, TRACE.top_k, threads=1)
+    memory.choose()
+    layers = list(cache.layers.values())
+    slots = 2 * TRACE.experts // 4
+    beside = FlashBeside(layers, TRACE, slots, "lfru", memory)
+    two = replace(TRACE, accesses=tuple(access for access in TRACE.accesses if access.layer < 2))
+    missed, known = missed_experts(two, slots, "lfru"), stand_ins(two)
+    beside.prompt()
+    rows, gates = np.ones((1, layers[0].hidden), np.float32), np.ones((1, TRACE.top_k), np.float32)
+    together = []
+    for token in range(ALONE_EVERY_TOKENS):
+        beside.begin(token)
+        before = beside.busy.read_bytes + beside.alone.read_bytes
+        for layer in layers:
+            assert beside.run(layer.layer, rows, gates).shape == rows.shape
+        read_bytes = beside.busy.read_bytes + beside.alone.read_bytes - before
+        count = sum(expert in known for expert in missed[token])
+        assert read_bytes == count * layers[0].stride_bytes
+        together.append(count)
+    assert max(together) > 1
+    assert min(beside.end_stretch()) > 0.0
+    assert beside.end_stretch() == (0.0, 0.0)
     beside.close()
-    assert len(beside.bytes_per_second) == 2
-    assert min(beside.bytes_per_second) > 0.0
-    assert min(seconds) >= 0.0
 
 
-def test_a_layers_misses_are_read_together_and_layers_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = TinyModel(layers=2, experts=TRACE.experts, top_k=TRACE.top_k, format="int4")
-    bundle = build_tiny_bundle(tmp_path / "bundle", model)
-    beside = FlashBeside(expert_layers(bundle, bundle.manifest.layers), TRACE, TRACE.experts // 2, "lfru")
-    together: list[list[int]] = []
-
-    def read_together(own: list[tuple[int, int]]) -> float:
-        together.append([layer for layer, _ in own])
-        return 1e-3
-
-    monkeypatch.setattr(beside, "_read_together", read_together)
-    for token in range(PROMPT, STRETCH_TOKENS):
-        beside.follow(token)
-    beside.close()
-    assert together
-    assert all(len(set(layers)) == 1 and len(layers) <= TRACE.top_k for layers in together)
-    assert any(len(layers) > 1 for layers in together)
+def test_a_token_in_memory_leaves_the_cache_as_it_is(cache: ExpertCache) -> None:
+    memory = MemoryBeside(cache, TRACE.top_k, threads=1)
+    for layer in cache.layers.values():
+        before = [cache.pool(layer.layer).table.key(slot) for slot in range(64)]
+        memory.choose()
+        slots, weights = memory.some(layer.layer, TRACE.top_k)
+        assert len(set(slots[0].tolist())) == TRACE.top_k
+        rows, gates = np.ones((1, layer.hidden), np.float32), np.ones((1, TRACE.top_k), np.float32)
+        wanted = run_experts(rows, slots, gates, weights, activation="silu")
+        np.testing.assert_array_equal(memory.run(layer.layer, rows, gates), wanted)
+        assert [cache.pool(layer.layer).table.key(slot) for slot in range(64)] == before
 
 
 def test_the_spread_is_median_and_quartiles() -> None:

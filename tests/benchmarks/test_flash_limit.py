@@ -79,9 +79,10 @@ def test_what_is_measured_beside_a_product_changes_nothing_of_it(tmp_path: Path)
     first, second = measured.stretches
     assert first.missed + second.missed == alone.missed
     for stretch in (first, second):
-        assert len(stretch.memory_tokens) == 2
+        assert len(stretch.memory_tokens) == STRETCH_TOKENS
         assert 0.0 < stretch.memory_experts_seconds < stretch.memory_seconds
         assert 0.0 < stretch.experts_seconds < stretch.seconds
         assert stretch.flash_bytes_per_second > 0.0
+        assert stretch.flash_alone_bytes_per_second > 0.0
         assert 0.0 < stretch.reading_seconds + stretch.after_seconds < stretch.experts_seconds
     assert measured.decode_seconds == pytest.approx(first.seconds + second.seconds, rel=0.05)

@@ -87,6 +87,14 @@ def test_timed_reads_bring_the_bytes_and_leave_nothing_behind(file: tuple[int, b
         wanted = file[1][part.offset_bytes : part.offset_bytes + part.size_bytes]
         assert memory[part.target_byte : part.target_byte + part.size_bytes].tobytes() == wanted
     assert reads.times.asking > 0.0
+    weights = random_experts(0)
+    ids = np.array([[0, 1]], np.int32)
+    memory[:] = 0
+    rows = np.ones((1, weights.hidden), np.float32)
+    assert reads.time_reads_beside(memory, unchecked, rows, ids, weights, threads=2) > 0.0
+    for part in unchecked:
+        wanted = file[1][part.offset_bytes : part.offset_bytes + part.size_bytes]
+        assert memory[part.target_byte : part.target_byte + part.size_bytes].tobytes() == wanted
     with pytest.raises(RuntimeError, match="can't be read"):
         reads.time_reads(memory, [replace(unchecked[0], offset_bytes=FILE_BYTES)])
     assert land_all(reads, 0, 1) == {}
