@@ -94,7 +94,15 @@ class DataPlane:
             look=self._look,
         )
         self._state = PipelineState()
-        self.fast = FastPath(self._state, self.worker, self._way_to, self._row_in, self._frame_of_rows)
+        self.fast = FastPath(
+            self._state,
+            self.worker,
+            self._way_to,
+            self._way_from,
+            self._row_in,
+            self._frame_of_rows,
+            self._broke,
+        )
         self.experts = ExpertLinks()
         self._of_step: list[Send] | None = (
             None  # rows and ids of a step of several sessions, until all are there
@@ -150,18 +158,16 @@ class DataPlane:
 
     def _look(self, source: DeviceId, frames: Sequence[memoryview]) -> Callable[[], None] | None:
         """At what comes, before it is taken; then it arrives, and then what is returned is called."""
-        try:
-            settle = self.fast.look(source, frames)
-        except Exception as problem:
-            self._broke(problem)
-            return None
-        return None if settle is None else functools.partial(self._guarded, settle)
+        return self.fast.look(source, frames)
 
     def _prepare(self) -> None:
         self.fast.prepare()
 
     def _way_to(self, device_id: str) -> Channel | None:
         return self._mesh.ready(device_id) if self._peers.is_clear(device_id) else None
+
+    def _way_from(self, device_id: str) -> Channel | None:
+        return self._mesh.heard_on(device_id)
 
     def _apply_lease(self, lease: PeerLease) -> None:
         try:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.agent.pipeline_events import Rows
 from edge_runtime.agent.predicted_row import MAX_ID_BYTES, PredictedRow
 from edge_runtime.engine.base import Batch, Span
 from edge_runtime.transport.channel import Channel
+from edge_runtime.transport.expected import ExpectedPiece
 
 FLOAT_BYTES = 4
 
@@ -42,6 +44,30 @@ class DueRow:
             hidden = rows_of(frames[1])
             return None if hidden is None else self._batch_of(token_id, hidden)
         self._place_bytes[:] = frames[1]
+        return self._batch_of(token_id, self._place) if self._batch is None else self._batch
+
+    @property
+    def place(self) -> NDArray[np.uint8] | None:
+        """Where the row's bytes go. None: nowhere, or their number is not known."""
+        return None if self._place is None else self._place.reshape(-1).view(np.uint8)
+
+    def pieces(self, head: Callable[[Sequence[int]], bytes | None]) -> list[ExpectedPiece]:
+        """The list that is due, for each size that its id may have; none where its row has no place."""
+        if self.row.has_hidden and self._place is None:
+            return []
+        arriving = self.row.arriving
+        is_known = isinstance(arriving, bytes)
+        before, after = (arriving, b"") if isinstance(arriving, bytes) else (arriving.before, arriving.after)
+        found = []
+        for id_bytes in (0,) if is_known else range(1, MAX_ID_BYTES + 1):
+            message_bytes = len(before) + id_bytes + len(after)
+            first = head((message_bytes, self._row_bytes) if self.row.has_hidden else (message_bytes,))
+            if first is not None:
+                found.append(ExpectedPiece(len(first) + message_bytes, first + before, after))
+        return found
+
+    def batch_in_place(self, token_id: int) -> Batch:
+        """Of the row whose bytes are in their place already."""
         return self._batch_of(token_id, self._place) if self._batch is None else self._batch
 
     def send(self, message: bytes, rows: Rows | None, frame_of: Callable[[Rows], memoryview]) -> bool:

@@ -12,6 +12,7 @@ Knows: what was prepared, what ran ahead. Does not know: the rules, sockets, wha
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ from edge_runtime.agent.pipeline_events import Rows, RunRows
 from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.predicted_row import predicted_row
 from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.engine.base import Batch
 from edge_runtime.engine.wire import FP32
 from edge_runtime.errors import ConnectionClosed, EdgeRuntimeError
 from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import Message
 from edge_runtime.transport.channel import Channel
+from edge_runtime.transport.expected import Expected
 
 WAY_SECONDS = 0.001  # of an answer to the next stage: until then the cores are left to it
 WAY_STEPS = 0.05  # likewise, but no longer than this share of a step
@@ -41,15 +44,19 @@ class FastPath:
         state: PipelineState,
         worker: StageWorker,
         way_to: WayTo,
+        way_from: WayTo,
         rows_of: Callable[[memoryview], Rows | None],
         frame_of: Callable[[Rows], memoryview],
+        broke: Callable[[Exception], None],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._state = state
         self._worker = worker
         self._way_to = way_to
+        self._way_from = way_from
         self._rows_of = rows_of
         self._frame_of = frame_of
+        self._broke = broke
         self._sleep = sleep
         self._due: DueRow | None = None
         self._width = 0, 0  # lease, numbers of its rows
@@ -67,7 +74,11 @@ class FastPath:
         row = predicted_row(self._state, session)
         channel = self._way_to(row.to) if row is not None else None
         if row is not None and channel is not None:
-            self._due = DueRow(row, channel, self._width_of(row.lease))
+            due = self._due = DueRow(row, channel, self._width_of(row.lease))
+            comes_on = self._way_from(row.source)
+            if comes_on is not None:
+                look = functools.partial(self._look_at_hole, due)
+                comes_on.expect(Expected(due.pieces(comes_on.whole_head), due.place, look))
 
     def look(self, source: str, frames: Sequence[memoryview]) -> Callable[[], None] | None:
         """At a list before it takes its ordinary way. What is returned is to be called after that."""
@@ -78,10 +89,28 @@ class FastPath:
         token_id = row.id_in(frames)
         if token_id is None or not self._worker.is_idle:
             return None
-        batch = due.batch(token_id, frames, self._rows_of)
-        if batch is None:
+        try:
+            batch = due.batch(token_id, frames, self._rows_of)
+            return None if batch is None else self._run(due, token_id, batch)
+        except Exception as problem:
+            self._broke(problem)
             return None
-        self._due = None
+
+    def _look_at_hole(self, due: DueRow, hole: bytes) -> Callable[[], None] | None:
+        """`look` at what is exactly the row that is due, its numbers in their place."""
+        if due is not self._due or due.row.version != self._state.version or not self._worker.is_idle:
+            return None
+        token_id = due.row.id_of(hole)
+        if token_id is None:
+            return None
+        try:
+            return self._run(due, token_id, due.batch_in_place(token_id))
+        except Exception as problem:
+            self._broke(problem)
+            return None
+
+    def _run(self, due: DueRow, token_id: int, batch: Batch) -> Callable[[], None]:
+        self._due, row = None, due.row
         ahead = self._worker.stage.run_ahead(batch)
         if ahead.problem is None:
             answer = row.answer(token_id, ahead.tokens)
@@ -122,6 +151,12 @@ class FastPath:
         return True
 
     def _settle(self) -> None:
+        try:
+            self._settle_row()
+        except Exception as problem:
+            self._broke(problem)
+
+    def _settle_row(self) -> None:
         command, self._command = self._command, None
         self._awaits_command = False
         if command is None:

@@ -99,6 +99,13 @@ class PredictedRow:
         token_id = self.arriving.id_in(bytes(frames[0]))
         return token_id if token_id is not None and token_id < self.vocab_size else None
 
+    def id_of(self, hole: bytes) -> int | None:
+        """The id, from the bytes in place of it; there are none where it is known. None: it is no id."""
+        if isinstance(self.arriving, bytes):
+            return None if hole else self.known_id
+        token_id = read_id(hole)
+        return token_id if token_id is not None and token_id < self.vocab_size else None
+
     def answer(self, token_id: int, sampled: Sequence[Token]) -> bytes | None:
         """The message to send. None: it is another one than was foreseen."""
         if not self.samples:

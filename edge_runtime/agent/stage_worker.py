@@ -25,6 +25,7 @@ from edge_runtime.agent.pipeline_events import DropRows, RunRows
 from edge_runtime.agent.stage_steps import Deliver, LoadedStage, Order, StageSteps
 from edge_runtime.engine.base import Stage
 from edge_runtime.engine.cpu import CpuStage
+from edge_runtime.transport.eager_loop import EagerLoop
 
 Result = TypeVar("Result")
 Job = Callable[[], None]  # something that must not run beside a step: loading, closing
@@ -50,7 +51,7 @@ class StageWorker:
         self._lock = threading.Lock()  # of the two below: whoever puts the first command asks for a turn
         self._inbox: deque[Command] = deque()
         self._turn_asked = False
-        self._loop = asyncio.new_event_loop()
+        self._loop = EagerLoop()
         self._end = asyncio.Event()  # these three belong to the loop's thread
         self._beside: set[asyncio.Task[None]] = set()
         self._later: asyncio.TimerHandle | None = None  # a turn after a pause

@@ -18,6 +18,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError
 from edge_runtime.transport.base import MAX_FRAME_BYTES, MAX_FRAMES, MAX_LIST_BYTES, Frame, Peer
+from edge_runtime.transport.expected import Expected
 
 OPEN: Final = b"O"
 DATA: Final = b"D"
@@ -62,6 +63,10 @@ class WholeWire(Protocol):
 
     def write_whole(self, piece: bytes) -> None:
         """A head and its frames. Never blocks. Raises ConnectionClosed."""
+        ...
+
+    def expect(self, expected: Expected) -> None:
+        """Such a piece is due. It is delivered in any case."""
         ...
 
 
@@ -151,6 +156,14 @@ class Channel:
             raise
         self._reserve(size_bytes + _LIST_OVERHEAD_BYTES)
         return True
+
+    def expect(self, expected: Expected) -> None:
+        """A small list of data is due; its heads are those of `whole_head`. A later call replaces an earlier one.
+
+        There is no promise: whatever comes is delivered, whether `expected.look` saw it before or not.
+        """
+        if self._whole is not None and not self._closed_reason:
+            self._whole.expect(expected)
 
     def on_list(self, take: Callable[[list[memoryview]], None], look: Look | None = None) -> None:
         """Instead of `receive`: every list, also those that wait here, is given to `take` as it arrives.

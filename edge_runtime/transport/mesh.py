@@ -91,6 +91,7 @@ class Mesh:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard_on: Channel | None = None  # what the message came on that is being handed over
+        self._last_heard: dict[str, Channel] = {}  # by device, what its latest message came on
         self._closed = False
 
     async def __aenter__(self) -> Mesh:
@@ -135,6 +136,7 @@ class Mesh:
         peers = {entry.device_id: entry for entry in body.peers if entry.device_id != self._device_id}
         for name in [name for name in self._routes if name not in peers]:
             self._drop(self._routes.pop(name))
+            self._last_heard.pop(name, None)
         for entry in peers.values():
             self._admission.allow(entry.public_key)
             route = self._routes.get(entry.device_id)
@@ -179,6 +181,11 @@ class Mesh:
         if route is None or route.channel is None or route.channel.closed or route.lock.locked():
             return None
         return route.channel
+
+    def heard_on(self, device_id: str) -> Channel | None:
+        """The link that a peer's latest message came on, where it is up."""
+        channel = self._last_heard.get(device_id)
+        return None if channel is None or channel.closed or device_id not in self._routes else channel
 
     async def reach(self, device_id: str) -> None:
         """Have a direct link to a peer. Raises TrustError (not in the lease), TransportError (there is none)."""
@@ -305,6 +312,7 @@ class Mesh:
         if source not in self._routes or self._on_message is None:
             return
         before, self._heard_on = self._heard_on, channel
+        self._last_heard[source] = channel
         try:
             self._on_message(source, message, payloads)
         finally:

@@ -9,15 +9,21 @@ Knows: sockets, their events, their settings. Does not know: connections or who 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
+from edge_kernels._native import Inlet
 from zmq.utils.monitor import parse_monitor_message
 
 from edge_runtime.transport.base import Frame
 from edge_runtime.transport.channel import WINDOW_LISTS
+from edge_runtime.transport.eager_loop import HAS_EPOLL, EagerLoop
+from edge_runtime.transport.expected import Expected
 
 _COPY_BELOW_BYTES = 64 << 10  # smaller frames are cheaper to copy than to keep track of
 # Plain integers: each operation on zmq's flags is five calls of Python, and there are a dozen to a frame.
@@ -58,6 +64,34 @@ _WATCHED_EVENTS = (
 )
 
 
+class TakenPart:
+    """A part that was read natively, as far as `zmq.Frame` is asked for anything."""
+
+    def __init__(self, data: bytes, user: str, source_fd: int) -> None:
+        self.bytes = data
+        self.buffer = memoryview(data)
+        self._user = user
+        self._source_fd = source_fd
+
+    def get(self, what: int | str) -> int | str:
+        return self._user if what == "User-Id" else self._source_fd
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+
+@functools.cache
+def _message_calls() -> tuple[int, ...]:
+    """Addresses of libzmq's calls, as `Inlet` wants them. None of them: pyzmq does not say where they are."""
+    try:
+        library = ctypes.CDLL(importlib.import_module("zmq.backend.cython._zmq").__file__)
+        names = ("init", "recv", "close", "data", "size", "more", "get", "gets")
+        found = [ctypes.cast(getattr(library, f"zmq_msg_{name}"), ctypes.c_void_p).value for name in names]
+    except (ImportError, OSError, AttributeError):
+        return ()
+    return tuple(address for address in found if address is not None)
+
+
 def send_parts(socket: Any, parts: Sequence[Frame]) -> None:
     """One list, without waiting. Raises zmq.Again (no link, or full) and zmq.ZMQError(EHOSTUNREACH)."""
     send = socket.send
@@ -81,6 +115,9 @@ def receive_parts(socket: Any, is_routed: bool) -> tuple[bytes, list[zmq.Frame]]
     return routing_id, parts
 
 
+Part = zmq.Frame | TakenPart
+
+
 class LoopSocket:
     """Calls `on_list(routing id, parts)` for each list read, `on_event(event, value)` for each event of the link.
 
@@ -92,7 +129,7 @@ class LoopSocket:
         self,
         socket: Any,  # zmq.Socket; its option getter is typed int | bytes for all options
         *,
-        on_list: Callable[[bytes, list[zmq.Frame]], None],
+        on_list: Callable[[bytes, Sequence[Part]], None],
         on_event: Callable[[int, int], None],
         on_idle: Callable[[], None],
     ) -> None:
@@ -106,6 +143,8 @@ class LoopSocket:
         self._monitor: Any = socket.get_monitor_socket(_WATCHED_EVENTS)
         self._scheduled = False
         self._poller: zmq.Poller | None = None
+        self._inlet: Inlet | None = None
+        self._expected: tuple[bytes, Expected] | None = None  # and the routing id
         self._fds = (socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._fds[0], self._read_lists)
         self._loop.add_reader(self._fds[1], self._round)
@@ -117,6 +156,46 @@ class LoopSocket:
         # Sending may have consumed the signal that something arrived.
         if not self._scheduled and int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
             self._schedule()
+
+    def expect(self, routing_id: bytes, user: str, expected: Expected) -> None:
+        """The next list may be this one, of this user under this routing id: then it is looked at before all else.
+
+        It is handed over like any other after that. For sockets whose lists have routing ids; a later call replaces
+        an earlier one. Where the event loop is an ordinary one, or libzmq can't be called, nothing is ever looked at.
+        """
+        if self.closed or not isinstance(self._loop, EagerLoop) or not (HAS_EPOLL and _message_calls()):
+            return
+        if self._inlet is None:
+            self._inlet = Inlet(list(_message_calls()), self._socket.underlying)
+        self._inlet.expect(routing_id, user, list(expected.pieces), expected.place)
+        self._expected = routing_id, expected
+        self._loop.take_first(self._fds[0], self._inlet, self._taken)
+
+    def expect_nothing(self, routing_id: bytes) -> None:
+        """Nobody has this routing id any more."""
+        if self._expected is not None and self._expected[0] == routing_id:
+            self._end_expecting()
+
+    def _end_expecting(self) -> None:
+        if self._expected is not None and isinstance(self._loop, EagerLoop):
+            self._expected = None
+            self._loop.take_first(self._fds[0], None, self._taken)
+
+    def _taken(self, is_expected: bool) -> None:
+        """Before the loop has made callbacks of anything, so that its handler of exceptions has to be called here."""
+        inlet, expected = self._inlet, self._expected
+        if inlet is None or expected is None:
+            return
+        then = expected[1].look(inlet.hole()) if is_expected else None
+        try:
+            routing_id, user, source_fd, parts = inlet.taken()
+            self._on_list(routing_id, [TakenPart(part, user, source_fd) for part in parts])
+        except Exception as problem:
+            self._loop.call_exception_handler({"message": "a list was not handled", "exception": problem})
+        finally:
+            if then is not None:
+                then()
+            self._schedule()  # more may have come
 
     def wait(self, seconds: float) -> None:
         """Until something arrives, for a caller who keeps the loop from turning; it is handed over as the loop would.
@@ -145,6 +224,7 @@ class LoopSocket:
         if self.closed:
             return
         self.closed = True
+        self._end_expecting()
         for fd in self._fds:
             self._loop.remove_reader(fd)
         self._socket.disable_monitor()

@@ -25,6 +25,7 @@ void bind_expert_slots(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_flash(nb::module_& m);
 void bind_flash_layer(nb::module_& m);
+void bind_inlet(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_sampling(nb::module_& m);

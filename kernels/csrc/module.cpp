@@ -18,6 +18,7 @@ NB_MODULE(_native, m) {
   edge::bind_experts(m);
   edge::bind_flash(m);
   edge::bind_flash_layer(m);
+  edge::bind_inlet(m);
   edge::bind_program(m);
   edge::bind_rows(m);
   edge::bind_sampling(m);

@@ -279,3 +279,26 @@ def run_arriving(
     y: _F32,
     threads: int,
 ) -> list[tuple[int, int]]: ...
+
+class Inlet:
+    """Takes a list that is due from a ROUTER socket of libzmq while an event loop waits. For the loop's thread alone."""
+
+    def __init__(self, calls: list[int], socket: int) -> None:
+        """Addresses of zmq_msg_init, recv, close, data, size, more, get and gets; `socket` as libzmq's own pointer."""
+
+    def expect(
+        self, routing_id: bytes, user: str, pieces: list[tuple[int, bytes, bytes]], place: _U8 | None
+    ) -> None:
+        """One part of this peer's: before, a hole, after, up to a row's beginning; then a row as long as `place`.
+
+        Pieces are told apart by their sizes.
+        """
+
+    def wait(self, epoll_fd: int, socket_fd: int, timeout_milliseconds: int) -> int:
+        """0: nothing was taken. 1: what is expected, its row is in its place. 2: another list. -1 ms: for ever."""
+
+    def hole(self) -> bytes:
+        """Of the list that was expected."""
+
+    def taken(self) -> tuple[bytes, str, int, list[bytes]]:
+        """Once: routing id, user, descriptor of the link, parts."""

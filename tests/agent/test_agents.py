@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.agent.config import NO_DATA_PORT
+from edge_runtime.agent.due_row import DueRow
 from edge_runtime.agent.fast_path import FastPath
 from edge_runtime.agent.status import Connected, Paired, Serving
 from edge_runtime.bundle import Bundle
@@ -29,6 +30,7 @@ from edge_runtime.protocol.messages import (
     StageFailed,
     UnloadStage,
 )
+from edge_runtime.transport.eager_loop import HAS_EPOLL
 from tests.support.agents import NAMES, PROMPT, cluster_of, one_device_loop
 from tests.support.mini_coordinator import MiniCoordinator
 from tests.support.stages import Pipeline, span
@@ -48,13 +50,20 @@ async def test_rows_of_a_lone_session_are_foreseen_on_every_stage(
 ) -> None:
     """The short way is taken over real links, for nearly all rows, and the ids are those of one device."""
     taken: list[object] = []
-    settle = FastPath._settle
+    at_once: list[object] = []
+    settle, look = FastPath._settle, FastPath._look_at_hole
 
     def noted(fast: FastPath) -> None:
         settle(fast)
         taken.append(fast)
 
+    def looked(fast: FastPath, due: DueRow, hole: bytes) -> Callable[[], None] | None:
+        then = look(fast, due, hole)
+        at_once.append(then)
+        return then
+
     monkeypatch.setattr(FastPath, "_settle", noted)
+    monkeypatch.setattr(FastPath, "_look_at_hole", looked)
     async with cluster_of(bundle, tmp_path) as cluster:
         coordinator = cluster.coordinator
         await cluster.start(*NAMES)
@@ -64,6 +73,8 @@ async def test_rows_of_a_lone_session_are_foreseen_on_every_stage(
         assert [token.id for token in tokens] == one_device_loop(bundle, PROMPT, 30, SAMPLED)
     assert len(set(taken)) == len(NAMES)
     assert len(taken) > 2 * len(tokens)
+    if HAS_EPOLL:
+        assert sum(then is not None for then in at_once) > len(tokens)
 
 
 @pytest.mark.parametrize(("names", "edges"), [(NAMES[:1], []), (NAMES[:2], [1]), (NAMES, [1, 2])])

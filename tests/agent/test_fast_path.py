@@ -62,8 +62,9 @@ def test_only_what_the_codec_would_write_is_found_in_a_hole(middle: bytes, cut: 
 class Pair:
     """The same stage twice, with and without the short way, in the same world."""
 
-    def __init__(self, stage: int, stages: int) -> None:
-        self.fast, self.ordinary = PacedPlane(stage, stages, fast=True), PacedPlane(stage, stages, fast=False)
+    def __init__(self, stage: int, stages: int, *, takes_first: bool = False) -> None:
+        self.fast = PacedPlane(stage, stages, fast=True, takes_first=takes_first)
+        self.ordinary = PacedPlane(stage, stages, fast=False)
         self.stage, self.stages = stage, stages
         self.before = "" if stage == 0 else f"device-{stage - 1}"
         self.tail = f"device-{stages - 1}"
@@ -124,9 +125,10 @@ class Pair:
 ROLES = [(0, 2), (1, 2), (1, 3), (2, 3)]
 
 
+@pytest.mark.parametrize("takes_first", [False, True])
 @pytest.mark.parametrize(("stage", "stages"), ROLES)
-def test_a_session_that_decodes_alone_takes_the_short_way(stage: int, stages: int) -> None:
-    pair = Pair(stage, stages)
+def test_a_session_that_decodes_alone_takes_the_short_way(stage: int, stages: int, takes_first: bool) -> None:
+    pair = Pair(stage, stages, takes_first=takes_first)
     pair.begin(1)
     for token_id in (3, 4, 40, 0, 11):
         pair.both(*pair.next_row(1, token_id))
@@ -137,6 +139,7 @@ def test_a_session_that_decodes_alone_takes_the_short_way(stage: int, stages: in
     assert pair.fast.plane.fast.rows >= 3  # the first row of a session is not foreseen
     assert pair.fast.links.pieces >= 2  # after the first such row sizes are known
     assert pair.ordinary.links.pieces == 0
+    assert pair.fast.at_once >= 2 * takes_first
     pair.close()
 
 
@@ -144,12 +147,12 @@ WHAT = ("row", "row", "row", "row", "row", "turn", "again", "odd", "draft", "fen
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(ROLES), st.integers(0, 60), st.floats(0.0, 0.5), st.integers(0, 2**32))
+@given(st.sampled_from(ROLES), st.booleans(), st.integers(0, 60), st.floats(0.0, 0.5), st.integers(0, 2**32))
 def test_whatever_comes_both_ways_do_the_same(
-    role: tuple[int, int], events: int, mischief: float, seed: int
+    role: tuple[int, int], takes_first: bool, events: int, mischief: float, seed: int
 ) -> None:
     rng = random.Random(seed)
-    pair = Pair(*role)
+    pair = Pair(*role, takes_first=takes_first)
     pair.begin(1)
     sessions, rows = [1], 0
     last = pair.next_row(1, 3)

@@ -6,7 +6,7 @@ Knows: how a data plane is driven by hand, event by event. Does not know: socket
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from edge_runtime.protocol import codec
 from edge_runtime.protocol.messages import LoadStage, Message
 from edge_runtime.transport.base import Frame, Peer
 from edge_runtime.transport.channel import DATA, Channel
+from edge_runtime.transport.expected import Expected
 from edge_runtime.transport.zeromq import delivery
 from edge_runtime.trust.identity import KeyPair
 from tests.support.bare_stage import LEASE, loaded, order
@@ -38,6 +39,7 @@ class Links:
         self.sent: dict[str, list[list[bytes]]] = {}
         self.channels: dict[str, Channel] = {}
         self.wires: list[Noted] = []
+        self.incoming: dict[str, tuple[Channel, Noted]] = {}
 
     def ready(self, device_id: str) -> Channel | None:
         channel = self.channels.get(device_id)
@@ -46,6 +48,10 @@ class Links:
             self.wires.append(noted)
             channel = self.channels[device_id] = Channel(Peer(device_id, b""), noted)
         return channel
+
+    def heard_on(self, device_id: str) -> Channel | None:
+        found = self.incoming.get(device_id)
+        return None if found is None else found[0]
 
     @property
     def pieces(self) -> int:
@@ -64,12 +70,16 @@ class Noted:
     def __init__(self, sent: list[list[bytes]]) -> None:
         self._sent = sent
         self.pieces = 0  # lists that came as one
+        self.expected: Expected | None = None
 
     def write(self, parts: Sequence[Frame]) -> None:
         self._sent.append([bytes(part) for part in parts])
 
     def head(self, sizes_bytes: Sequence[int]) -> bytes | None:
         return delivery.head(sizes_bytes)
+
+    def expect(self, expected: Expected) -> None:
+        self.expected = expected
 
     def write_whole(self, piece: bytes) -> None:
         self.write([DATA, *delivery.unpacked(memoryview(piece))])
@@ -157,10 +167,14 @@ class Control:
 
 
 class PacedPlane:
-    """Stage `stage` of `stages`. `fast` False: no row is ever foreseen."""
+    """Stage `stage` of `stages`. `fast` False: no row is ever foreseen.
 
-    def __init__(self, stage: int, stages: int, *, fast: bool) -> None:
+    `takes_first`: lists that are expected are looked at before they are delivered.
+    """
+
+    def __init__(self, stage: int, stages: int, *, fast: bool, takes_first: bool = False) -> None:
         self.now = 100.0
+        self.takes_first = takes_first
         self.links, self.control = Links(), Control()
         self.plane: Any = DataPlane(self.control, KeyPair.generate(), "own", b"", "")  # Any: driven by hand
         self.worker = self.plane.worker
@@ -179,7 +193,7 @@ class PacedPlane:
         self.worker.put(lambda: self.worker.install(LoadedStage(LEASE, self.stage, **kinds)))  # type: ignore[arg-type]
         self.plane.loaded(loaded(), HIDDEN, FP32)
         self.turn()
-        self._incoming: dict[str, Channel] = {}
+        self.at_once = 0  # rows that were taken before they were delivered
 
     @property
     def state(self) -> Any:
@@ -195,13 +209,30 @@ class PacedPlane:
 
     def arrives(self, source: str, message: Message, payloads: Sequence[bytes] = ()) -> None:
         """Over a link from a peer."""
-        channel = self._incoming.get(source)
-        if channel is None:
-            channel = self._incoming[source] = Channel(Peer(source, b""), Noted([]))
+        if source not in self.links.incoming:
+            noted = Noted([])
+            channel = Channel(Peer(source, b""), noted)
+            self.links.incoming[source] = channel, noted
             channel.on_list(
                 functools.partial(self._taken, source), functools.partial(self.plane._look, source)
             )
-        channel.deliver(DATA, [memoryview(frame) for frame in codec.encode(message, payloads)])
+        channel, noted = self.links.incoming[source]
+        frames = [bytes(frame) for frame in codec.encode(message, payloads)]
+        then = self._looked_at(noted.expected, frames) if self.takes_first else None
+        channel.deliver(DATA, [memoryview(frame) for frame in frames])
+        if then is not None:
+            then()
+
+    def _looked_at(self, expected: Expected | None, frames: Sequence[bytes]) -> Callable[[], None] | None:
+        """As the socket does where the event loop lets it."""
+        hole = None
+        if expected is not None:
+            hole = expected.hole_in(
+                (delivery.head([len(frame) for frame in frames]) or b"") + b"".join(frames)
+            )
+        then = expected.look(hole) if expected is not None and hole is not None else None
+        self.at_once += then is not None
+        return then
 
     def _taken(self, source: str, frames: list[memoryview]) -> None:
         self.plane._arrived(source, *codec.decode(frames))

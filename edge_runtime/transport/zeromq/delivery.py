@@ -16,11 +16,10 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-import zmq
-
 from edge_runtime.errors import ProtocolError
 from edge_runtime.transport.base import MAX_FRAMES, Frame
 from edge_runtime.transport.channel import DATA, Channel
+from edge_runtime.transport.zmq_socket import Part
 
 log = logging.getLogger(__name__)
 CLOSE_GRACE_SECONDS: Final = 1.0
@@ -62,7 +61,7 @@ def unpacked(part: memoryview) -> list[memoryview]:
     return found
 
 
-def deliver(channel: Channel, parts: list[zmq.Frame]) -> None:
+def deliver(channel: Channel, parts: Sequence[Part]) -> None:
     """A list as it came over the wire."""
     try:
         first = parts[0].buffer.toreadonly()

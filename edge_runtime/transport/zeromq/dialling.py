@@ -18,8 +18,9 @@ from edge_runtime.errors import ConnectionClosed, ProtocolError, TransportError,
 from edge_runtime.transport import tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import OPEN, WIRE_VERSION, Channel
+from edge_runtime.transport.expected import Expected
 from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, head, packed
-from edge_runtime.transport.zmq_socket import SETTINGS, LoopSocket
+from edge_runtime.transport.zmq_socket import SETTINGS, LoopSocket, Part
 from edge_runtime.trust.admission import zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
 
@@ -81,6 +82,9 @@ class _DialledWire:
     def write_whole(self, piece: bytes) -> None:
         self._send([piece])
 
+    def expect(self, expected: Expected) -> None:
+        """Nothing: whoever has rows for this device dials it."""
+
     def write(self, parts: Sequence[Frame]) -> None:
         self._send(packed(parts))
 
@@ -108,7 +112,7 @@ class _DialledWire:
         finally:
             self.cut()
 
-    def _on_list(self, _routing_id: bytes, parts: list[zmq.Frame]) -> None:
+    def _on_list(self, _routing_id: bytes, parts: Sequence[Part]) -> None:
         if self.opened.done():
             deliver(self.channel, parts)
         elif [part.bytes for part in parts] == [OPEN, WIRE_VERSION]:

@@ -20,8 +20,9 @@ from edge_runtime.errors import ConnectionClosed, TransportError
 from edge_runtime.transport import link_meter, tcp
 from edge_runtime.transport.base import MAX_FRAME_BYTES, Frame, Peer
 from edge_runtime.transport.channel import CLOSE, OPEN, WINDOW_BYTES, WIRE_VERSION, Channel
+from edge_runtime.transport.expected import Expected
 from edge_runtime.transport.zeromq.delivery import CLOSE_GRACE_SECONDS, deliver, head, packed
-from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket
+from edge_runtime.transport.zmq_socket import BACKLOG, SETTINGS, LoopSocket, Part
 from edge_runtime.trust.admission import Gate, zmq_runtime
 from edge_runtime.trust.identity import KeyPair, device_id
 
@@ -62,6 +63,9 @@ class _AcceptedWire:
 
     def write_whole(self, piece: bytes) -> None:
         self._listener.write(self, [piece])
+
+    def expect(self, expected: Expected) -> None:
+        self._listener.expect(self, expected)
 
     def write(self, parts: Sequence[Frame]) -> None:
         self._listener.write(self, packed(parts))
@@ -163,12 +167,17 @@ class ZeromqListener:
             reason = "stopped reading" if error.errno == zmq.EAGAIN else "has gone"
             raise ConnectionClosed(f"the other side {reason}") from error
 
+    def expect(self, wire: _AcceptedWire, expected: Expected) -> None:
+        if self._wires.get(wire.routing_id) is wire:
+            self._socket.expect(wire.routing_id, wire.user_id, expected)
+
     def forget(self, wire: _AcceptedWire) -> bool:
         """Later lists of this connection are dropped. Whether it was still known."""
         if self._by_fd.get(wire.fd) is wire:
             del self._by_fd[wire.fd]
         if self._wires.get(wire.routing_id) is not wire:
             return False
+        self._socket.expect_nothing(wire.routing_id)
         del self._wires[wire.routing_id]
         return True
 
@@ -177,7 +186,7 @@ class ZeromqListener:
         if fd not in self._by_fd:
             tcp.shut_down(fd, remote)
 
-    def _on_list(self, routing_id: bytes, parts: list[zmq.Frame]) -> None:
+    def _on_list(self, routing_id: bytes, parts: Sequence[Part]) -> None:
         user_id = str(parts[0].get("User-Id"))
         wire = self._wires.get(routing_id)
         if wire is None:
@@ -192,7 +201,7 @@ class ZeromqListener:
                 sum(map(len, parts)), len(parts)
             )  # later: whoever waits for them comes first
 
-    def _on_stranger(self, routing_id: bytes, user_id: str, parts: list[zmq.Frame]) -> None:
+    def _on_stranger(self, routing_id: bytes, user_id: str, parts: Sequence[Part]) -> None:
         """A connection starts with OPEN; anything else is left over from one that was closed or cut."""
         fd = int(parts[0].get(zmq.SRCFD))
         if fd in self.hanging_up and parts[0].bytes == CLOSE:
