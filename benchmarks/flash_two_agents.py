@@ -18,7 +18,8 @@ import multiprocessing
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 
@@ -36,7 +37,7 @@ from edge_runtime.errors import TamperedError, TransportError
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers
 from edge_runtime.experts.lanes import open_for_reading, read_fully
 from edge_runtime.experts.loads import ExpertLoads
-from edge_runtime.experts.peer_runner import PeerOptions
+from edge_runtime.experts.peer_runner import PeerExperts, PeerOptions
 from edge_runtime.experts.peer_server import PeerServer
 from edge_runtime.experts.peer_shares import owners_of, pack_experts
 from edge_runtime.experts.peer_store import PeerStore
@@ -135,17 +136,24 @@ async def _no_relay(*_: object) -> None:
 
 async def _asker(order: Order, halves: tuple[Held, Held]) -> tuple[Notes, dict[str, object]]:
     """The dense part and the first half, in this process; the other half is in a child."""
+    async with holder_process(order, halves[1]) as (links, own, peer):
+        store = await asyncio.to_thread(_filled, _layers(order), halves[0])
+        return _run(order, store, links, {own: halves[0], peer: halves[1]}, own)
+
+
+@asynccontextmanager
+async def holder_process(order: Order, held: Held) -> AsyncIterator[tuple[ExpertLinks, str, str]]:
+    """A child that holds these experts, and links over which it answers; this process's device id, and the child's."""
     signing, key = SigningKey.generate(), KeyPair.generate()
     own = device_id(key.public)
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    child = context.Process(target=_hold, args=(theirs, order, halves[1], signing.public, own), daemon=True)
+    child = context.Process(target=_hold, args=(theirs, order, held, signing.public, own), daemon=True)
     child.start()
     links = ExpertLinks()
     try:
         peer_key, address = await asyncio.to_thread(pipe.recv)
         peer = device_id(peer_key)
-        store = await asyncio.to_thread(_filled, _layers(order), halves[0])
         async with (
             Mesh(key, own, signing.public, _no_relay, on_message=_to(links)) as mesh,
             asyncio.TaskGroup() as tasks,
@@ -158,7 +166,7 @@ async def _asker(order: Order, halves: tuple[Held, Held]) -> tuple[Notes, dict[s
             await asyncio.to_thread(pipe.recv)
             await links.reach([peer])
             links.begin(LEASE)
-            return _run(order, store, links, {own: halves[0], peer: halves[1]}, own)
+            yield links, own, peer
     finally:
         child.terminate()
         child.join()
@@ -182,7 +190,7 @@ def _run(
     try:
         _generate(order, stage, replay, notes)
         experts = stage.peer_experts
-        if experts is None:
+        if not isinstance(experts, PeerExperts):
             return notes, {}
         found = experts.statistics
         return notes, {
