@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.experts.prediction_setting import AUTO, SETTINGS
 from edge_runtime.experts.start_bits import ALL_BITS, parse_start_bits
 
 PREFIX = "EDGE_RUNTIME_"
@@ -152,6 +153,11 @@ class AgentConfig:
         ALL_BITS,
         parse_start_bits,
         "use bit-nested experts from so many bits on, complete them later: 2, 4 (lossy); or all: the same tokens",
+    )
+    expert_prediction: str = _setting(
+        AUTO,
+        _one_of(*SETTINGS),
+        "keep or read the next layer's experts on a guess, where tokens are faster for it here (auto), or never (off)",
     )
     executor: str = _setting(
         "auto",

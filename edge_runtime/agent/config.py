@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
 from edge_runtime.errors import ConfigError
+from edge_runtime.experts.prediction_setting import AUTO, SETTINGS
 from edge_runtime.experts.start_bits import ALL_BITS, CHOICES
 
 MIN_MEMORY_BYTES = 64 << 20
@@ -33,6 +34,7 @@ class AgentConfig:
     log_level: str = "info"
     expert_cache: int | str = "auto"  # bytes; all: in memory or not at all; auto: what is left of the memory
     expert_start_bits: int = ALL_BITS  # of bit-nested experts before they are used; 0: all
+    expert_prediction: str = AUTO  # what may be done about the next layer's experts
     executor: str = (
         "auto"  # native, onnx, torch, or auto: torch on a CUDA device, else native where it is fast
     )
@@ -58,6 +60,10 @@ class AgentConfig:
             (
                 self.expert_start_bits in CHOICES,
                 "experts can be used from 2 or 4 bits on, or whole (0)",
+            ),
+            (
+                self.expert_prediction in SETTINGS,
+                f"experts are predicted or not: choose one of {', '.join(SETTINGS)}",
             ),
             (self.executor in EXECUTORS, f"an executor is one of {', '.join(EXECUTORS)}"),
             (NO_DATA_PORT <= self.data_port <= 65535, "a data port is between 0 (any) and 65535"),

@@ -203,6 +203,7 @@ class Agent:
                 self._profiler.numeric_class,
             ),
             self._config.expert_start_bits,
+            self._config.expert_prediction,
         )
         self._expert_reporter = ExpertReporter()
 

@@ -27,7 +27,7 @@ class ExpertReporter:
         if cache is None or now - self._told_at < REPORT_SECONDS:
             return None
         total = cache.statistics.total
-        all_read_bytes = total.read_bytes + total.upgraded_bytes
+        all_read_bytes = total.read_bytes + total.upgraded_bytes + total.read_ahead_bytes
         counts = (total.hits, total.misses, all_read_bytes, total.fewer_bits, total.waited_seconds)
         hits, misses, read_bytes, fewer_bits, waited_seconds = (
             new - old for new, old in zip(counts, self._told, strict=True)
@@ -47,4 +47,5 @@ class ExpertReporter:
             mended=cache.reader.counters.reread,
             fewer_bits=int(fewer_bits),
             quality=quality,
+            prediction="" if cache.prediction is None else cache.prediction.says,
         )

@@ -28,6 +28,7 @@ from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import expert_bytes
 from edge_runtime.experts.peer_runner import PeerOptions
+from edge_runtime.experts.prediction_setting import AUTO
 from edge_runtime.experts.reader import DEFAULT_LANES
 from edge_runtime.experts.start_bits import ALL_BITS, early_quality
 from edge_runtime.protocol.messages import HOLDS_EXPERTS, LoadStage
@@ -134,6 +135,7 @@ class StageLoader:
         flash_lanes: Callable[[Manifest, str], int] = lambda manifest, bundle: DEFAULT_LANES,
         shares: ExpertShareLoader | None = None,
         start_bits: int = ALL_BITS,
+        expert_prediction: str = AUTO,
     ) -> None:
         self._fetcher = fetcher
         self._worker = worker
@@ -145,6 +147,7 @@ class StageLoader:
         self._flash_lanes = flash_lanes
         self._shares = shares
         self._start_bits = start_bits
+        self._expert_prediction = expert_prediction
         self.expert_cache: ExpertCache | None = None  # of the stage loaded last
         self._helped: FlashAndPeers | None = None  # of it, too, where peers may help
         self.early_quality = (
@@ -215,7 +218,11 @@ class StageLoader:
 
         lanes = self._flash_lanes(manifest, bundle)
         return CacheOptions(
-            memory.expert_cache_bytes, lanes=lanes, refetch=refetch, start_bits=self._start_bits
+            memory.expert_cache_bytes,
+            lanes=lanes,
+            refetch=refetch,
+            start_bits=self._start_bits,
+            prediction=self._expert_prediction,
         )
 
     def _install(

@@ -58,6 +58,12 @@ def _configure(parser: ArgumentParser) -> None:
         "longer the same on every run. all: whole experts only (default)",
     )
     parser.add_argument(
+        "--expert-prediction",
+        choices=("auto", "off"),
+        help="auto: keep or read the next layer's experts on a guess, where tokens are found to be faster for it "
+        "(default); off: never. Tokens are the same",
+    )
+    parser.add_argument(
         "--executor",
         choices=("auto", "native", "onnx", "torch"),
         help="who computes: our own kernels, ONNX Runtime, torch (on a CUDA device; without one, slowly as a "
@@ -92,6 +98,7 @@ def _run(arguments: Namespace) -> int:
             "agent.threads": arguments.threads,
             "agent.expert_cache": arguments.expert_cache,
             "agent.expert_start_bits": arguments.expert_start_bits,
+            "agent.expert_prediction": arguments.expert_prediction,
             "agent.executor": arguments.executor,
             "agent.join": _join_link(arguments),
             "general.state_directory": None if arguments.state is None else str(arguments.state),
@@ -129,6 +136,7 @@ def _agent_config(arguments: Namespace, settings: config.Config) -> AgentConfig:
         log_level=settings.general.log_level,
         expert_cache=settings.agent.expert_cache,
         expert_start_bits=settings.agent.expert_start_bits,
+        expert_prediction=settings.agent.expert_prediction,
         executor=settings.agent.executor,
     )
 

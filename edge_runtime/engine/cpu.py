@@ -34,7 +34,7 @@ from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import expert_layers
 from edge_runtime.experts.next_gate import next_gates
 from edge_runtime.experts.peer_runner import PeerExperts, PeerOptions
-from edge_runtime.experts.prediction import OFF
+from edge_runtime.experts.prediction_setting import OFF
 from edge_runtime.experts.reader import Cancelled
 
 ExpertOptions = CacheOptions | PeerOptions | HelpedOptions

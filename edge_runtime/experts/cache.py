@@ -24,7 +24,8 @@ from edge_runtime.experts.layer_run import LayerRun
 from edge_runtime.experts.native_layer import NativeLayer
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import Pool, make_pools
-from edge_runtime.experts.prediction import AUTO, Prediction, make_prediction
+from edge_runtime.experts.prediction import Prediction, make_prediction
+from edge_runtime.experts.prediction_setting import AUTO, PREDICTIONS
 from edge_runtime.experts.reader import DEFAULT_LANES, Cancelled, ExpertReader, ReadBatch, Refetch
 from edge_runtime.experts.reads import LaneReads, RingReads, kernel_reads
 from edge_runtime.experts.slot_table import ABSENT
@@ -46,7 +47,7 @@ class CacheOptions:
     results depend on when reads end. 0, or experts without planes: only whole ones, the same bits always. `upgrades`
     False leaves the rest away for good, to see what it is worth.
 
-    `prediction`: what may be done about the next layer's experts (`prediction.PREDICTIONS`).
+    `prediction`: what may be done about the next layer's experts (`prediction_setting`).
     """
 
     budget_bytes: int
@@ -82,6 +83,11 @@ class ExpertCache:
             raise EngineError(
                 f"experts can't start with {options.start_bits} bits", hint="use 2 or 4, or 0 for all"
             )
+        if options.prediction not in PREDICTIONS:
+            raise EngineError(
+                f"{options.prediction!r} is no way to use predictions",
+                hint=f"choose one of {', '.join(PREDICTIONS)}",
+            )
         self.layers = {layer.layer: layer for layer in layers}
         self.budget_bytes = options.budget_bytes
         self.statistics = CacheStatistics(layer.layer for layer in layers)
@@ -106,6 +112,7 @@ class ExpertCache:
         self._threads = 1  # of the last call
         self._step = 0
         self._last_layer = -1
+        self._guesses = False  # whether `prediction` has anything to do in this step
         self._end_layer = max(self.layers)
         self._batch: ReadBatch | None = None
         self.upgrades: Upgrades | None = (
@@ -250,14 +257,16 @@ class ExpertCache:
         """
         if layer <= self._last_layer:
             self._step += 1
+            self._guesses = self.prediction is not None and self.prediction.begin_step(len(ids))
         self._last_layer, self._threads = layer, threads
         if self.upgrades is not None:
             self.upgrades.take_arrived()
-        if self.prediction is not None:
-            self.prediction.before(layer, x, ids, self._step, self._look_for_wrong)
+        prediction = self.prediction if self._guesses else None
+        if prediction is not None:
+            prediction.before(layer, x, ids, self._step, self._look_for_wrong)
         result = self._run_layer(layer, x, ids, gates, activation, threads)
-        if self.prediction is not None:
-            self.prediction.after(layer)
+        if prediction is not None:
+            prediction.after(layer)
         self._begin_upgrades()
         return result
 

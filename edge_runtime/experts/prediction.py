@@ -14,12 +14,12 @@ import numpy as np
 from edge_kernels.linear import PackedMatrix
 from numpy.typing import NDArray
 
-from edge_runtime.errors import EngineError
 from edge_runtime.experts.affinity import MOST_BYTES, Affinity
 from edge_runtime.experts.ahead import ReadAhead
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.next_gate import NextGate
 from edge_runtime.experts.pool import Pool
+from edge_runtime.experts.prediction_setting import AUTO, KEEP, OFF, READ
 from edge_runtime.experts.predictor import Predictor, wanted
 from edge_runtime.experts.reader import ExpertReader
 from edge_runtime.experts.recall import MOST_ROWS, Recall
@@ -31,10 +31,6 @@ from edge_runtime.experts.trial import Trial
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
-AUTO, OFF = "auto", "off"
-KEEP, READ = "keep", "read"  # without a trial: for tests and measurements
-PREDICTIONS = (AUTO, OFF, KEEP, READ)
-
 MOST_READ = 2  # of a layer, ahead
 LEAST_RECALL = 0.5  # below it more reads would be wrong than right
 LEAST_READS = 0.5  # a token; with fewer there is nothing to gain
@@ -42,7 +38,8 @@ _NEW_SHARE = 1 / 16  # of a token in the mean of reads
 
 
 class Prediction:
-    """`before` and `after` each layer of a step, in order; `made` after a step that was timed."""
+    """`begin_step`; where it says so, `before` and `after` each layer of the step, in order; `made` after a step that
+    was timed."""
 
     def __init__(
         self,
@@ -77,16 +74,27 @@ class Prediction:
             f"reading them ahead: {self.reading.says}"
         )
 
+    def begin_step(self, rows: int) -> bool:
+        """Whether there is anything to do in this step, which has so many rows."""
+        self._retention.let_go()
+        self._postponed = None
+        self._is_small = rows <= MOST_ROWS
+        self._keeps = self._mode in (KEEP, READ) or self.keeping.is_on
+        self._reads = self._mode == READ or self.reading.is_on
+        is_noted = self._recall.begin_step(rows)
+        if not self._is_small:
+            self._ahead.stop()
+            return False
+        return is_noted or self._keeps or self._reads or self._ahead.is_busy
+
     def before(self, layer: int, x: Float32, ids: Int32, step: int, check: Callable[[], None]) -> None:
         """The layer is asked for `ids` [R, top_k] with x [R, hidden], and has not looked for them yet. `check` makes
         checks that were put off."""
         place = self._places[layer]
-        if place == 0:
-            self._begin_step(len(ids))
         self._retention.let_go()
         self._postponed = None
         pool = self._pools[layer]
-        if not self._is_small or 2 * ids.size > pool.table.slots:
+        if 2 * ids.size > pool.table.slots:
             self._ahead.stop()
             return
         self._recall.note(place, x, ids)
@@ -131,11 +139,6 @@ class Prediction:
 
     def cancel(self) -> None:
         self._ahead.cancel()
-
-    def _begin_step(self, rows: int) -> None:
-        self._is_small = rows <= MOST_ROWS
-        self._keeps = self._mode in (KEEP, READ) or self.keeping.is_on
-        self._reads = self._mode == READ or self.reading.is_on
 
     def _predictor(self, place: int) -> Predictor | None:
         if place + 1 == len(self._layers):
@@ -191,13 +194,7 @@ def make_prediction(
     mode: str,
 ) -> Prediction | None:
     """None where there is nothing to guess, or where experts are used before they are whole, and planes have an order
-    of their own.
-
-    Raises EngineError (an unknown mode)."""
-    if mode not in PREDICTIONS:
-        raise EngineError(
-            f"{mode!r} is no way to use predictions", hint=f"choose one of {', '.join(PREDICTIONS)}"
-        )
+    of their own."""
     if mode == OFF or len(layers) < 2 or any(pool.is_lossy for pool in pools.values()):
         return None
     return Prediction(layers, pools, reader, statistics, gates, mode)

@@ -172,6 +172,8 @@ def test_settings(tmp_path: Path) -> None:
         DeviceSpec(name="phone", expert_start_bits="3")
     with pytest.raises(ConfigError, match="from 2 or 4 bits on"):
         AgentConfig("phone", tmp_path, 1 << 30, 1, expert_start_bits=3)
+    with pytest.raises(ConfigError, match="choose one of auto, off"):
+        AgentConfig("phone", tmp_path, 1 << 30, 1, expert_prediction="read")
 
 
 def test_reports_come_now_and_then_and_only_of_news(bundle: Bundle) -> None:
@@ -186,6 +188,7 @@ def test_reports_come_now_and_then_and_only_of_news(bundle: Bundle) -> None:
     assert said is not None
     assert (said.hits, said.misses, said.worst_layer) == (3, 1, 0)
     assert str(said).startswith("experts: 75.0 % of 4 were in memory, 1.0 MiB read, 0.5 s waited")
+    assert "0% of experts are named a layer ahead; keeping them: off, not tried yet" in str(said)
     cache.statistics.count(1, hits=1, misses=0, read_bytes=0, waited_seconds=0.0)
     assert reporter.report(REPORT_SECONDS + 1, cache) is None
     cache.statistics.count_upgrade(2, 1 << 20)

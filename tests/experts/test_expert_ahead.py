@@ -28,7 +28,7 @@ from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers, token_cycle_bytes
 from edge_runtime.experts.lanes import ReadInto, read_into
 from edge_runtime.experts.pool import make_pools
-from edge_runtime.experts.prediction import AUTO, KEEP, OFF, PREDICTIONS, READ
+from edge_runtime.experts.prediction_setting import AUTO, KEEP, OFF, PREDICTIONS, READ
 from edge_runtime.experts.reader import ExpertReader
 from edge_runtime.experts.slot_table import ABSENT
 from edge_runtime.experts.statistics import CacheStatistics
@@ -318,7 +318,7 @@ def test_the_layer_that_runs_keeps_its_slots(bundle: Bundle, slots: int, uses: i
 def test_right_guesses_are_read_and_used(bundle: Bundle) -> None:
     options = CacheOptions(cycles_bytes(bundle, 1.5), prediction=READ)
     with stage_of(bundle, options) as stage:
-        logits(stage, [1] * 40, 0)
+        logits(stage, [1] * 80, 0)
         assert stage.experts is not None
         total = stage.experts.statistics.total
     assert total.read_ahead > 0

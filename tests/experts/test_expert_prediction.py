@@ -169,15 +169,16 @@ def test_recall_is_counted_for_the_layer_that_was_guessed_and_the_better_predict
     recall = Recall((10, 11, 12), NextGate([None, None]), affinity := Affinity(3, EXPERTS), statistics)
     assert recall.best(0) is None
     rng = np.random.default_rng(0)
-    for _ in range(20 * COMPARES_EVERY_STEPS):
+    for _ in range(100 * COMPARES_EVERY_STEPS):
         ids = rng.permutation(EXPERTS)[None, :TOP_K].astype(np.int32)
-        for place in range(3):
-            recall.note(place, NO_ROWS, ids)
-        recall.end_step()
+        if recall.begin_step(1):
+            for place in range(3):
+                recall.note(place, NO_ROWS, ids)
+            recall.end_step()
     assert statistics.layers[10].compared == 0
     for layer in (11, 12):
         own = statistics.layers[layer]
-        assert own.compared == 20 * TOP_K
+        assert own.compared == 100 * TOP_K
         assert own.named_by_gate == 0
         assert own.affinity_recall > 0.9
     assert recall.recall > 0.9
@@ -189,6 +190,7 @@ def test_steps_that_end_in_between_count_nothing() -> None:
     recall = Recall(range(3), NextGate([None, None]), Affinity(3, EXPERTS), statistics)
     ids = np.array([[0, 1]], np.int32)
     for _ in range(3 * COMPARES_EVERY_STEPS):
+        recall.begin_step(1)
         for place in (0, 1):
             recall.note(place, NO_ROWS, ids)
         recall.end_step()
