@@ -72,12 +72,12 @@ inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
   const __m512i mask = _mm512_set1_epi8(15), both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
   return {_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask)};
 }
-// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds, from 0 to 127.
+// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds.
+constexpr int kWholeZeroPoint = 72;
 inline Nibbles wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   const Nibbles codes = planes(high, low), more = nibbles(fine);
-  const __m512i eight = _mm512_set1_epi8(8);
-  return {_mm512_subs_epu8(_mm512_add_epi8(_mm512_slli_epi16(codes.low, 3), more.low), eight),
-          _mm512_subs_epu8(_mm512_add_epi8(_mm512_slli_epi16(codes.high, 3), more.high), eight)};
+  return {_mm512_add_epi8(_mm512_slli_epi16(codes.low, 3), more.low),
+          _mm512_add_epi8(_mm512_slli_epi16(codes.high, 3), more.high)};
 }
 inline Nibbles eighths(const std::uint8_t* high) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));

@@ -95,10 +95,10 @@ inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
   }
   return r;
 }
-// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds, from 0 to 127.
+// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds, less 8: from -8 to 127, to fit signed bytes.
+constexpr int kWholeZeroPoint = 72 - 8;
 inline int8x16_t whole(int8x16_t code, int8x16_t fine) {
-  const uint8x16_t sum = vreinterpretq_u8_s8(vaddq_s8(vshlq_n_s8(code, 3), fine));
-  return vreinterpretq_s8_u8(vqsubq_u8(sum, vdupq_n_u8(8)));
+  return vaddq_s8(vshlq_n_s8(vsubq_s8(code, vdupq_n_s8(1)), 3), fine);
 }
 inline Nibbles wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   Nibbles r = planes(high, low);

@@ -74,16 +74,13 @@ inline Codes eighths(const std::uint8_t* high) {
   }
   return r;
 }
-// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds, from 0 to 127.
-inline std::uint8_t whole(int code, int fine) {
-  const int sum = 8 * code + fine - 8;
-  return static_cast<std::uint8_t>(sum > 0 ? sum : 0);
-}
+// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds.
+constexpr int kWholeZeroPoint = 72;
 inline Codes wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   Codes r = planes(high, low);
   for (int i = 0; i < 64; ++i) {
-    r.even[i] = whole(r.even[i], fine[i] & 15);
-    r.odd[i] = whole(r.odd[i], fine[i] >> 4);
+    r.even[i] = static_cast<std::uint8_t>(8 * r.even[i] + (fine[i] & 15));
+    r.odd[i] = static_cast<std::uint8_t>(8 * r.odd[i] + (fine[i] >> 4));
   }
   return r;
 }

@@ -15,8 +15,7 @@ constexpr int kGroupBlocks = 4;
 constexpr int kNestedRows = 4;  // most rows that share the unpacking of weights, which costs as much as multiplying half a row
 
 // The code 8 stands for 0, or of the high plane alone 4 h + 1.5 - 8 = (8 h - 13) / 2: whole numbers once scales are halved.
-// Of all planes max(code - 8 + (fine - 8) / 8, -8) = (max(8 code + fine - 8, 0) - 64) / 8: seven bits, so that two products
-// with a row's codes fit 16.
+// Of all planes code - 8 + (fine - 8) / 8 = (8 code + fine - 72) / 8; a path may take off some of the 72 itself.
 struct HighPlane {
   static constexpr int kZeroPoint = 13;
   static constexpr float kUnit = 0.5f;
@@ -38,7 +37,7 @@ struct BothPlanes {
 };
 
 struct AllPlanes {
-  static constexpr int kZeroPoint = 64;
+  static constexpr int kZeroPoint = kWholeZeroPoint;
   static constexpr float kUnit = 0.125f;
   using Codes = WholeCodes;
   template <int Part>

@@ -66,33 +66,17 @@ def quantize_with_feedback(weights: F32, feedback: ErrorFeedback) -> QuantizedMa
     return QuantizedMatrix(packed_codes(codes, 4), np.ascontiguousarray(scales))
 
 
-def refine_with_feedback(weights: F32, feedback: ErrorFeedback, base: F32, steps: F32, lowest: F32) -> U8:
-    """Codes [N, K], so that base + (code - 8) * step serves like `weights`, no code - 8 below `lowest` (-8 or more).
-
-    float32 [N, K] all, but steps [N, B].
-    """
+def refine_with_feedback(weights: F32, feedback: ErrorFeedback, base: F32, steps: F32) -> U8:
+    """Codes [N, K], so that base + (code - 8) * step serves like `weights`. float32 [N, K] both; steps [N, B]."""
     check_weights(weights, feedback.importance)
     pieces = []
     for index, factor in enumerate(feedback.factors):
         columns = slice(index * STRETCH, index * STRETCH + len(factor))
         blocks = slice(index * STRETCH // BLOCK, index * STRETCH // BLOCK + -(-len(factor) // BLOCK))
-        around = _Around(
-            np.ascontiguousarray(base[:, columns].T),
-            np.ascontiguousarray(steps[:, blocks].T),
-            np.ascontiguousarray(lowest[:, columns].T),
-        )
+        around = np.ascontiguousarray(base[:, columns].T), np.ascontiguousarray(steps[:, blocks].T)
         codes, _ = _stretch(weights[:, columns], feedback.importance[columns], factor, around)
         pieces.append(codes.reshape(len(weights), -1)[:, : len(factor)])
     return np.concatenate(pieces, axis=1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Around:
-    """What codes of C columns are added to, and the least that each may be."""
-
-    base: F32  # [C, N]
-    steps: F32  # [B, N]
-    lowest: F32  # [C, N]
 
 
 def _factor(inputs: F32, importance: F32) -> F32:
@@ -106,8 +90,11 @@ def _factor(inputs: F32, importance: F32) -> F32:
     return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(moments)).T, np.float32)
 
 
-def _stretch(weights: F32, importance: F32, factor: F32, around: _Around | None = None) -> tuple[U8, F32]:
-    """Codes [N, B, 32] and scales [N, B] of weights [N, C]."""
+def _stretch(
+    weights: F32, importance: F32, factor: F32, around: tuple[F32, F32] | None = None
+) -> tuple[U8, F32]:
+    """Codes [N, B, 32] and scales [N, B] of weights [N, C]; `around`: values [C, N] that codes are added to, and scales
+    [B, N]."""
     rows, columns = weights.shape
     blocks = -(-columns // BLOCK)
     codes = np.full((blocks, BLOCK, rows), _ZERO, np.uint8)
@@ -116,23 +103,23 @@ def _stretch(weights: F32, importance: F32, factor: F32, around: _Around | None 
     for block, start in enumerate(range(0, columns, BLOCK)):
         stop = min(start + BLOCK, columns)
         inside = slice(start, stop)
-        base, lowest = np.zeros_like(turned[inside]), np.full_like(turned[inside], _LOW)
+        base = np.zeros_like(turned[inside])
         if around is None:
             scales[block] = best_scales(np.ascontiguousarray(turned[inside].T), importance[inside], 4)
         else:
-            base, lowest, scales[block] = around.base[inside], around.lowest[inside], around.steps[block]
-        errors = _round(turned[inside], scales[block], factor[inside, inside], codes[block], base, lowest)
+            base, scales[block] = around[0][inside], around[1][block]
+        errors = _round(turned[inside], scales[block], factor[inside, inside], codes[block], base)
         turned[stop:] -= factor[inside, stop:].T @ errors
     return codes.transpose(2, 0, 1), scales.T
 
 
-def _round(turned: F32, scales: F32, factor: F32, codes: U8, base: F32, lowest: F32) -> F32:
+def _round(turned: F32, scales: F32, factor: F32, codes: U8, base: F32) -> F32:
     """One block [up to 32, N], column by column. Fills `codes`; returns errors as the columns behind must take them."""
     errors = np.empty_like(turned)
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     for column, wanted in enumerate(turned):
         own = wanted - base[column]
-        rounded = np.clip(np.rint(own * inverse), lowest[column], _HIGH)
+        rounded = np.clip(np.rint(own * inverse), _LOW, _HIGH)
         codes[column] = (rounded + _ZERO).astype(np.uint8)
         errors[column] = (own - rounded * scales) / factor[column, column]
         turned[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
