@@ -10,7 +10,8 @@ Nothing depends on a peer: what is late or can't be had is read from flash, and 
 The first answers of a peer count for nothing: this device computes the same, and every bit must agree, else the peer is
 never asked again. So a row has the bits that it has on one device, whatever was where.
 
-What a peer computes does not come into the cache. Where that has room, one miss of a layer at least is read.
+What a peer computes does not come into the cache, so an expert is read all the same when peers have spent `RENT` times
+a read on it since it was last here (rent or buy), and where the cache has room, one miss of a layer at least.
 
 Knows: the order among looking up, asking, reading and waiting. Does not know: links, plans, the cache's inside. One
 compute thread uses it.
@@ -38,6 +39,7 @@ from edge_runtime.experts.peer_standing import PeerStanding, Trials
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
+RENT = 3.0  # reads: what asking for one expert may cost before it is read; by replay of a recorded trace
 SAMPLED = 8  # one of so many layers that read nothing is measured, and the first ones
 TRIED_TOGETHER = 3  # experts more than one, in every second trial
 
@@ -96,6 +98,7 @@ class FlashAndPeers:
         self._computing, self._reading = MeasuredLine(), MeasuredLine()  # by uses; by experts read
         self._reads = Trials()
         self._without_reads = 0  # layers of batches
+        self._rent_seconds: dict[tuple[int, int], float] = {}  # by (layer, expert), since it was last read
         self._is_open = False
 
     @property
@@ -141,7 +144,7 @@ class FlashAndPeers:
             result = self._shared(work, intent, requests)
         else:
             result = self._computed(work, x, ids, gates, len(intent.absent))
-        self._passed(intent, self._clock() - begin)
+        self._passed(layer, intent, self._clock() - begin)
         return result
 
     def _intent(self, layer: int, experts: Sequence[int], absent: Sequence[int]) -> _Intent:
@@ -153,8 +156,12 @@ class FlashAndPeers:
         trial = self._trial(holds, absent, wanted)
         if trial is not None:
             return _Intent(frozenset(absent), trial, is_trial=True)
+        most_rent = RENT * self._reading.line.seconds(1)
         misses = [
-            Miss(expert, wanted[expert], tuple(n for n in able if holds[n, expert])) for expert in absent
+            Miss(expert, wanted[expert], tuple(n for n in able if holds[n, expert]))
+            if self._rent_seconds.get((layer, expert), 0.0) <= most_rent
+            else Miss(expert, wanted[expert])
+            for expert in absent
         ]
         return _Intent(frozenset(absent), self._divided(layer, misses, len(experts)).asked)
 
@@ -255,9 +262,15 @@ class FlashAndPeers:
         self._without_reads += 1
         return self._without_reads < SAMPLED or self._without_reads % SAMPLED == 0
 
-    def _passed(self, intent: _Intent, seconds: float) -> None:
+    def _passed(self, layer: int, intent: _Intent, seconds: float) -> None:
         self._reads.passed(seconds)
         asked = intent.asked or ((),) * len(self._helpers)
         for helper, experts in zip(self._helpers, asked, strict=True):
+            each_seconds = helper.standing.measured.line.seconds(1)
+            for expert in experts:
+                spent_seconds = self._rent_seconds.get((layer, expert), 0.0)
+                self._rent_seconds[layer, expert] = spent_seconds + each_seconds
             if not experts:
                 helper.standing.passed(seconds)
+        for expert in intent.absent.difference(*asked):
+            self._rent_seconds.pop((layer, expert), None)

@@ -17,7 +17,7 @@ from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.errors import EngineError, TransportError
 from edge_runtime.experts import flash_and_peers
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
-from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
+from edge_runtime.experts.flash_and_peers import RENT, FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers
 from edge_runtime.experts.lanes import read_into
 from edge_runtime.experts.miss_split import Division, HereCost, Miss, PeerCost
@@ -242,6 +242,25 @@ def test_slow_flash_makes_misses_go_to_peers_and_they_come_back(bundle: Bundle) 
         world.flash_seconds = 1e-4
         world.asked_share(300)
         assert world.asked_share(40) < 0.05
+    finally:
+        world.source.close()
+
+
+def test_what_peers_are_asked_for_again_and_again_is_read_after_all(bundle: Bundle) -> None:
+    """As long as flash costs, asking may cost a few times, and then the expert is here."""
+    world = World(bundle)
+    world.flash_seconds = 1e-2
+    try:
+        world.open()
+        experts = [(layer.layer, expert) for layer in world.layers for expert in range(EXPERTS)]
+        reads = world.cache.statistics.total.misses
+        spent = world.source._rent_seconds
+        for _ in range(300):
+            world.run()
+            line = world.source._reading.line
+            peers = max(peer.measured.line.seconds(1) for peer in world.source.peers.values())
+            assert all(spent.get(each, 0.0) <= RENT * line.seconds(1) + peers + 1e-2 for each in experts)
+        assert world.cache.statistics.total.misses - reads > 20
     finally:
         world.source.close()
 
