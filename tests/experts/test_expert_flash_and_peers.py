@@ -213,6 +213,8 @@ def test_any_division_and_any_mishap_give_the_bits_of_one_device(
         return Division((), tuple(tuple(experts) for experts in away), 0.0)
 
     monkeypatch.setattr(flash_and_peers, "divide", anyhow)
+    monkeypatch.setattr(flash_and_peers, "RENT", float("inf"))
+    monkeypatch.setattr(FlashAndPeers, "_is_any_faster", lambda *_: True)
     world = World(
         bundle, data.draw(st.integers(LAYERS * TOP_K, 20)), (range(8), range(4, 12)), policy, native
     )
@@ -224,6 +226,7 @@ def test_any_division_and_any_mishap_give_the_bits_of_one_device(
             world.run(rows)
             for standing in world.source.peers.values():
                 standing.passed(1e6)  # it has rested
+        assert world.source.statistics.shared_layers > 0
     finally:
         world.source.close()
 

@@ -60,6 +60,8 @@ def asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         return Division(tuple(miss.expert for miss in misses if not miss.holders), (away,), 0.0)
 
     monkeypatch.setattr(flash_and_peers, "divide", anyhow)
+    monkeypatch.setattr(flash_and_peers, "RENT", float("inf"))
+    monkeypatch.setattr(FlashAndPeers, "_is_any_faster", lambda *_: True)
 
 
 async def started(cluster: Cluster, bundle: Bundle) -> int:
