@@ -104,7 +104,7 @@ def check_same(got: Rows, wanted: Rows) -> None:
     threads=st.integers(1, 2),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_same_bits_whatever_is_guessed(
     bundle: Bundle,
     chunks: list[int],
@@ -142,7 +142,7 @@ def always_trying(stage: CpuStage) -> None:
     ring=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bits_that_flip_on_flash_change_nothing(
     bundle: Bundle, tmp_path: Path, chunks: list[int], cycles: float, share: float, ring: bool, seed: int
 ) -> None:
@@ -177,7 +177,7 @@ def flip(layer: ExpertLayer, expert: int, byte: int) -> None:
 
 
 @given(cycles=st.floats(1.0, 3.0), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_same_bits_under_read_errors(bundle: Bundle, cycles: float, seed: int) -> None:
     chance, lock = random.Random(seed), threading.Lock()
 
