@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.agent.pipeline_events import Rows
-from edge_runtime.agent.predicted_row import MAX_ID_BYTES, PredictedRow
+from edge_runtime.agent.predicted_row import MAX_ID_BYTES, PredictedRow, packed_id
 from edge_runtime.engine.base import Batch, Span
 from edge_runtime.transport.channel import Channel
 from edge_runtime.transport.expected import ExpectedPiece
@@ -32,7 +32,8 @@ class DueRow:
         self._place_bytes = self._place.data.cast("B") if self._place is not None else None
         is_known = isinstance(row.arriving, bytes)
         self._batch = self._batch_of(row.known_id, self._place) if is_known else None
-        self._heads = self._heads_by_size()
+        self._head_bytes = 0  # of any answer
+        self._starts = self._starts_by_id()
 
     def batch(
         self, token_id: int, frames: Sequence[memoryview], rows_of: Callable[[memoryview], Rows | None]
@@ -70,30 +71,41 @@ class DueRow:
         """Of the row whose bytes are in their place already."""
         return self._batch_of(token_id, self._place) if self._batch is None else self._batch
 
-    def send(self, message: bytes, rows: Rows | None, frame_of: Callable[[Rows], memoryview]) -> bool:
-        """The answer. False where its link has no room. Raises what `Channel.try_send` raises. Rows [1, E]."""
-        head = self._heads.get(len(message))
-        if rows is None:
-            if head is None:
-                return self._channel.try_send([message])
-            return self._channel.send_whole(head + message, len(message))
-        if head is None or rows.nbytes != self._row_bytes or not rows.flags.c_contiguous:
-            return self._channel.try_send([message, frame_of(rows)])
-        return self._channel.send_whole(b"".join((head, message, rows.data)), len(message) + rows.nbytes)
+    def send(self, token_id: int, rows: Rows | None, frame_of: Callable[[Rows], memoryview]) -> bool:
+        """The answer with this id; rows [1, E]. False: its link has no room. Raises what `Channel.try_send` raises."""
+        packed = packed_id(token_id)
+        start = self._starts.get(len(packed))
+        after = self.row.leaving.after
+        if start is not None and rows is None:
+            piece = start + packed + after
+            return self._channel.send_whole(piece, len(piece) - self._head_bytes)
+        if (
+            start is not None
+            and rows is not None
+            and rows.nbytes == self._row_bytes
+            and rows.flags.c_contiguous
+        ):
+            piece = b"".join((start, packed, after, rows.data))
+            return self._channel.send_whole(piece, len(piece) - self._head_bytes)
+        message = self.row.leaving.filled(token_id)
+        return self._channel.try_send([message] if rows is None else [message, frame_of(rows)])
 
     def _batch_of(self, token_id: int, hidden: Rows | None) -> Batch:
         row = self.row
         return Batch((Span(row.session, row.base_row, (token_id,), int(row.samples)),), hidden)
 
-    def _heads_by_size(self) -> dict[int, bytes]:
-        """What comes before the answer, by the size of its message."""
-        around = len(self.row.leaving.before) + len(self.row.leaving.after)
+    def _starts_by_id(self) -> dict[int, bytes]:
+        """What comes before the answer's id, by the bytes of that."""
+        before = self.row.leaving.before
+        around = len(before) + len(self.row.leaving.after)
         if self.row.samples:
             rest: tuple[int, ...] = ()
         elif self._row_bytes:
             rest = (self._row_bytes,)
         else:
             return {}
-        sizes = range(around + 1, around + MAX_ID_BYTES + 1)
-        heads = {size: self._channel.whole_head((size, *rest)) for size in sizes}
-        return {size: head for size, head in heads.items() if head is not None}
+        sizes = range(1, MAX_ID_BYTES + 1)
+        heads = {size: self._channel.whole_head((around + size, *rest)) for size in sizes}
+        starts = {size: head + before for size, head in heads.items() if head is not None}
+        self._head_bytes = next((len(start) - len(before) for start in starts.values()), 0)
+        return starts

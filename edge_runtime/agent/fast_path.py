@@ -22,6 +22,7 @@ from edge_runtime.agent.pipeline_events import Rows, RunRows
 from edge_runtime.agent.pipeline_state import PipelineState
 from edge_runtime.agent.predicted_row import predicted_row
 from edge_runtime.agent.stage_worker import StageWorker
+from edge_runtime.core import Token
 from edge_runtime.engine.base import Batch
 from edge_runtime.engine.wire import FP32
 from edge_runtime.errors import ConnectionClosed, EdgeRuntimeError
@@ -111,12 +112,20 @@ class FastPath:
 
     def _run(self, due: DueRow, token_id: int, batch: Batch) -> Callable[[], None]:
         self._due, row = None, due.row
-        ahead = self._worker.stage.run_ahead(batch)
-        if ahead.problem is None:
-            answer = row.answer(token_id, ahead.tokens)
-            if answer is not None and self._send(due, answer, ahead.rows):
-                self._answer = row.to, answer
-                self._sleep(min(WAY_SECONDS, WAY_STEPS * (ahead.ended_at - ahead.began_at)))
+        answered: list[int] = []  # with which id
+
+        def answer(rows: Rows | None, tokens: tuple[Token, ...]) -> None:
+            try:
+                said = row.answer(token_id, tokens)
+                if said is not None and self._send(due, said, rows):
+                    answered.append(said)
+            except Exception as problem:
+                self._broke(problem)
+
+        ahead = self._worker.stage.run_ahead(batch, answer)
+        for said in answered:
+            self._answer = row.to, row.leaving.filled(said)
+            self._sleep(min(WAY_SECONDS, WAY_STEPS * (ahead.ended_at - ahead.began_at)))
         self._awaits_command = True
         rows = batch.hidden if batch.hidden is not None else ahead.rows
         if rows is not None:
@@ -129,9 +138,9 @@ class FastPath:
         is_memory = order is not None and order.wire == FP32 and sys.byteorder == "little"
         return self._width[1] if is_memory and self._width[0] == lease else 0
 
-    def _send(self, due: DueRow, message: bytes, rows: Rows | None) -> bool:
+    def _send(self, due: DueRow, token_id: int, rows: Rows | None) -> bool:
         try:
-            return due.send(message, rows, self._frame_of)
+            return due.send(token_id, rows, self._frame_of)
         except (ConnectionClosed, EdgeRuntimeError):
             return False  # the ordinary way finds out what is to be done
 

@@ -106,15 +106,15 @@ class PredictedRow:
         token_id = read_id(hole)
         return token_id if token_id is not None and token_id < self.vocab_size else None
 
-    def answer(self, token_id: int, sampled: Sequence[Token]) -> bytes | None:
-        """The message to send. None: it is another one than was foreseen."""
+    def answer(self, token_id: int, sampled: Sequence[Token]) -> int | None:
+        """The id in the message to send. None: it is another one than was foreseen."""
         if not self.samples:
-            return self.leaving.filled(token_id)
+            return token_id
         if len(sampled) != 1:
             return None
         token = sampled[0]
         is_plain = token.logprob is None and token.position == self.base_row + 1
-        return self.leaving.filled(token.id) if is_plain and not finish_of(self.order, token) else None
+        return token.id if is_plain and not finish_of(self.order, token) else None
 
 
 def predicted_row(state: PipelineState, session_id: SessionId) -> PredictedRow | None:

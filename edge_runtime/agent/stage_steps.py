@@ -29,13 +29,14 @@ from edge_runtime.agent.row_queue import RowQueue
 from edge_runtime.agent.step_batch import batch_of, placed, split_rows
 from edge_runtime.agent.step_pace import StepPace
 from edge_runtime.agent.tail import TailSession
-from edge_runtime.core import SessionId
-from edge_runtime.engine.base import Batch, Stage
+from edge_runtime.core import SessionId, Token
+from edge_runtime.engine.base import Batch, Rows, Stage
 from edge_runtime.errors import EdgeRuntimeError
 
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Event]], None]
+Answer = Callable[[Rows | None, tuple[Token, ...]], None]
 Order = OpenRows | RunRows | CancelRows | DropRows
 
 
@@ -152,8 +153,11 @@ class StageSteps:
             return None  # links are read while such a step runs
         return loaded.pace.only_decoding
 
-    def run_ahead(self, batch: Batch) -> RanAhead:
-        """Run the one row that `only_decoding` waits for. The command for it has to be the next one."""
+    def run_ahead(self, batch: Batch, answer: Answer) -> RanAhead:
+        """Run the one row that `only_decoding` waits for. The command for it has to be the next one.
+
+        `answer` is given the rows [1, E], or the tail's tokens, before anything is noted; it may not raise.
+        """
         loaded = self.loaded
         assert loaded is not None
         assert self._ahead is None
@@ -164,9 +168,13 @@ class StageSteps:
             rows = loaded.stage.run(batch)
             if loaded.is_tail:
                 tokens = loaded.tails[span.session].sample(span.base_row, span.ids, rows)
-                self._ahead = RanAhead(*where, self._clock(), tokens=tokens)
+                ended_at = self._clock()
+                answer(None, tokens)
+                self._ahead = RanAhead(*where, ended_at, tokens=tokens)
             else:
-                self._ahead = RanAhead(*where, self._clock(), rows)
+                ended_at = self._clock()
+                answer(rows, ())
+                self._ahead = RanAhead(*where, ended_at, rows)
         except Exception as problem:  # the step says what it means
             self._ahead = RanAhead(*where, self._clock(), problem=problem)
         return self._ahead

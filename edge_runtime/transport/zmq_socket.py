@@ -153,7 +153,15 @@ class LoopSocket:
     def send(self, parts: Sequence[Frame]) -> None:
         """Hand one list to libzmq. Raises zmq.Again (no link, or full) and zmq.ZMQError(EHOSTUNREACH)."""
         send_parts(self._socket, parts)
-        # Sending may have consumed the signal that something arrived.
+        self._look_again()
+
+    def send_one(self, part: bytes) -> None:
+        """`send` of a list of one small part."""
+        self._socket.send(part, _NOBLOCK)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Sending may have consumed the signal that something arrived."""
         if not self._scheduled and int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
             self._schedule()
 

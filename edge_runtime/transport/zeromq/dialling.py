@@ -80,7 +80,12 @@ class _DialledWire:
         return head(sizes_bytes)
 
     def write_whole(self, piece: bytes) -> None:
-        self._send([piece])
+        if self._socket.closed:
+            raise ConnectionClosed("the other side has gone")
+        try:
+            self._socket.send_one(piece)
+        except zmq.Again as error:
+            raise ConnectionClosed("the other side has gone") from error
 
     def expect(self, expected: Expected) -> None:
         """Nothing: whoever has rows for this device dials it."""
