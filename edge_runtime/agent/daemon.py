@@ -366,7 +366,7 @@ class Agent:
 
     def _report_experts(self) -> None:
         experts = self._expert_reporter.report(
-            self._loop.time(), self._loader.expert_cache, self._loader.early_quality
+            self._loop.time(), self._loader.expert_cache, self._loader.early_quality, self._loader.peers_say
         )
         if experts is not None:
             log.info("%s", experts)

@@ -13,15 +13,18 @@ _NOTHING = (0, 0, 0, 0, 0.0)
 
 
 class ExpertReporter:
-    """`report(now, cache, quality)` gives something to tell at most once a minute, and only where experts were used."""
+    """`report(now, cache, …)` gives something to tell at most once a minute, and only where experts were used."""
 
     def __init__(self) -> None:
         self._told_at = float("-inf")
         self._cache: ExpertCache | None = None
         self._told = _NOTHING
 
-    def report(self, now: float, cache: ExpertCache | None, quality: str = "") -> Experts | None:
-        """`quality`: what it costs that the cache uses experts before they are whole, where it does."""
+    def report(
+        self, now: float, cache: ExpertCache | None, quality: str = "", peers: str = ""
+    ) -> Experts | None:
+        """`quality`: what it costs that the cache uses experts before they are whole, where it does; `peers`: what
+        other devices did for it."""
         if cache is not self._cache:
             self._cache, self._told, self._told_at = cache, _NOTHING, now
         if cache is None or now - self._told_at < REPORT_SECONDS:
@@ -47,5 +50,6 @@ class ExpertReporter:
             mended=cache.reader.counters.reread,
             fewer_bits=int(fewer_bits),
             quality=quality,
+            peers=peers,
             prediction="" if cache.prediction is None else cache.prediction.says,
         )

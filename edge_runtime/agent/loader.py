@@ -154,6 +154,11 @@ class StageLoader:
             ""  # what it may cost that it uses experts before they are whole; "": it does not
         )
 
+    @property
+    def peers_say(self) -> str:
+        """What other devices did for the experts of the stage loaded last."""
+        return "" if self._helped is None else self._helped.says
+
     async def load(self, order: LoadStage, progress: Progress) -> tuple[Loaded, Manifest]:
         """Raises the EdgeRuntimeError that says why not: CapacityError, TamperedError, TrustError, EngineError, …"""
         partial = await self._fetcher.manifest(order.bundle)

@@ -95,6 +95,7 @@ class Experts:
     mended: int  # reads that failed or gave wrong bytes at first
     fewer_bits: int = 0  # of hits and misses: computed before all bits were there
     quality: str = ""  # perplexity with such experts and with whole ones; "": the device uses only whole ones
+    peers: str = ""  # what other devices computed instead, since the stage was loaded
     prediction: str = ""  # how well the next layer's experts are foretold, and what is done about it
 
     def __str__(self) -> str:
@@ -107,6 +108,8 @@ class Experts:
         if self.quality:
             share = 100 * self.fewer_bits / max(1, self.hits + self.misses)
             text = f"{text}; {share:.1f} % computed before they were whole ({self.quality})"
+        if self.peers:
+            text = f"{text}; {self.peers}"
         if self.prediction:
             text = f"{text}; {self.prediction}"
         return f"{text}; {self.mended} bad reads mended" if self.mended else text

@@ -106,6 +106,16 @@ class FlashAndPeers:
         return {helper.device_id: helper.standing for helper in self._helpers}
 
     @property
+    def says(self) -> str:
+        """What others did since the stage was loaded; "" where nobody was asked."""
+        counted = self.statistics
+        if not counted.shared_layers:
+            return ""
+        barred = sum(peer.is_barred for peer in self.peers.values())
+        text = f"{counted.asked_uses} uses computed by other devices, {counted.late_uses} too late"
+        return f"{text}; {barred} of them compute other bits and are not asked" if barred else text
+
+    @property
     def arena_bytes(self) -> int:
         return self.cache.arena_bytes
 

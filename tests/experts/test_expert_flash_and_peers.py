@@ -295,6 +295,9 @@ def test_nobody_is_asked_before_it_has_given_the_same_bits_and_never_who_did_not
             world.run()
         assert world.port.requests["left"] == 0
         assert world.port.requests["right"] > 20
+        counted = world.source.statistics
+        assert str(counted.asked_uses) in world.source.says
+        assert "1 of them compute other bits" in world.source.says
     finally:
         world.source.close()
 

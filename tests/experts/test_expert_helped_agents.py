@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.agent import expert_links
+from edge_runtime.agent.expert_report import REPORT_SECONDS, ExpertReporter
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import SamplingParams
 from edge_runtime.experts import flash_and_peers
@@ -93,6 +94,10 @@ async def test_the_ids_are_those_of_one_device_wherever_misses_go(
         assert counted.shared_layers > CHECKS
         assert counted.asked_uses > 20
         assert source.cache.statistics.total.misses > 0  # what was only compared, and the first ones
+        reporter = ExpertReporter()
+        assert reporter.report(0.0, source.cache) is None
+        line = reporter.report(REPORT_SECONDS, source.cache, peers=source.says)
+        assert f"{counted.asked_uses} uses computed by other devices" in str(line)
 
 
 async def test_a_peer_that_dies_in_a_stream_is_done_without(
