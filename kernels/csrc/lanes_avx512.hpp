@@ -72,12 +72,11 @@ inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
   const __m512i mask = _mm512_set1_epi8(15), both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
   return {_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask)};
 }
-// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds.
-constexpr int kWholeZeroPoint = 72;
+// 7 times the codes and what a third plane of 4 bits, 64 bytes, adds.
+inline __m512i seven_times(__m512i codes) { return _mm512_sub_epi8(_mm512_slli_epi16(codes, 3), codes); }
 inline Nibbles wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   const Nibbles codes = planes(high, low), more = nibbles(fine);
-  return {_mm512_add_epi8(_mm512_slli_epi16(codes.low, 3), more.low),
-          _mm512_add_epi8(_mm512_slli_epi16(codes.high, 3), more.high)};
+  return {_mm512_add_epi8(seven_times(codes.low), more.low), _mm512_add_epi8(seven_times(codes.high), more.high)};
 }
 inline Nibbles eighths(const std::uint8_t* high) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));

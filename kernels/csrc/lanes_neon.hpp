@@ -95,10 +95,9 @@ inline Nibbles planes(const std::uint8_t* high, const std::uint8_t* low) {
   }
   return r;
 }
-// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds, less 8: from -8 to 127, to fit signed bytes.
-constexpr int kWholeZeroPoint = 72 - 8;
+// 7 times the codes and what a third plane of 4 bits, 64 bytes, adds.
 inline int8x16_t whole(int8x16_t code, int8x16_t fine) {
-  return vaddq_s8(vshlq_n_s8(vsubq_s8(code, vdupq_n_s8(1)), 3), fine);
+  return vaddq_s8(vsubq_s8(vshlq_n_s8(code, 3), code), fine);
 }
 inline Nibbles wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   Nibbles r = planes(high, low);

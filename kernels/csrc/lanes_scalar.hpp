@@ -74,13 +74,12 @@ inline Codes eighths(const std::uint8_t* high) {
   }
   return r;
 }
-// 8 times the codes and what a third plane of 4 bits, 64 bytes, adds.
-constexpr int kWholeZeroPoint = 72;
+// 7 times the codes and what a third plane of 4 bits, 64 bytes, adds.
 inline Codes wholes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   Codes r = planes(high, low);
   for (int i = 0; i < 64; ++i) {
-    r.even[i] = static_cast<std::uint8_t>(8 * r.even[i] + (fine[i] & 15));
-    r.odd[i] = static_cast<std::uint8_t>(8 * r.odd[i] + (fine[i] >> 4));
+    r.even[i] = static_cast<std::uint8_t>(7 * r.even[i] + (fine[i] & 15));
+    r.odd[i] = static_cast<std::uint8_t>(7 * r.odd[i] + (fine[i] >> 4));
   }
   return r;
 }

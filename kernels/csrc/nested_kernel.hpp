@@ -15,7 +15,8 @@ constexpr int kGroupBlocks = 4;
 constexpr int kNestedRows = 4;  // most rows that share the unpacking of weights, which costs as much as multiplying half a row
 
 // The code 8 stands for 0, or of the high plane alone 4 h + 1.5 - 8 = (8 h - 13) / 2: whole numbers once scales are halved.
-// Of all planes code - 8 + (fine - 8) / 8 = (8 code + fine - 72) / 8; a path may take off some of the 72 itself.
+// Of all planes code - 8 + (fine - 8) / 7 = (7 code + fine - 64) / 7, from 0 to 120: two products with a row's codes fit 16
+// bits.
 struct HighPlane {
   static constexpr int kZeroPoint = 13;
   static constexpr float kUnit = 0.5f;
@@ -37,8 +38,8 @@ struct BothPlanes {
 };
 
 struct AllPlanes {
-  static constexpr int kZeroPoint = kWholeZeroPoint;
-  static constexpr float kUnit = 0.125f;
+  static constexpr int kZeroPoint = 64;
+  static constexpr float kUnit = 1.0f / 7.0f;
   using Codes = WholeCodes;
   template <int Part>
   static EDGE_INLINE Codes unpack(const edge::NestedRows& w, std::int64_t group) {

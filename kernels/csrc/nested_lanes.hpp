@@ -24,7 +24,7 @@ EDGE_INLINE NestedCodes both_codes(const std::uint8_t* high, const std::uint8_t*
   return planes(high, low);
 }
 
-// 8 times those and what the third plane adds.
+// 7 times those and what the third plane adds.
 template <int Part>
 EDGE_INLINE WholeCodes whole_codes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   return wholes(high, low, fine);

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kNestedParts = 2;
 constexpr int kNestedWeights = 1;  // rows of a tile
-constexpr int kWholeZeroPoint = 0;
 
 struct NestedSum {
   __m256 v;
@@ -46,15 +45,16 @@ EDGE_INLINE NestedCodes both_codes(const std::uint8_t* high, const std::uint8_t*
   return {_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask)};
 }
 
-// 8 times those and what the third plane adds, less the zero point: -72 to 63.
+// 7 times those and what the third plane adds.
 template <int Part>
 EDGE_INLINE WholeCodes whole_codes(const std::uint8_t* high, const std::uint8_t* low, const std::uint8_t* fine) {
   const __m256i codes = packed_codes<Part>(high, low), f = load256(fine + 32 * Part);
-  const __m256i mask = _mm256_set1_epi8(15), upper = _mm256_set1_epi8(120), zero = _mm256_set1_epi8(72);
+  const __m256i mask = _mm256_set1_epi8(15), upper = _mm256_set1_epi8(120);
+  const __m256i even_codes = _mm256_and_si256(codes, mask), odd_codes = _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask);
   const __m256i even = _mm256_add_epi8(_mm256_and_si256(_mm256_slli_epi16(codes, 3), upper), _mm256_and_si256(f, mask));
   const __m256i odd = _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16(codes, 1), upper),
                                       _mm256_and_si256(_mm256_srli_epi16(f, 4), mask));
-  return {_mm256_sub_epi8(even, zero), _mm256_sub_epi8(odd, zero)};
+  return {_mm256_sub_epi8(even, even_codes), _mm256_sub_epi8(odd, odd_codes)};
 }
 
 // Two bfloat16 of a group's four, each in the lanes of its block.
@@ -74,9 +74,12 @@ EDGE_INLINE __m256i nested_dots(const NestedCodes& w, const std::int8_t* x) {
                                          _mm256_maddubs_epi16(w.odd, load256(x + 64 + 32 * Part)));
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+// 2 * 120 * 127 fits 16 bits, twice that does not.
 template <int Part>
 EDGE_INLINE __m256i nested_dots(const WholeCodes& w, const std::int8_t* x) {
-  return _mm256_add_epi32(dot_signed(w.even, load256(x + 32 * Part)), dot_signed(w.odd, load256(x + 64 + 32 * Part)));
+  const __m256i ones = _mm256_set1_epi16(1);
+  return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(w.even, load256(x + 32 * Part)), ones),
+                          _mm256_madd_epi16(_mm256_maddubs_epi16(w.odd, load256(x + 64 + 32 * Part)), ones));
 }
 
 // `sum` and what a group of a row (kNestedGroupBytes) times these codes adds.

@@ -5,11 +5,11 @@ Two planes have the codes that `quantize` gives for int4. Scales are rounded to 
     high plane: code >> 2    low plane: code & 3    weight = (code - 8) * scale
 
 Of the high plane alone a weight is (4 * (code >> 2) + 1.5 - 8) * scale: the middle of the four codes it may be. A third
-plane says where a weight lies around its code, in eighths of a step (8 bits in all):
+plane says where a weight lies around its code, in sevenths of a step (8 bits in all):
 
-    fine plane: 0 to 15      weight = (code - 8 + (fine - 8) / 8) * scale
+    fine plane: 0 to 15      weight = (code - 8 + (fine - 8) / 7) * scale
 
-It reaches a whole step to either side, where half of one would do for codes that were rounded to the nearest: those
+It reaches a step to either side, where half of one would do for codes that were rounded to the nearest: those
 that make up for errors in other columns (`error_feedback`) were not, and all planes leave little to make up for. And
 the largest weight of a block may lie beyond the last code.
 
@@ -37,7 +37,9 @@ FINE_BYTES = 64  # of a group
 SCALE_BYTES = 2 * (GROUP // BLOCK)  # of a group
 PLANE_BITS = (2, 4, 8)  # of a weight, of which one plane, two, three are there
 MIDDLE = 1.5  # of the four codes that share their high bits
-FINE_STEPS = 8  # in a step of the codes
+FINE_STEPS = (
+    7  # in a step of the codes: 7 * 15 + 15 = 120 is the highest whole code, two products fit 16 bits
+)
 _FINE_ZERO = 8
 
 F32 = NDArray[np.float32]
