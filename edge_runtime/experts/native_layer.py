@@ -36,6 +36,7 @@ class NativeLayer:
     ) -> None:
         self._layer, self._pool, self._slots, self._reader = layer, pool, slots, reader
         self._planes = planes = pool.start_planes
+        self.miss_bytes = layer.plane_start(planes)  # what is read of an expert that is not in memory
         self._weights = pool.weights[layer.layer][planes - 1]
         self._first_key = pool.first_key[layer.layer]
         self._most_uses = min(ONE_CALL_USES, slots.slots)
@@ -48,11 +49,6 @@ class NativeLayer:
             [layer.digest(expert, plane) for expert in range(layer.experts) for plane in range(planes)],
         )
         self._native = FlashLayer(slots, reads.native, self._weights, place)
-
-    @property
-    def miss_bytes(self) -> int:
-        """What is read of an expert that is not in memory."""
-        return self._layer.plane_start(self._planes)
 
     def takes(self, ids: Int32) -> bool:
         """Whether so many uses go through one call."""

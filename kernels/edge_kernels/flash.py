@@ -210,6 +210,8 @@ def digest(data: U8, threads: int = 1) -> bytes:
 
 def landed_of(landed: Sequence[tuple[int, int]]) -> tuple[bool, tuple[Landed, ...]]:
     """Of (key, status) as native kernels give them: whether all came right, and each."""
+    if not landed:
+        return True, ()
     is_whole = all(status == _RIGHT for _, status in landed)
     return is_whole, tuple([Landed(key, _problem(status)) for key, status in landed])
 
