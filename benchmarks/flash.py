@@ -200,8 +200,9 @@ def _large(
     layers = expert_layers(bundle, bundle.manifest.layers)
     total = sum(layer.total_bytes for layer in layers)
     dense = bundle.manifest.weight_bytes - total
-    base = Order(MEMORY, str(bundle.path), trace=str(QWEN), threads=threads)
-    speed = measure_flash(layers, budget_seconds=1.0, seed=time.time_ns())
+    seed = time.time_ns()
+    base = Order(MEMORY, str(bundle.path), trace=str(QWEN), threads=threads, exchange_seed=seed)
+    speed = measure_flash(layers, budget_seconds=1.0, seed=seed)
     report.line(
         f"{bundle.manifest.model.name}: {total / 1e9:.2f} GB of experts of {layers[0].stride_bytes / 1024:.0f} KiB; "
         f"flash {speed.bytes_per_second / 1e9:.2f} GB/s with {speed.lanes} reads at a time"

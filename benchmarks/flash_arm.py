@@ -23,7 +23,7 @@ import numpy as np
 from edge_kernels.experts import ExpertWeights, combine, run_each
 from numpy.typing import NDArray
 
-from benchmarks.flash_beside import FlashBeside
+from benchmarks.flash_beside import FlashBeside, exchanged
 from benchmarks.flash_limit import Stretch
 from benchmarks.memory_beside import MemoryBeside
 from benchmarks.memory_cgroup import MemoryCgroup
@@ -62,6 +62,7 @@ class Order:
     passes: int = 1  # only the last is timed
     ring: bool = True  # the kernel reads on its own; False: lanes do
     one_call: bool = True
+    exchange_seed: int = 0  # of experts and stand-ins (flash_beside.exchanged)
     beside: bool = False  # flash and memory are measured between tokens (flash_beside, memory_beside)
     start_bits: int = 0  # of bit-nested experts; 0: all before they are used
     cgroup: str = ""
@@ -185,7 +186,7 @@ def run(order: Order) -> Notes:
         bundle, layers, threads=order.threads, kv_budget_bytes=KV_BYTES, experts=_options(order, bundle)
     )
     notes.load_seconds = time.perf_counter() - begin
-    replay = Replay(read_trace(order.trace)) if order.trace else None
+    replay = Replay(_trace(order)) if order.trace else None
     _route(order, bundle, stage, replay, notes)
     if order.arm == MEMORY and stage.experts is None:
         _touch(bundle)
@@ -204,13 +205,17 @@ def run(order: Order) -> Notes:
     return notes
 
 
+def _trace(order: Order) -> RoutingTrace:
+    return exchanged(read_trace(order.trace), order.exchange_seed)
+
+
 def _beside(order: Order, bundle: Bundle, stage: CpuStage, notes: Notes) -> ProductBeside | None:
     """None also where the kernel does not read on its own: there is no limit then."""
     if not order.beside or stage.experts is None or not stage.experts.kernel_reads:
         return None
     layers = expert_layers(bundle, bundle.manifest.layers)
     slots = order.cache_bytes // layers[0].stride_bytes
-    trace = read_trace(order.trace)
+    trace = _trace(order)
     steps = [stage.blocks[f"layers.{layer.layer}"].experts_steps[0] for layer in layers]
     memory = MemoryBeside(stage.experts, trace.top_k, order.threads)
     return ProductBeside(

@@ -15,6 +15,7 @@ Knows: traces, files. Does not know: limits.
 from __future__ import annotations
 
 import os
+import random
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -76,6 +77,26 @@ def stand_ins(trace: RoutingTrace) -> dict[Expert, Expert]:
         chosen = [order[place * len(order) // count] for place in range(count)]  # asked for early and late
         found |= {(layer, expert): (layer, other) for expert, other in zip(chosen, never, strict=False)}
     return found
+
+
+def exchanged(trace: RoutingTrace, seed: int) -> RoutingTrace:
+    """About half of the experts that have stand-ins are asked for under their stand-in's number, and stand in for it.
+
+    Which is which is drawn for every run, so that whatever the drive or a host still has of earlier runs favours
+    neither side. Hits and misses are those of `trace`. Seed 0: `trace`.
+    """
+    if not seed:
+        return trace
+    draw = random.Random(seed)
+    number = {own: other[1] for own, other in stand_ins(trace).items() if draw.random() < 0.5}
+    accesses = tuple(
+        replace(
+            access,
+            experts=tuple(number.get((access.layer, expert), expert) for expert in access.experts),
+        )
+        for access in trace.accesses
+    )
+    return replace(trace, accesses=accesses)
 
 
 def spread(bytes_per_second: Sequence[float]) -> str:

@@ -48,7 +48,6 @@ class Routed(Protocol):
 class _Seen:
     """Running totals, in seconds."""
 
-    at: float
     experts: float
     waited: float
     stolen: float
@@ -71,6 +70,7 @@ class ProductBeside:
         self._cache, self._routed, self._memory, self._flash = cache, routed, memory, flash
         self._experts_seconds = experts_seconds
         self._seen = self._look()
+        self._begin = 0.0
 
     def prompt(self) -> None:
         self._flash.prompt()
@@ -91,10 +91,14 @@ class ProductBeside:
         self.stretches[-1].memory_tokens.append(found)
         self._memory.choose()
         self._seen = self._look()
-        self.aside_seconds += time.perf_counter() - begin
+        self._begin = time.perf_counter()  # looking takes half a millisecond
+        self.aside_seconds += self._begin - begin
 
     def after(self, token: int, missed: list[int]) -> None:
+        end = time.perf_counter()
+        self.stretches[-1].seconds += end - self._begin
         self._note(missed)
+        self.aside_seconds += time.perf_counter() - end
 
     def close(self) -> None:
         self._end_stretch()
@@ -124,7 +128,6 @@ class ProductBeside:
     def _note(self, missed: list[int]) -> None:
         old, new, own = self._seen, self._look(), self.stretches[-1]
         own.missed.append(missed)
-        own.seconds += new.at - old.at
         own.experts_seconds += new.experts - old.experts
         own.waited_seconds += new.waited - old.waited
         own.stolen_seconds += new.stolen - old.stolen
@@ -136,7 +139,7 @@ class ProductBeside:
 
     def _look(self) -> _Seen:
         times, waited = self._cache.kernel_times, self._cache.statistics.total.waited_seconds
-        return _Seen(time.perf_counter(), self._experts_seconds(), waited, _stolen_seconds(), times)
+        return _Seen(self._experts_seconds(), waited, _stolen_seconds(), times)
 
 
 def _stolen_seconds() -> float:

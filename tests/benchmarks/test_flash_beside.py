@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from edge_kernels import flash
 from edge_kernels.experts import run_experts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.flash_beside import (
     ALONE_EVERY_TOKENS,
     PROMPT,
     FlashBeside,
+    exchanged,
     missed_experts,
     spread,
     stand_ins,
@@ -48,6 +51,23 @@ def test_stand_ins_are_of_the_same_layer_and_never_asked_for() -> None:
     assert all(own[0] == other[0] for own, other in found.items())
     assert len(set(found.values())) == len(found)
     assert len(found) > len(asked) / 2
+
+
+@given(seed=st.integers(1, 1 << 40))
+@settings(max_examples=5, deadline=None)
+def test_exchanged_experts_and_stand_ins_are_missed_alike(seed: int) -> None:
+    found = exchanged(TRACE, seed)
+    pairs = stand_ins(TRACE)
+    allowed = {own: {own, other} for own, other in pairs.items()}
+    moved = 0
+    for before, after in zip(TRACE.accesses, found.accesses, strict=True):
+        assert (before.step, before.layer, before.rows) == (after.step, after.layer, after.rows)
+        for own, other in zip(before.experts, after.experts, strict=True):
+            key = before.layer, own
+            assert (before.layer, other) in allowed.get(key, {key})
+            moved += own != other
+    assert 0.2 < moved / sum(len(access.experts) for access in TRACE.accesses) < 0.6
+    assert replay(found, TRACE.keys // 4, "lfru") == replay(TRACE, TRACE.keys // 4, "lfru")
 
 
 @pytest.fixture(scope="module")

@@ -85,4 +85,4 @@ def test_what_is_measured_beside_a_product_changes_nothing_of_it(tmp_path: Path)
         assert stretch.flash_bytes_per_second > 0.0
         assert stretch.flash_alone_bytes_per_second > 0.0
         assert 0.0 < stretch.reading_seconds + stretch.after_seconds < stretch.experts_seconds
-    assert measured.decode_seconds == pytest.approx(first.seconds + second.seconds, rel=0.05)
+    assert measured.decode_seconds == pytest.approx(first.seconds + second.seconds, rel=0.15)
