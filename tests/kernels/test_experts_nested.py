@@ -95,7 +95,7 @@ def test_two_planes_are_the_int4_experts_bit_for_bit(
     format=st.sampled_from(("nested2", "nested8")),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_other_planes_equal_their_reference(
     isa: str, hidden: int, intermediate: int, rows: int, format: str, seed: int
 ) -> None:
@@ -149,7 +149,7 @@ def test_planes_hold_the_int4_codes(rows: int, columns: int, seed: int) -> None:
 
 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 400), seed=st.integers(0, 99), has_inputs=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_third_plane_keeps_the_two_and_comes_near_to_the_weights(
     rows: int, columns: int, seed: int, has_inputs: bool
 ) -> None:
