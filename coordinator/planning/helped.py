@@ -46,8 +46,11 @@ def place_shared(devices: Sequence[DeviceProfile], links: Links, model: ModelPro
         if helped is None:
             raise
         return helped
-    if helped is None or spread.predicted_tokens_per_second >= helped.predicted_tokens_per_second:
+    if helped is None:
         return spread
+    if spread.predicted_tokens_per_second >= helped.predicted_tokens_per_second:
+        reason = f"slower: {helped.reasons[0]} ({helped.reasons[1]})"
+        return replace(spread, reasons=(*spread.reasons, reason))
     seconds = 1 / spread.predicted_tokens_per_second if spread.predicted_tokens_per_second else 0.0
     reason = f"all experts in memory, spread over devices: {explain.rate(seconds)}"
     return replace(helped, reasons=(*helped.reasons, reason))

@@ -98,6 +98,7 @@ def test_all_in_memory_is_taken_where_that_is_faster_and_both_are_said() -> None
     spread = placed(devices)
     assert len(held_by(spread, "phone")) == 16
     assert spread.stages[0].expert_cache_bytes == 0
+    assert "flash alone" in spread.reasons[-1]
     quick = placed([replace(devices[0], flash_bytes_per_second=QUICK), devices[1]], rtt=2e-2)
     assert quick.stages[0].expert_cache_bytes == 16 * MIB
     assert "all experts in memory" in quick.reasons[-1]
