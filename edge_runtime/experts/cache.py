@@ -115,7 +115,9 @@ class ExpertCache:
         self._guesses = False  # whether `prediction` has anything to do in this step
         self._end_layer = max(self.layers)
         self._batch: ReadBatch | None = None
-        self._native_batch = ReadBatch()  # of all native calls, which hear from the ring that they are cancelled
+        self._native_batch = (
+            ReadBatch()
+        )  # of all native calls, which hear from the ring that they are cancelled
         self.upgrades: Upgrades | None = (
             None  # None: experts are whole before they are used, or stay as they are
         )

@@ -281,7 +281,7 @@ def run_arriving(
 ) -> list[tuple[int, int]]: ...
 
 class Inlet:
-    """Takes a list that is due from a ROUTER socket of libzmq while an event loop waits. For the loop's thread alone."""
+    """Takes a due list from a ROUTER socket of libzmq while an event loop waits. For the loop's thread alone."""
 
     def __init__(self, calls: list[int], socket: int) -> None:
         """Addresses of zmq_msg_init, recv, close, data, size, more, get and gets; `socket` as libzmq's own pointer."""
