@@ -37,7 +37,7 @@ from edge_runtime.experts.trace import RoutingTrace
 
 Float32 = NDArray[np.float32]
 
-SLOTS = 8  # of one place in a layer's reads: more than a huge page
+SLOTS = 24  # of one place in a layer's reads: together more than caches hold, as the product's targets are
 STRETCH_TOKENS = 8
 ALONE_EVERY_TOKENS = 4
 PROMPT = -1

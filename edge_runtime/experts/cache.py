@@ -21,7 +21,7 @@ from edge_runtime.experts.first_planes import native_layers
 from edge_runtime.experts.flash_store import ExpertLayer
 from edge_runtime.experts.lanes import ReadInto, read_into
 from edge_runtime.experts.layer_run import LayerRun
-from edge_runtime.experts.native_layer import NativeLayer
+from edge_runtime.experts.native_layer import NativeLayer, StepOrder
 from edge_runtime.experts.policies import DEFAULT_POLICY, POLICIES
 from edge_runtime.experts.pool import Pool, make_pools
 from edge_runtime.experts.prediction import Prediction, make_prediction
@@ -262,28 +262,49 @@ class ExpertCache:
             self._step += 1
             self._guesses = self.prediction is not None and self.prediction.begin_step(len(ids))
         self._last_layer, self._threads = layer, threads
+        order = StepOrder(self._step, activation, threads, self._checks_later)
+        if self._guesses or self.upgrades is not None:
+            return self._run_watched(layer, x, ids, gates, order)
+        return self._run_layer(layer, x, ids, gates, order)
+
+    def _run_watched(self, layer: int, x: Float32, ids: Int32, gates: Float32, order: StepOrder) -> Float32:
+        """With what there is to do beside it: for experts that are guessed, or completed."""
         if self.upgrades is not None:
             self.upgrades.take_arrived()
         prediction = self.prediction if self._guesses else None
         if prediction is not None:
-            prediction.before(layer, x, ids, self._step, self._look_for_wrong)
-        result = self._run_layer(layer, x, ids, gates, activation, threads)
+            prediction.before(layer, x, ids, order.number, self._look_for_wrong)
+        result = self._run_layer(layer, x, ids, gates, order)
         if prediction is not None:
             prediction.after(layer)
         self._begin_upgrades()
         return result
 
-    def _run_layer(
-        self, layer: int, x: Float32, ids: Int32, gates: Float32, activation: str, threads: int
-    ) -> Float32:
+    def _run_layer(self, layer: int, x: Float32, ids: Int32, gates: Float32, order: StepOrder) -> Float32:
         native = self._native.get(layer)
-        if native is not None and native.takes(ids):
-            return self._run_native(native, layer, x, ids, gates, activation, threads)
-        if self._checks_later:
+        if native is None or not native.takes(ids):
+            return self._run_in_steps(layer, x, ids, gates, order)
+        self._batch = self._native_batch
+        try:
+            result, found = native.run(x, ids, gates, order)
+        finally:
+            self._batch = None
+        self.statistics.count(
+            layer,
+            hits=found.hits,
+            misses=found.misses,
+            read_bytes=found.misses * native.miss_bytes,
+            waited_seconds=found.waited_seconds,
+            fewer_bits=0 if native.is_whole else found.hits + found.misses,
+        )
+        return result
+
+    def _run_in_steps(self, layer: int, x: Float32, ids: Int32, gates: Float32, order: StepOrder) -> Float32:
+        if order.checks_later:
             self._look_for_wrong()  # in slots that may be taken now
         pool, own = self._pools[layer], self.layers[layer]
-        run = LayerRun(self._reads, pool, own, x, ids, gates, activation, threads)
-        here, absent = run.look_up(self._step)
+        run = LayerRun(self._reads, pool, own, x, ids, gates, order.activation, order.threads)
+        here, absent = run.look_up(order.number)
         if not absent:
             result = run.all_at_once()
         else:
@@ -299,39 +320,6 @@ class ExpertCache:
             read_bytes=len(absent) * own.plane_start(pool.start_planes),
             waited_seconds=run.waited_seconds,
             fewer_bits=run.fewer_bits,
-        )
-        return result
-
-    def _run_native(
-        self,
-        native: NativeLayer,
-        layer: int,
-        x: Float32,
-        ids: Int32,
-        gates: Float32,
-        activation: str,
-        threads: int,
-    ) -> Float32:
-        self._batch = self._native_batch
-        try:
-            result, found = native.run(
-                x,
-                ids,
-                gates,
-                step=self._step,
-                activation=activation,
-                threads=threads,
-                checks_later=self._checks_later,
-            )
-        finally:
-            self._batch = None
-        self.statistics.count(
-            layer,
-            hits=found.hits,
-            misses=found.misses,
-            read_bytes=found.misses * native.miss_bytes,
-            waited_seconds=found.waited_seconds,
-            fewer_bits=found.hits + found.misses if self._pools[layer].is_lossy else 0,
         )
         return result
 

@@ -16,7 +16,7 @@ from edge_kernels.flash_layer import ExpertSlots, LayerResult
 from numpy.typing import NDArray
 
 from edge_runtime.experts.flash_store import ExpertLayer
-from edge_runtime.experts.native_layer import NativeLayer
+from edge_runtime.experts.native_layer import NativeLayer, StepOrder
 from edge_runtime.experts.pool import Pool
 from edge_runtime.experts.reader import ExpertReader
 from edge_runtime.experts.reads import RingReads
@@ -46,29 +46,11 @@ class FirstPlanes(NativeLayer):
             slot == ABSENT or planes.here(slot) == self._planes for slot in self._slots_of(np.unique(ids))
         )
 
-    def run(
-        self,
-        x: Float32,
-        ids: Int32,
-        gates: Float32,
-        *,
-        step: int,
-        activation: str,
-        threads: int,
-        checks_later: bool,
-    ) -> tuple[Float32, LayerResult]:
+    def run(self, x: Float32, ids: Int32, gates: Float32, order: StepOrder) -> tuple[Float32, LayerResult]:
         experts, rows = np.unique(ids, return_counts=True)
         before = self._slots_of(experts)
         try:
-            return super().run(
-                x,
-                ids,
-                gates,
-                step=step,
-                activation=activation,
-                threads=threads,
-                checks_later=checks_later,
-            )
+            return super().run(x, ids, gates, order)
         finally:
             after = self._slots_of(experts)
             came = [new for old, new in zip(before, after, strict=True) if old == ABSENT != new]

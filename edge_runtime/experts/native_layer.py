@@ -10,6 +10,7 @@ Knows: the native layer, and the reader that mends. Does not know: budgets, stat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from edge_kernels.experts import run_experts
@@ -28,6 +29,15 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 
+class StepOrder(NamedTuple):
+    """How a layer of step `number` is to be run. `checks_later`: what is wrong goes to `NativeLayer.wrong`."""
+
+    number: int
+    activation: str
+    threads: int
+    checks_later: bool
+
+
 class NativeLayer:
     """The first `planes` of an expert are read, and used: of all of them. x [R, hidden], ids and gates [R, top_k]."""
 
@@ -36,6 +46,7 @@ class NativeLayer:
     ) -> None:
         self._layer, self._pool, self._slots, self._reader = layer, pool, slots, reader
         self._planes = planes = pool.start_planes
+        self.is_whole = not pool.is_lossy  # experts are complete before they are used
         self.miss_bytes = layer.plane_start(planes)  # what is read of an expert that is not in memory
         self._weights = pool.weights[layer.layer][planes - 1]
         self._first_key = pool.first_key[layer.layer]
@@ -54,21 +65,12 @@ class NativeLayer:
         """Whether so many uses go through one call."""
         return ids.size <= self._most_uses
 
-    def run(
-        self,
-        x: Float32,
-        ids: Int32,
-        gates: Float32,
-        *,
-        step: int,
-        activation: str,
-        threads: int,
-        checks_later: bool,
-    ) -> tuple[Float32, LayerResult]:
-        """`checks_later`: what is wrong goes to `wrong`. Raises what a read failed with."""
+    def run(self, x: Float32, ids: Int32, gates: Float32, order: StepOrder) -> tuple[Float32, LayerResult]:
+        """Raises what a read failed with."""
+        number, activation, threads, checks_later = order
         owner = self._layer.layer if checks_later else CHECKED_FIRST
         found = self._native.run(
-            x, ids, gates, step=step, activation=activation, threads=threads, owner=owner
+            x, ids, gates, step=number, activation=activation, threads=threads, owner=owner
         )
         if found.rows is not None:
             if found.misses:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +38,7 @@ class LayerOnFlash:
     digests: Sequence[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerResult:
+class LayerResult(NamedTuple):
     """`rows` [R, hidden]; None where something did not come right: `landed` says what, by key
     `expert * planes + plane`, and all experts are still pinned. Hits and misses count an expert once.
     """
@@ -96,14 +96,9 @@ class FlashLayer:
         if activation != "silu":
             raise ValueError(f"unknown activation {activation!r}: experts know silu")
         y = np.empty((len(x), self._hidden), np.float32)
-        hits, misses, waited_seconds, landed = self._native.run(
-            np.ascontiguousarray(x, np.float32),
-            np.ascontiguousarray(ids, np.int32),
-            np.ascontiguousarray(gates, np.float32),
-            step,
-            y,
-            threads,
-            owner,
-        )
+        # Arrays of other types or orders are converted by the binding: what is called here is cold, layer after layer.
+        hits, misses, waited_seconds, landed = self._native.run(x, ids, gates, step, y, threads, owner)
+        if not landed:
+            return LayerResult(y, hits, misses, waited_seconds, ())
         is_whole, found = landed_of(landed)
         return LayerResult(y if is_whole else None, hits, misses, waited_seconds, found)
