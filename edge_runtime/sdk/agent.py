@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edge_runtime.config import load, parse_expert_cache, parse_size
 from edge_runtime.errors import UsageError
+from edge_runtime.experts.prediction_setting import AUTO
 from edge_runtime.experts.start_bits import parse_start_bits
 
 
@@ -19,6 +20,7 @@ class Agent:
     A device that is paired already needs no link; its key and pairing lie in `state_directory`. `memory` is what the
     whole process may use; `expert_cache` is the share of it for experts that live on flash (a size, "all" or "auto").
     `expert_start_bits` 2 or 4 uses bit-nested ones before they are whole: sooner, but tokens depend on when reads end.
+    `expert_prediction` "auto" may keep or read the next layer's experts on a guess where that is faster, "off" never.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Agent:
         reachable: bool = True,
         expert_cache: str | int = "auto",
         expert_start_bits: str | int = "all",
+        expert_prediction: str = AUTO,
     ) -> None:
         from edge_runtime.agent.config import NO_DATA_PORT, AgentConfig
 
@@ -50,6 +53,7 @@ class Agent:
             join=join,
             expert_cache=experts,
             expert_start_bits=start_bits,
+            expert_prediction=expert_prediction,
             data_port=0 if reachable else NO_DATA_PORT,
         )
 

@@ -249,6 +249,7 @@ class LocalCluster:
         arguments += ["--threads", str(spec.threads), "--state", str(directory)]
         arguments += ["--expert-cache", str(spec.expert_cache)]
         arguments += ["--expert-start-bits", str(spec.expert_start_bits)]
+        arguments += ["--expert-prediction", spec.expert_prediction]
         arguments += ["--data-address", "127.0.0.1:0" if spec.reachable else "none"]
         if not (directory / "pairing.json").exists():
             with Client(self._url, api_key=self._api_key) as client:

@@ -32,6 +32,10 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
 def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -97,9 +101,11 @@ def test_a_device_can_be_added_and_stopped(cluster: LocalCluster) -> None:
 
 
 async def test_async_with_and_explicit_ranges_with_a_spare() -> None:
-    devices = [DeviceSpec("a"), DeviceSpec("b", reachable=False), DeviceSpec("c")]
+    devices = [DeviceSpec("a", expert_prediction="off"), DeviceSpec("b", reachable=False), DeviceSpec("c")]
     async with LocalCluster("demo", devices=devices, split=[(0, 3), (4, 5)]) as cluster:
         pids = cluster.pids
+        said = command_line(pids["a"])
+        assert said[said.index("--expert-prediction") + 1] == "off"
         stages = cluster.status()["plan"]["stages"]
         assert stages == [["a", 0, 3], ["b", 4, 5]]
         assert len(cluster.client().generate(PROMPT, max_tokens=4, temperature=0).token_ids) == 4
@@ -171,6 +177,7 @@ def test_wrong_arguments_are_refused_before_anything_starts() -> None:
         {"name": "a/b"},
         {"name": "a", "memory": "lots"},
         {"name": "a", "threads": 0},
+        {"name": "a", "expert_prediction": "always"},
     ):
         with pytest.raises(UsageError):
             DeviceSpec(**wrong)  # type: ignore[arg-type]
