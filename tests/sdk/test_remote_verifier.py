@@ -38,7 +38,8 @@ class TestSameIds:
             assert stream.result.text == server.tokenizer.decode(expected)
             assert stream.result.finish_reason == "length"
             assert stream.usage.windows > 2
-            assert stream.usage.accepted_drafts > 10
+            # What is copied is foreseen. Of 60 other ids a slow server's own stream may bring most before a draft is.
+            assert stream.usage.accepted_drafts > (10 if prompt == COPY else 0)
 
     @pytest.mark.parametrize(("owner", "dialect"), WAYS)
     async def test_drafts_that_are_wrong_cost_time_and_change_nothing(
