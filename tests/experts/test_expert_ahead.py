@@ -16,13 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import hashing
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.errors import EngineError
-from edge_runtime.experts import reader
 from edge_runtime.experts.ahead import ReadAhead
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers, token_cycle_bytes
@@ -38,19 +36,11 @@ from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 LAYERS, EXPERTS = 3, 8
 ALL = LayerRange(0, LAYERS - 1)
-PIECE_BYTES = 8192
 SESSION = SessionId(1)
 ALWAYS_TRYING = TrialRules(warm_up_tokens=1, block_tokens=1, pairs=3, again_tokens=2)
 Rows = NDArray[np.float32]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pieces() -> Iterator[None]:
-    """So that the small experts here come in several pieces."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (hashing, reader):
-            patch.setattr(module, "EXPERT_PIECE_BYTES", PIECE_BYTES)
-        yield
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.fixture(scope="module")

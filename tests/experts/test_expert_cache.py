@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from edge_runtime.bundle import hashing
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.errors import BundleError, CapacityError, EngineError, TamperedError
-from edge_runtime.experts import reader
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.flash_store import (
     ExpertLayer,
@@ -40,16 +38,7 @@ Rows = NDArray[np.float32]
 Ids = NDArray[np.int32]
 
 
-PIECE_BYTES = 8192
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pieces() -> Iterator[None]:
-    """So that the small experts here come in several pieces."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (hashing, reader):
-            patch.setattr(module, "EXPERT_PIECE_BYTES", PIECE_BYTES)
-        yield
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +304,7 @@ def test_cancelling_ends_the_batch_and_leaves_the_cache_usable(bundle: Bundle) -
     with pytest.raises(Cancelled):
         cache.run(0, x, ids, gates, activation="silu", threads=1)
     helper.join()
-    assert cache.reader.counters.read_bytes <= PIECE_BYTES  # what had not begun was not read
+    assert cache.reader.counters.read_bytes <= hashing.EXPERT_PIECE_BYTES  # what had not begun was not read
     check_same(bundle, cache, [5, 1])
     cache.close()
 

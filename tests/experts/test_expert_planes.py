@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from edge_kernels.experts import run_experts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import hashing
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.bundle.checks import check_manifest
 from edge_runtime.errors import BundleError, TamperedError
@@ -24,7 +22,7 @@ from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.lanes import read_into
 from edge_runtime.experts.peer_store import PeerStore
 from edge_runtime.experts.policies import POLICIES
-from tests.experts.nested_experts import ALL_SLOTS, MODEL, MODEL_8, PIECE_BYTES, data_of, flip, run
+from tests.experts.nested_experts import ALL_SLOTS, MODEL, MODEL_8, data_of, flip, run
 from tests.experts.test_expert_cache import (
     LAYERS,
     TOP_K,
@@ -36,13 +34,7 @@ from tests.experts.test_expert_cache import (
 )
 from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pieces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (hashing, reader):
-            patch.setattr(module, "EXPERT_PIECE_BYTES", PIECE_BYTES)
-        yield
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.fixture(scope="module", params=[MODEL, MODEL_8], ids=["nested4", "nested8"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +12,16 @@ from edge_kernels.experts import run_experts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import hashing
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.engine.numeric_class import is_early_class, plain_class
 from edge_runtime.errors import EngineError, TamperedError
-from edge_runtime.experts import reader
 from edge_runtime.experts.cache import CacheOptions, ExpertCache
 from edge_runtime.experts.planes import PlaneTable
 from tests.experts.nested_experts import (
     ALL_SLOTS,
     MODEL,
-    PIECE_BYTES,
     first_plane,
     flip,
     run,
@@ -43,13 +39,7 @@ from tests.experts.test_expert_cache import (
 )
 from tests.support.tiny_bundle import build_tiny_bundle
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pieces() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (hashing, reader):
-            patch.setattr(module, "EXPERT_PIECE_BYTES", PIECE_BYTES)
-        yield
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import hashing
 from edge_runtime.bundle.bundle import Bundle
 from edge_runtime.core import LayerRange, SessionId
 from edge_runtime.engine.base import Batch, StageFormats
 from edge_runtime.engine.cpu import CpuStage
 from edge_runtime.errors import TamperedError
-from edge_runtime.experts import reader
 from edge_runtime.experts.cache import CacheOptions
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers, token_cycle_bytes
 from edge_runtime.experts.reader import Cancelled, Refetch
@@ -31,19 +29,12 @@ from tests.support.tiny_bundle import TinyModel, build_tiny_bundle
 
 LAYERS, EXPERTS = 3, 8
 ALL = LayerRange(0, LAYERS - 1)
-PIECE_BYTES = 8192
 SESSION = SessionId(1)
 
-pytestmark = pytest.mark.skipif(not works(), reason="this system has no io_uring")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pieces() -> Iterator[None]:
-    """So that the small experts here come in several pieces."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (hashing, reader):
-            patch.setattr(module, "EXPERT_PIECE_BYTES", PIECE_BYTES)
-        yield
+pytestmark = [
+    pytest.mark.skipif(not works(), reason="this system has no io_uring"),
+    pytest.mark.usefixtures("small_pieces"),
+]
 
 
 @pytest.fixture(scope="module")
