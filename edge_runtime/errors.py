@@ -89,3 +89,12 @@ class EngineError(EdgeRuntimeError):
 
 class RequestFailed(EdgeRuntimeError):
     code = "request_failed"
+
+
+def first_of(problems: BaseExceptionGroup[EdgeRuntimeError]) -> EdgeRuntimeError:
+    """Of what `except*` caught, however deep it lies: the failure that ended the others."""
+    problem: BaseException = problems
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    assert isinstance(problem, EdgeRuntimeError)
+    return problem

@@ -14,7 +14,7 @@ from typing import Protocol
 from coordinator.links.outbox import Outbox
 from coordinator.slice_server import SliceServer
 from edge_runtime.core import DEVICE_NAME_RULE, is_device_name
-from edge_runtime.errors import EdgeRuntimeError, ProtocolError, TransportError
+from edge_runtime.errors import EdgeRuntimeError, ProtocolError, TransportError, first_of
 from edge_runtime.protocol.codec import decode, encode
 from edge_runtime.protocol.messages import (
     PROTOCOL_VERSION,
@@ -141,7 +141,7 @@ class AgentLink:
                 for part in parts:
                     tasks.create_task(part)
         except* EdgeRuntimeError as problems:
-            self._reason = self._reason or _first_sentence(problems)
+            self._reason = self._reason or str(first_of(problems))
         except* Exception:
             log.exception("device %s was cut off: its link failed in an unforeseen way", self.device_id)
             self._reason = self._reason or "an internal error on its link"
@@ -228,10 +228,3 @@ class AgentLink:
         if not 0 <= ping.reply_bytes <= LARGE_REPLY_BYTES:
             raise ProtocolError(f"it asks for a reply of {ping.reply_bytes} bytes to a ping")
         self.post(Pong(ping.nonce), [bytes(ping.reply_bytes)])
-
-
-def _first_sentence(problems: BaseExceptionGroup[EdgeRuntimeError]) -> str:
-    problem: BaseException = problems
-    while isinstance(problem, BaseExceptionGroup):
-        problem = problem.exceptions[0]
-    return str(problem)

@@ -44,7 +44,14 @@ from edge_runtime.agent.status import (
 )
 from edge_runtime.bundle.store import BundleStore
 from edge_runtime.engine.executors import TORCH
-from edge_runtime.errors import ConfigError, ConnectionClosed, EdgeRuntimeError, TransportError, TrustError
+from edge_runtime.errors import (
+    ConfigError,
+    ConnectionClosed,
+    EdgeRuntimeError,
+    TransportError,
+    TrustError,
+    first_of,
+)
 from edge_runtime.protocol.messages import (
     HOLDS_EXPERTS,
     PROTOCOL_VERSION,
@@ -114,7 +121,7 @@ class Agent:
         try:
             await self._serve(key, pairing)
         except* EdgeRuntimeError as problems:
-            raise _first(problems) from None
+            raise first_of(problems) from None
         finally:
             await asyncio.to_thread(self._disk.shutdown, cancel_futures=True)
             if not await asyncio.to_thread(self._worker.stop):
@@ -391,11 +398,3 @@ class Agent:
 def _resolve(future: asyncio.Future[str], result: str) -> None:
     if not future.done():  # else nobody waits any more
         future.set_result(result)
-
-
-def _first(problems: BaseExceptionGroup[EdgeRuntimeError]) -> EdgeRuntimeError:
-    problem: BaseException = problems
-    while isinstance(problem, BaseExceptionGroup):
-        problem = problem.exceptions[0]
-    assert isinstance(problem, EdgeRuntimeError)
-    return problem

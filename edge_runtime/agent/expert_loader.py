@@ -18,7 +18,7 @@ from edge_runtime.agent.stage_worker import StageWorker
 from edge_runtime.bundle.manifest import Block, Manifest
 from edge_runtime.bundle.store import PartialBundle
 from edge_runtime.engine.base import StageFormats
-from edge_runtime.errors import EdgeRuntimeError, EngineError, TamperedError
+from edge_runtime.errors import EdgeRuntimeError, EngineError, TamperedError, first_of
 from edge_runtime.experts.cache import CacheOptions
 from edge_runtime.experts.flash_and_peers import FlashAndPeers, HelpedOptions
 from edge_runtime.experts.flash_store import ExpertLayer, expert_layers
@@ -152,10 +152,7 @@ async def _all_of(work: Iterator[Coroutine[None, None, None]]) -> None:
             for each in work:
                 tasks.create_task(each)
     except* EdgeRuntimeError as problems:
-        first: BaseException = problems
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
+        raise first_of(problems) from None
 
 
 def _blocks(order: LoadStage, manifest: Manifest) -> tuple[Block, ...]:

@@ -239,7 +239,7 @@ def test_bit_nested_experts_are_refused_with_a_way_out(
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a CUDA device, so nothing is missing")
     with pytest.raises(EngineError, match="no CUDA device here"):
         choose("int8", device="cuda")
     with pytest.raises(EngineError, match="bf16 or fp32"):
